@@ -1,0 +1,1 @@
+"""Calibration: read the user's samples, tap the graph, collect second moments."""

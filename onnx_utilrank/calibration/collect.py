@@ -1,0 +1,137 @@
+"""Run the model over the calibration samples and gather the moments of its rows."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset
+from onnx_utilrank.calibration.survey import check_finite, survey
+from onnx_utilrank.calibration.taps import TappedModel, insert_taps, row_stride, view_rows
+from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.graph import GraphIndex, node_label
+from onnx_utilrank.runtime.providers import Provider
+from onnx_utilrank.runtime.sessions import InferenceError, open_session
+from onnx_utilrank.sites.site import RowView
+from onnx_utilrank.statistics.moments import SecondMoment
+
+__all__ = ["Collected", "Progress", "collect", "usable_batch"]
+
+logger = logging.getLogger(__name__)
+
+# Called with what is being done, how much of it is done, and how much there is (0: not known).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What calibration brought.
+
+    Attributes:
+        moments: The moment of each row view.
+        strides: Every how many-th row of each view counted.
+        samples: Samples that were run.
+    """
+
+    moments: dict[RowView, SecondMoment]
+    strides: dict[RowView, int]
+    samples: int
+
+
+def usable_batch(index: GraphIndex, data: Dataset, samples: Sequence[int], p: Provider) -> int:
+    """Rows a run: `DYNAMIC_BATCH`, or 1 where the model only claims that its batch is free.
+
+    Raises:
+        ModelError: The model does not load, or does not run on one sample.
+    """
+    session = open_session(index.store, p)
+    batch = DYNAMIC_BATCH
+    feed = next(data.feeds(samples, batch=batch))
+    try:
+        outputs = session.run(feed)
+    except InferenceError:
+        batch = 1
+        feed = next(data.feeds(samples, batch=batch))
+        outputs = session.run(feed)
+        logger.warning(
+            "%s: runs with one sample at a time only, though its batch size is free",
+            index.store.label,
+        )
+    check_finite(index, outputs, feed, p)
+    return batch
+
+
+def collect(
+    index: GraphIndex,
+    views: Sequence[RowView],
+    data: Dataset,
+    samples: Sequence[int],
+    provider: Provider,
+    *,
+    batch: int,
+    progress: Progress,
+) -> Collected:
+    """Moments of the rows of every view over the given samples.
+
+    One sample is run first with the viewed tensors exposed, to learn their shapes and means; then
+    all samples once, with taps.
+
+    Raises:
+        ModelError: The model does not load or run, or a value is NaN or infinite.
+    """
+    views = list(dict.fromkeys(views))
+    if not views:
+        return Collected(moments={}, strides={}, samples=0)
+    single = next(data.feeds(samples, batch=1))
+    observed = survey(index.store, list({v.tensor for v in views}), single, provider)
+    singles = data.count_feeds(samples, batch=1)
+    runs = data.count_feeds(samples, batch=batch)
+    strides = {}
+    for view in views:
+        rows = view_rows(view, observed[view.tensor].shape) * singles
+        strides[view] = row_stride(rows, rows // max(runs, 1), view.width)
+    tapped = insert_taps(index.store, views, observed, strides)
+    del observed
+    moments = _run(index, tapped, data, samples, provider, batch, progress)
+    return Collected(
+        moments=moments,
+        strides={tap.view: tap.stride for tap in tapped.taps},
+        samples=len(samples),
+    )
+
+
+def _run(
+    index: GraphIndex,
+    tapped: TappedModel,
+    data: Dataset,
+    samples: Sequence[int],
+    provider: Provider,
+    batch: int,
+    progress: Progress,
+) -> dict[RowView, SecondMoment]:
+    moments = {tap.view: SecondMoment.zero(tap.view.width) for tap in tapped.taps}
+    session = open_session(tapped.store, provider)
+    own = tuple(o.name for o in index.store.outputs)
+    for k, feed in enumerate(data.feeds(samples, batch=batch)):
+        phases = {name: np.array([k % stride]) for stride, name in tapped.phases.items()}
+        values = session.run({**feed, **phases})
+        check_finite(index, {name: values[name] for name in own}, feed, provider)
+        for tap in tapped.taps:
+            outer, total = values[tap.outer], values[tap.total]
+            if not (np.isfinite(outer).all() and np.isfinite(total).all()):
+                raise ModelError(
+                    f"{index.store.label}: value {tap.view.tensor!r} at "
+                    f"{_place(index, tap.view.tensor)} holds NaN or infinity, or its squares "
+                    f"overflow {outer.dtype.name}, on the calibration data"
+                )
+            rows = int(values[tap.matrix][tap.row_axis])
+            moments[tap.view].add(outer=outer, total=total, rows=rows, shift=tap.shift)
+        progress("calibrating", min(len(samples), (k + 1) * batch), len(samples))
+    return moments
+
+
+def _place(index: GraphIndex, value: str) -> str:
+    if value in index.producers:
+        return node_label(index.node(index.producers[value]))
+    return "the graph input"

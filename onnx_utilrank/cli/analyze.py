@@ -1,0 +1,62 @@
+"""`onnx-utilrank analyze`: which share of its space each weight uses."""
+
+import argparse
+from typing import Any
+
+from onnx_utilrank.cli.options import (
+    add_data_options,
+    add_output_options,
+    add_provider_option,
+    add_site_options,
+    check_outputs,
+    number,
+)
+from onnx_utilrank.cli.progress import ProgressBars
+from onnx_utilrank.config import DEFAULT_ENERGY, AnalyzeConfig
+from onnx_utilrank.pipeline import analyze
+from onnx_utilrank.report.emit import emit
+from onnx_utilrank.report.tables import utilization_tables
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "analyze",
+        help="measure which share of its space each weight uses",
+        description="For every node with a constant weight: how many directions of its inputs "
+        "(k_S) and outputs (k_T) hold the stated energy, the utilized rank min(k_S, k_T), the "
+        "utilization, and their mean over the layers, MLU (arXiv 2407.04797). Writes no model.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file")
+    add_data_options(parser)
+    parser.add_argument(
+        "--energy",
+        type=number(float, 0, 1),
+        default=DEFAULT_ENERGY,
+        metavar="E",
+        help=f"share of the energy that a subspace has to hold (default: {DEFAULT_ENERGY})",
+    )
+    add_site_options(parser)
+    add_provider_option(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; its exit status."""
+    check_outputs([args.model], [args.report])
+    config = AnalyzeConfig(
+        energy=args.energy,
+        samples=args.samples,
+        seed=args.seed,
+        provider=args.provider,
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        op_types=args.op_types,
+    )
+    with ProgressBars() as progress:
+        report = analyze(args.model, args.data, config, progress=progress)
+    emit(report.as_dict(), utilization_tables(report), as_json=args.json, file=args.report)
+    return 0

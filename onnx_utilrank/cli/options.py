@@ -1,0 +1,118 @@
+"""Options and checks that several verbs share."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.runtime.providers import PROVIDERS
+from onnx_utilrank.sites.find import SITE_KINDS
+
+__all__ = [
+    "add_data_options",
+    "add_output_options",
+    "add_provider_option",
+    "add_site_options",
+    "check_outputs",
+    "number",
+]
+
+DATA_HELP = (
+    "calibration samples: an .npz with one array per input, a folder of .npy or .npz files, a "
+    "folder of test_data_set_*/input_k.pb, or package.module:function yielding dicts"
+)
+
+
+def number(
+    kind: Callable[[str], float], low: float, high: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high:
+            limits = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    return parse
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What to run on."""
+    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    parser.add_argument(
+        "--samples", type=number(int, 1), metavar="N", help="use N samples at most (default: all)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of that choice (default: 0)",
+    )
+
+
+def add_provider_option(parser: argparse.ArgumentParser) -> None:
+    """Where to run."""
+    parser.add_argument(
+        "--provider",
+        choices=[p.key for p in PROVIDERS],
+        default="cpu",
+        help="execution provider; not getting it is an error (default: cpu)",
+    )
+
+
+def add_site_options(parser: argparse.ArgumentParser) -> None:
+    """Which nodes count."""
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only nodes whose name, weight or output matches this shell pattern; may be repeated",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave nodes that match alone; wins over --include; may be repeated",
+    )
+    known = ",".join(kind.op_type for kind in SITE_KINDS)
+    parser.add_argument(
+        "--op-types",
+        type=lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+        metavar="OPS",
+        help=f"comma-separated operators that count (default: {known})",
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """How results come out."""
+    parser.add_argument("--report", metavar="FILE", help="also write the results to FILE as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON instead of tables"
+    )
+
+
+def check_outputs(sources: list[str | None], targets: list[str | None]) -> None:
+    """Check before the work that every file to write can be written and overwrites no source.
+
+    Raises:
+        ConfigError: A folder does not exist, a target is a folder, is a source, or is named twice.
+    """
+    taken = {Path(s).resolve() for s in sources if s}
+    for target in filter(None, targets):
+        path = Path(target)
+        if not path.resolve().parent.is_dir():
+            raise ConfigError(f"{target}: its folder does not exist")
+        if path.is_dir():
+            raise ConfigError(f"{target}: is a folder, not a file")
+        if path.resolve() in taken:
+            raise ConfigError(f"{target}: would overwrite another file of this command")
+        taken.add(path.resolve())

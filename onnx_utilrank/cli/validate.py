@@ -1,0 +1,71 @@
+"""`onnx-utilrank validate`: compare a candidate with its reference."""
+
+import argparse
+from typing import Any
+
+from onnx_utilrank.cli.options import (
+    add_data_options,
+    add_output_options,
+    check_outputs,
+    number,
+)
+from onnx_utilrank.cli.progress import ProgressBars
+from onnx_utilrank.config import ValidateConfig
+from onnx_utilrank.errors import TargetMissedError
+from onnx_utilrank.pipeline import validate
+from onnx_utilrank.report.emit import emit
+from onnx_utilrank.report.tables import validation_tables
+from onnx_utilrank.runtime.providers import PROVIDERS
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "validate",
+        help="compare a model with its reference",
+        description="Runs both models on the samples: output error, equal decisions, parameters, "
+        "file size, FLOPs, and a paired latency ratio, on every provider asked for.",
+    )
+    parser.add_argument("reference", metavar="REFERENCE", help="the .onnx file that is right")
+    parser.add_argument("candidate", metavar="CANDIDATE", help="the .onnx file to compare with it")
+    add_data_options(parser)
+    parser.add_argument(
+        "--provider",
+        action="append",
+        choices=[p.key for p in PROVIDERS],
+        help="execution provider; may be repeated; not getting one is an error (default: cpu)",
+    )
+    parser.add_argument(
+        "--max-error",
+        type=number(float, 0),
+        metavar="E",
+        help="largest relative error of an output that passes; more ends in exit status 3",
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=number(float, 0, 1),
+        metavar="A",
+        help="least share of equal decisions that passes; less ends in exit status 3",
+    )
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; its exit status."""
+    check_outputs([args.reference, args.candidate], [args.report])
+    config = ValidateConfig(
+        providers=tuple(dict.fromkeys(args.provider or ["cpu"])),
+        max_error=args.max_error,
+        min_agreement=args.min_agreement,
+        samples=args.samples,
+        seed=args.seed,
+    )
+    with ProgressBars() as progress:
+        report = validate(args.reference, args.candidate, args.data, config, progress=progress)
+    emit(report.as_dict(), validation_tables(report), as_json=args.json, file=args.report)
+    if not report.passed:
+        raise TargetMissedError("; ".join(report.failures))
+    return 0

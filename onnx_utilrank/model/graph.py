@@ -1,0 +1,195 @@
+"""Who makes and who reads each value of a model's main graph, and which values are constant."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.store import ModelStore
+
+__all__ = ["GraphIndex", "all_names", "attributes", "captured_names", "node_label"]
+
+# Operators that only move, cast or reshape data: a weight behind them is still a constant.
+LAYOUT_OPS = frozenset(
+    {"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphIndex:
+    """Lookup tables of one model's main graph.
+
+    Attributes:
+        store: The model.
+        initializers: Dense initializers by name.
+        producers: Index of the node that makes each value.
+        consumers: Indices of the nodes that read each value, once an input slot.
+        pinned: Values that are needed whatever reads them: graph outputs, and names captured by
+            subgraphs.
+    """
+
+    store: ModelStore
+    initializers: dict[str, onnx.TensorProto]
+    producers: dict[str, int]
+    consumers: dict[str, list[int]]
+    pinned: frozenset[str]
+    _folded: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, store: ModelStore) -> "GraphIndex":
+        """Index the main graph of `store`.
+
+        Raises:
+            ModelError: Two nodes make the same value.
+        """
+        graph = store.proto.graph
+        producers: dict[str, int] = {}
+        consumers: defaultdict[str, list[int]] = defaultdict(list)
+        pinned = {o.name for o in graph.output}
+        for k, node in enumerate(graph.node):
+            for name in filter(None, node.output):
+                if name in producers:
+                    raise ModelError(
+                        f"{store.label}: value {name!r} is made twice, by "
+                        f"{node_label(graph.node[producers[name]])} and {node_label(node)}"
+                    )
+                producers[name] = k
+            for name in filter(None, node.input):
+                consumers[name].append(k)
+            pinned |= captured_names(node)
+        return cls(
+            store=store,
+            initializers={t.name: t for t in graph.initializer},
+            producers=producers,
+            consumers=dict(consumers),
+            pinned=frozenset(pinned),
+        )
+
+    def node(self, k: int) -> onnx.NodeProto:
+        """The k-th node of the main graph."""
+        node: onnx.NodeProto = self.store.proto.graph.node[k]
+        return node
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """Values of a constant: an initializer, a Constant node, or either behind layout operators.
+
+        An initializer that is also a graph input counts as constant: that is how old exporters
+        (IR version 3) write every weight.
+
+        Raises:
+            ModelError: The data cannot be read or the layout operators cannot be evaluated.
+        """
+        if name in self.initializers:
+            return self.store.array(self.initializers[name])
+        if name in self._folded:
+            return self._folded[name]
+        if name not in self.producers:
+            return None
+        node = self.node(self.producers[name])
+        if node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "Constant":
+            tensor = attributes(node).get("value")
+            return self.store.array(tensor) if isinstance(tensor, onnx.TensorProto) else None
+        if node.op_type not in LAYOUT_OPS:
+            return None
+        feed = {}
+        for given in filter(None, node.input):
+            value = self.constant(given)
+            if value is None:
+                return None
+            feed[given] = value
+        try:
+            # The evaluator takes a node as it is; opset 13 stands for models that import none.
+            run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
+            (folded,) = run.run(None, feed)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
+            reason = " ".join(str(e).split())
+            raise ModelError(f"{self.store.label}: {node_label(node)}: {reason}") from e
+        self._folded[name] = np.asarray(folded)
+        return self._folded[name]
+
+    def constant_type(self, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]] | None:
+        """Shape and element type of a constant, without reading an initializer's values."""
+        tensor = self.initializers.get(name)
+        if tensor is not None:
+            return tuple(tensor.dims), np.dtype(
+                onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            )
+        value = self.constant(name)
+        return None if value is None else (value.shape, value.dtype)
+
+    def freed_by(self, name: str, readers: frozenset[int]) -> bool:
+        """Whether the data behind constant `name` could go if nodes `readers` stopped reading it.
+
+        The data are the initializer or Constant node itself, or all those behind the layout
+        operators that make `name`.
+        """
+        if name in self.pinned or not set(self.consumers.get(name, ())) <= readers:
+            return False
+        if name in self.initializers or name not in self.producers:
+            return True
+        k = self.producers[name]
+        return all(
+            self.freed_by(given, frozenset({k})) or not self._large(given)
+            for given in filter(None, self.node(k).input)
+        )
+
+    def _large(self, name: str) -> bool:
+        # The shape input of a Reshape is not the data.
+        kind = self.constant_type(name)
+        return kind is None or not np.issubdtype(kind[1], np.integer)
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, object]:
+    """Attributes of a node as Python values, by name."""
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def node_label(node: onnx.NodeProto) -> str:
+    """How messages name a node: operator and name, or its first output where it has no name."""
+    return f"{node.op_type} {node.name or (node.output[0] if node.output else '?')!r}"
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Graphs held by the attributes of a node (not the graphs inside those)."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def captured_names(node: onnx.NodeProto) -> set[str]:
+    """Values of the outer scope that the subgraphs of a node read."""
+    captured: set[str] = set()
+    for graph in subgraphs(node):
+        own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+        own |= {t.values.name for t in graph.sparse_initializer}
+        read = {o.name for o in graph.output}
+        for inner in graph.node:
+            own.update(inner.output)
+            read.update(inner.input)
+            read |= captured_names(inner)
+        captured |= read - own
+    return captured - {""}
+
+
+def all_names(model: onnx.ModelProto) -> set[str]:
+    """Every name of a value or node in a model, in all its graphs; new names must avoid them."""
+    names: set[str] = set()
+
+    def visit(graph: onnx.GraphProto) -> None:
+        for values in (graph.input, graph.output, graph.value_info, graph.initializer):
+            names.update(v.name for v in values)
+        names.update(t.values.name for t in graph.sparse_initializer)
+        for node in graph.node:
+            names.update((node.name, *node.input, *node.output))
+            for inner in subgraphs(node):
+                visit(inner)
+
+    visit(model.graph)
+    return names

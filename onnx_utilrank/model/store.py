@@ -1,0 +1,260 @@
+"""Load and save ONNX models without touching what is not ours to touch.
+
+A `ModelStore` is a parsed model whose external weights stay in their files until they are asked
+for. Nothing in the package mutates the proto of a store: a rewrite makes a new one.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeAlias
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
+
+from onnx_utilrank.errors import ModelError
+
+__all__ = ["INLINE_LIMIT", "ModelSource", "ModelStore", "TensorSpec", "atomic_write"]
+
+# Protobuf refuses messages of 2 GiB and more; the margin is for everything that is not a weight.
+INLINE_LIMIT = 2**31 - 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, element type and shape of a graph input or output.
+
+    Attributes:
+        name: The ONNX name.
+        dtype: The numpy element type; `object` for strings; None where it is not a dense tensor.
+        shape: One entry a dimension: an int where it is fixed, its symbolic name or None where it
+            is free. None where the model does not say the rank.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic] | None
+    shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        dims = (
+            "?"
+            if self.shape is None
+            else ", ".join("?" if d is None else str(d) for d in self.shape)
+        )
+        return f"{self.name}: {'non-tensor' if self.dtype is None else self.dtype.name}[{dims}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStore:
+    """One ONNX model, with its weights read on demand.
+
+    Attributes:
+        proto: The model as parsed; tensors with external data hold a reference, not the data.
+        folder: Where external data lie; None where the model came as a `ModelProto`.
+        path: The file that `proto` was read from, as it stands there; None for any other model.
+    """
+
+    proto: onnx.ModelProto
+    folder: Path | None = None
+    path: Path | None = None
+
+    @classmethod
+    def load(cls, source: "ModelSource") -> "ModelStore":
+        """Open a model file, or wrap a proto.
+
+        Raises:
+            ModelError: The file is missing, is not an ONNX model, or holds no graph.
+        """
+        if isinstance(source, ModelStore):
+            return source
+        if isinstance(source, onnx.ModelProto):
+            store = cls(proto=source)
+        else:
+            path = Path(source)
+            try:
+                proto = onnx.load(str(path), load_external_data=False)
+            except OSError as e:
+                raise ModelError(f"{path}: cannot be read ({e.strerror or e})") from e
+            except DecodeError as e:
+                raise ModelError(f"{path}: not an ONNX model") from e
+            store = cls(proto=proto, folder=path.resolve().parent, path=path)
+        if not store.proto.HasField("graph") or not store.proto.opset_import:
+            raise ModelError(f"{store.label}: not an ONNX model (no graph or no opset)")
+        return store
+
+    @property
+    def label(self) -> str:
+        """How messages name this model: its file, or its graph."""
+        return str(self.path) if self.path else f"model {self.proto.graph.name!r}"
+
+    @property
+    def opset(self) -> int:
+        """Version of the default ONNX operator set; 0 where the model imports none."""
+        return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Graph inputs that a caller has to feed: those no initializer gives a value."""
+        given = {t.name for t in self.proto.graph.initializer}
+        given |= {t.values.name for t in self.proto.graph.sparse_initializer}
+        return tuple(_spec(v) for v in self.proto.graph.input if v.name not in given)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Graph outputs, in order."""
+        return tuple(_spec(v) for v in self.proto.graph.output)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that the model takes as a file, external data included."""
+        outside = (t for t in self.tensors() if uses_external_data(t))
+        lengths = ({e.key: e.value for e in t.external_data}.get("length") for t in outside)
+        return int(self.proto.ByteSize()) + sum(int(length or 0) for length in lengths)
+
+    @property
+    def has_external_data(self) -> bool:
+        """Whether any tensor of the model, in any graph, lies outside the file."""
+        return any(uses_external_data(t) for t in self.tensors())
+
+    def tensors(self) -> Iterator[onnx.TensorProto]:
+        """Every initializer and constant tensor, those of subgraphs and functions included."""
+        yield from graph_tensors(self.proto.graph)
+        for function in self.proto.functions:
+            for node in function.node:
+                yield from _node_tensors(node)
+
+    def array(self, tensor: onnx.TensorProto) -> np.ndarray:
+        """Values of one tensor of this model, read from its file where they lie outside.
+
+        Raises:
+            ModelError: The data are missing, leave the model's folder, or disagree with the shape.
+        """
+        try:
+            return numpy_helper.to_array(tensor, base_dir=str(self.folder or ""))
+        except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as e:
+            reason = " ".join(str(e).split())
+            raise ModelError(f"{self.label}: tensor {tensor.name!r}: {reason}") from e
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model, external data included, as hexadecimal digits."""
+        digest = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
+        for tensor in self.tensors():
+            if uses_external_data(tensor):
+                digest.update(self.array(tensor).tobytes())
+        return digest.hexdigest()
+
+    def save(self, target: str | os.PathLike[str]) -> None:
+        """Write the model to `target`; a reader sees the old file or the whole new one.
+
+        A store that is just as it was read is copied byte for byte. Weights go into one file
+        `target.data` where the source kept its own outside or the model passes protobuf's 2 GiB.
+
+        Raises:
+            ModelError: The model cannot be serialized, or `target` cannot be written.
+        """
+        path = Path(target)
+        try:
+            if self.has_external_data:
+                self._save_external(path)
+            elif self.proto.ByteSize() > INLINE_LIMIT:
+                self._save_external(path, smallest=1024)
+            else:
+                # Parsing and serializing again may reorder a foreign writer's fields: an untouched
+                # model is copied as it stands.
+                raw = self.path.read_bytes() if self.path else self.proto.SerializeToString()
+                with atomic_write(path) as f:
+                    f.write(raw)
+        except OSError as e:
+            raise ModelError(f"{path}: cannot be written ({e.strerror or e})") from e
+        except (EncodeError, ValueError) as e:
+            raise ModelError(f"{path}: the model cannot be serialized ({e})") from e
+
+    def _save_external(self, path: Path, smallest: int | None = None) -> None:
+        """Write tensors that lie outside, and all of at least `smallest` bytes, to `path`.data."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        data = path.with_name(path.name + ".data")
+        with atomic_write(data) as f:
+            for tensor in ModelStore(proto=proto).tensors():
+                outside = uses_external_data(tensor)
+                if not outside and (smallest is None or len(tensor.raw_data) < smallest):
+                    continue
+                raw = self.array(tensor).tobytes() if outside else tensor.raw_data
+                f.write(b"\0" * (-f.tell() % 4096))  # page-aligned, so that readers can map it
+                entries = {"location": data.name, "offset": f.tell(), "length": len(raw)}
+                f.write(raw)
+                tensor.ClearField("raw_data")
+                tensor.ClearField("external_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in entries.items():
+                    tensor.external_data.add(key=key, value=str(value))
+        with atomic_write(path) as f:
+            f.write(proto.SerializeToString())
+
+
+# What the public functions take for a model.
+ModelSource: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ModelStore
+
+
+def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers and tensor attributes of a graph and of the graphs inside it."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("g"):
+            yield from graph_tensors(attribute.g)
+        for graph in attribute.graphs:
+            yield from graph_tensors(graph)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path`; rename it to `path` if the block ends well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        # mkstemp makes files private; a result gets what the user's umask gives any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    if not value.type.HasField("tensor_type"):
+        return TensorSpec(name=value.name, dtype=None, shape=None)
+    kind = value.type.tensor_type
+    dtype = (
+        np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)) if kind.elem_type else None
+    )
+    shape = tuple(_dimension(d) for d in kind.shape.dim) if kind.HasField("shape") else None
+    return TensorSpec(name=value.name, dtype=dtype, shape=shape)
+
+
+def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return dim.dim_param or None

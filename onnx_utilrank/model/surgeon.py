@@ -1,0 +1,169 @@
+"""The seam to onnx-graphsurgeon: edit the topology there, keep everything else to the byte.
+
+graphsurgeon loses what it does not model (metadata, doc strings, quantization annotations, function
+overloads, some attribute types). So it never sees the user's model: it gets a skeleton with the
+nodes' operators, names and edges, and no attributes or weights. After the surgery, every node
+that is still one of the skeleton's is copied from the source as it stands there; only nodes made
+during the surgery are exported by graphsurgeon.
+"""
+
+from collections import Counter
+from collections.abc import MutableSequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import numpy_helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from onnx_utilrank.model.graph import GraphIndex, all_names
+from onnx_utilrank.model.store import ModelStore
+
+__all__ = ["Surgeon"]
+
+# Up to IR version 3 every initializer had to be a graph input as well (onnx.proto, Version 4).
+FIRST_IR_WITH_FREE_INITIALIZERS = 4
+
+
+class Surgeon:
+    """One operation on a model's main graph.
+
+    Attributes:
+        index: The source; it is only read.
+    """
+
+    def __init__(self, index: GraphIndex) -> None:
+        self.index = index
+        source = index.store.proto.graph
+        self._taken = all_names(index.store.proto)
+        self._tensors: dict[str, gs.Variable] = {}
+        self._nodes = [
+            gs.Node(
+                op=node.op_type,
+                name=node.name,
+                inputs=[self.tensor(name) for name in node.input],
+                outputs=[self.tensor(name) for name in node.output],
+                domain=node.domain or None,
+            )
+            for node in source.node
+        ]
+        self._chains: dict[int, list[gs.Node]] = {}
+        self._new: dict[str, onnx.TensorProto] = {}
+
+    def tensor(self, name: str) -> gs.Variable:
+        """The value of that name in the skeleton; '' is the absent optional input or output."""
+        if not name:
+            return gs.Variable.empty()
+        if name not in self._tensors:
+            self._tensors[name] = gs.Variable(name)
+        return self._tensors[name]
+
+    def unique(self, hint: str) -> str:
+        """A name that no value or node of the model has, starting with `hint`."""
+        name, k = hint, 0
+        while name in self._taken:
+            k += 1
+            name = f"{hint}_{k}"
+        self._taken.add(name)
+        return name
+
+    def value(self, hint: str) -> gs.Variable:
+        """A new value of the graph."""
+        return self.tensor(self.unique(hint))
+
+    def constant(self, hint: str, values: np.ndarray) -> str:
+        """Add an initializer; the name it got."""
+        name = self.unique(hint)
+        self._new[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def replace(self, k: int, chain: list[gs.Node]) -> None:
+        """Put `chain` in the place of node `k` of the source; the last one makes its outputs."""
+        old = self._nodes[k]
+        old.inputs.clear()
+        old.outputs.clear()
+        self._chains[k] = chain
+
+    def rewire(self, k: int, old: str, new: str) -> None:
+        """Let node `k` read `new` where it reads `old`."""
+        node = self._nodes[k]
+        for slot, tensor in enumerate(node.inputs):
+            if tensor.name == old:
+                node.inputs[slot] = self.tensor(new)
+
+    def finish(self) -> ModelStore:
+        """The model after the surgery, with the source's own protos wherever nothing was changed.
+
+        Initializers and layout nodes that nothing reads any more because of the surgery are gone;
+        what was unused before stays.
+        """
+        dead = self._dead()
+        source = self.index.store.proto
+        nodes: list[onnx.NodeProto] = []
+        for k, node in enumerate(self._nodes):
+            if k in self._chains:
+                nodes.extend(OnnxExporter.export_node(new) for new in self._chains[k])
+            elif node.outputs and all(t.name in dead for t in node.outputs):
+                continue
+            else:
+                nodes.append(self._kept(k, node))
+        result = onnx.ModelProto()
+        result.CopyFrom(source)  # keeps even fields that this version of onnx does not know
+        graph = result.graph
+        del graph.node[:]
+        graph.node.extend(nodes)
+        for entries in (graph.initializer, graph.value_info, graph.input):
+            _drop(entries, [entry.name in dead for entry in entries])
+        annotations = graph.quantization_annotation
+        _drop(annotations, [entry.tensor_name in dead for entry in annotations])
+        graph.initializer.extend(self._new.values())
+        if 0 < source.ir_version < FIRST_IR_WITH_FREE_INITIALIZERS:
+            graph.input.extend(
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+                for t in self._new.values()
+            )
+        return ModelStore(proto=result, folder=self.index.store.folder)
+
+    def _kept(self, k: int, node: gs.Node) -> onnx.NodeProto:
+        proto = self.index.node(k)
+        names = [t.name for t in node.inputs]
+        if names == list(proto.input):
+            return proto
+        rewired = onnx.NodeProto()
+        rewired.CopyFrom(proto)
+        rewired.input[:] = names
+        return rewired
+
+    def _dead(self) -> set[str]:
+        """Values that lost their last reader, and what was only there to make those."""
+        before = Counter({name: len(ks) for name, ks in self.index.consumers.items()})
+        now: Counter[str] = Counter()
+        for k, node in enumerate(self._nodes):
+            for each in self._chains.get(k, [node]):
+                now.update(t.name for t in each.inputs if t.name)
+        dead: set[str] = set()
+        suspects = [name for name in before if not now[name]]
+        while suspects:
+            name = suspects.pop()
+            if now[name] or name in self.index.pinned or name in dead:
+                continue
+            maker = self.index.producers.get(name)
+            if maker is None:
+                if name in self.index.initializers:
+                    dead.add(name)
+                continue
+            if maker in self._chains or any(now[t.name] for t in self._nodes[maker].outputs):
+                continue
+            dead.add(name)
+            for tensor in self._nodes[maker].inputs:
+                now[tensor.name] -= 1
+                suspects.append(tensor.name)
+        return dead
+
+
+def _drop(entries: MutableSequence[Any], doomed: list[bool]) -> None:
+    """Remove the marked entries of a repeated field."""
+    for k in reversed(range(len(doomed))):
+        if doomed[k]:
+            del entries[k]

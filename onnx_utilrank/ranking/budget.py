@@ -1,0 +1,74 @@
+"""Spend one budget over all sites: the Lagrangian allocation."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_utilrank.ranking.method import Choice, Move
+
+__all__ = ["allocate"]
+
+BISECTIONS = 100
+
+
+def allocate(choices: Sequence[Choice], budget: int) -> list[Move] | None:
+    """Least total error within a budget of parameters.
+
+    Each site takes the move with the least error + λ·parameters; λ is bisected until the budget
+    holds, and what is left is spent greedily on the best error per parameter. On convex error
+    curves this is optimal up to the last site (Everett, "Generalized Lagrange multiplier method",
+    Operations Research 11(3), 1963). Dense is a move like any other, so that the break-even of a
+    factorization needs no rule of its own.
+
+    Args:
+        choices: The sites.
+        budget: Parameters that all moves may take together.
+
+    Returns:
+        One move a site, or None where even the smallest moves take more than the budget.
+    """
+    costs = [np.array([m.parameters for m in c.moves], dtype=np.float64) for c in choices]
+    errors = [np.array([m.error for m in c.moves]) for c in choices]
+    if sum(c.min() for c in costs) > budget:
+        return None
+
+    def pick(price: float) -> list[int]:
+        # Of equals the cheaper: at price 0 a free saving is taken too.
+        return [int(np.lexsort((c, e + price * c))[0]) for c, e in zip(costs, errors, strict=True)]
+
+    def spent(taken: list[int]) -> float:
+        return float(sum(c[k] for c, k in zip(costs, taken, strict=True)))
+
+    taken = pick(0.0)
+    if spent(taken) > budget:
+        # Prices span the whole range of errors a parameter; they are bisected by their order of
+        # magnitude, as errors do.
+        low, high = 1e-30, 1.0
+        while spent(pick(high)) > budget and high < 1e30:
+            high *= 10.0
+        for _ in range(BISECTIONS):
+            middle = float(np.sqrt(low * high))
+            low, high = (low, middle) if spent(pick(middle)) <= budget else (middle, high)
+        taken = pick(high)
+        if spent(taken) > budget:  # errors too flat for any price to tell moves apart
+            taken = [int(c.argmin()) for c in costs]
+    _fill(costs, errors, taken, budget - spent(taken))
+    return [c.moves[k] for c, k in zip(choices, taken, strict=True)]
+
+
+def _fill(costs: list[np.ndarray], errors: list[np.ndarray], taken: list[int], left: float) -> None:
+    """Spend what is left: again and again the affordable move that gains most a parameter."""
+    while True:
+        best: tuple[float, int, int] | None = None
+        for site, (cost, error) in enumerate(zip(costs, errors, strict=True)):
+            more = cost - cost[taken[site]]
+            gain = error[taken[site]] - error
+            worth = np.where((gain > 0) & (more <= left), gain / np.maximum(more, 1.0), 0.0)
+            k = int(worth.argmax())
+            if worth[k] > 0 and (best is None or worth[k] > best[0]):
+                best = (float(worth[k]), site, k)
+        if best is None:
+            return
+        _, site, k = best
+        left -= costs[site][k] - costs[site][taken[site]]
+        taken[site] = k

@@ -1,0 +1,145 @@
+"""What a method of ranking offers to the pipeline, and the moves it chooses from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from onnx_utilrank.sites.site import RowView, Site, Use
+from onnx_utilrank.statistics.factorize import Factors
+from onnx_utilrank.statistics.moments import SecondMoment
+
+__all__ = ["Choice", "Measured", "Method", "Move", "candidate_ranks", "site_moment", "use_view"]
+
+Side = Literal["inputs", "outputs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One thing that can be done to a site.
+
+    Attributes:
+        rank: Rank of the factors; None leaves the weight as it is.
+        bias: Whether the lost mean goes into the bias.
+        parameters: Elements that the site's weight or factors, and what the bias adds, take.
+        error: Expected squared error of the site's output, relative to its variance.
+        subspaces: k_S and k_T, where the method projects on both (`utilized-rank`).
+    """
+
+    rank: int | None
+    bias: bool
+    parameters: int
+    error: float
+    subspaces: tuple[int, int] | None = None
+
+
+class Measured(Protocol):
+    """What a method knows of one site."""
+
+    @property
+    def site(self) -> Site:
+        """The site."""
+        ...
+
+    @property
+    def moment(self) -> SecondMoment | None:
+        """The moment it rests on; None where no data were used."""
+        ...
+
+    def moves(self, ranks: Sequence[int]) -> list[Move]:
+        """A move for each of the ranks (and for each way to treat the bias)."""
+        ...
+
+    def factors(self, weight: np.ndarray, move: Move) -> Factors:
+        """Factors of the weight W [m, d] for a move that has a rank."""
+        ...
+
+    def error(self, weight: np.ndarray, move: Move) -> float:
+        """Expected relative squared error of the site's output after a move, as far as known."""
+        ...
+
+    def lost_mean(self, weight: np.ndarray, factors: Factors, move: Move) -> np.ndarray:
+        """(W − Ŵ) E[x], the part of the output's mean that the factors lose, [m]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One site's possibilities, dense or factored, in an allocation.
+
+    Attributes:
+        measured: The site.
+        moves: What may be done to it; never empty.
+    """
+
+    measured: Measured
+    moves: tuple[Move, ...]
+
+
+class Method(Protocol):
+    """A way to rank and factor weights: one file in this folder, and an entry in `METHODS`."""
+
+    key: str
+
+    def side(self, site: Site) -> Side | None:
+        """Which side's moments it needs of a site; None for neither."""
+        ...
+
+    def measure(
+        self, site: Site, weight: np.ndarray, moment: SecondMoment | None, bias_cost: int
+    ) -> Measured:
+        """Decompose a site.
+
+        Args:
+            site: The site.
+            weight: W, float64 [m, d].
+            moment: Moment of x, or of W x, as `side` asked.
+            bias_cost: Elements that correcting the bias would add to the model.
+        """
+        ...
+
+    def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
+        """One move a site, at most `budget` parameters together; None where none are so few."""
+        ...
+
+
+def candidate_ranks(site: Site, multiple: int, *, force: bool) -> list[int]:
+    """Ranks worth offering: multiples that save parameters.
+
+    With `force` every multiple counts and the full rank too.
+    """
+    top = site.full_rank if force else min(site.break_even_rank, site.full_rank)
+    ranks = list(range(multiple, top + 1, multiple))
+    if force and site.full_rank not in ranks:
+        ranks.append(site.full_rank)
+    return ranks
+
+
+def use_view(use: Use, side: Side) -> RowView:
+    """The rows of one side of a use."""
+    if side == "inputs":
+        return use.inputs
+    assert use.outputs is not None
+    return use.outputs
+
+
+def site_moment(
+    site: Site,
+    side: Side,
+    moments: Mapping[RowView, SecondMoment],
+    biases: Mapping[int, np.ndarray],
+) -> SecondMoment:
+    """The moment of x, or of W x, over all uses of a site.
+
+    Args:
+        site: The site.
+        side: Which of them.
+        moments: Moments of every tapped view.
+        biases: What the node of each use adds to W x itself, float64 [m], by node.
+    """
+    merged = SecondMoment.zero(site.d if side == "inputs" else site.m)
+    for use in site.uses:
+        moment = moments[use_view(use, side)]
+        merged.merge(moment if side == "inputs" else moment.shifted(-biases[use.node]))
+    return merged

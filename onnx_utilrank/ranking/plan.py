@@ -1,0 +1,225 @@
+"""The plan: what is decided for every site, as a file that can be read, edited and replayed."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.store import atomic_write
+
+__all__ = ["PlanEntry", "RankPlan", "SkippedNode"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanEntry:
+    """What is decided for one site.
+
+    Attributes:
+        site: Key of the site.
+        nodes: Names of the nodes that share its weight.
+        op_type: Their operator.
+        m: Output features.
+        d: Input features.
+        rank: Rank of the factors; None leaves the weight as it is.
+        bias: Whether the mean of what is lost goes into the bias.
+        subspaces: Dimensions k_S and k_T of the input and output subspaces (`utilized-rank`).
+        parameters_before: Elements of the weight.
+        parameters_after: Elements of what takes its place, bias correction included.
+        predicted_error: Expected squared error of the outputs relative to their variance; 0 for
+            dense sites, None where the method does not know.
+        rows: Rows that the decision rests on; None without data.
+        trusted: False where those are fewer than four times the width.
+        reason: Why, in words.
+    """
+
+    site: str
+    nodes: tuple[str, ...]
+    op_type: str
+    m: int
+    d: int
+    rank: int | None
+    bias: bool
+    subspaces: tuple[int, int] | None
+    parameters_before: int
+    parameters_after: int
+    predicted_error: float | None
+    rows: int | None
+    trusted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedNode:
+    """A node that is no site, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """Decisions for a whole model.
+
+    Attributes:
+        model_sha256: Fingerprint of the model it is for (`ModelStore.fingerprint`).
+        method: Key of the method.
+        target: What was asked for, such as {"param_ratio": 0.5}.
+        parameters_before: Elements of all initializers and constants of the model.
+        parameters_after: The same after the rewrite.
+        entries: One a site, in graph order.
+        skipped: Nodes that are not sites.
+        schema: Version of this format.
+    """
+
+    model_sha256: str
+    method: str
+    target: dict[str, float]
+    parameters_before: int
+    parameters_after: int
+    entries: tuple[PlanEntry, ...]
+    skipped: tuple[SkippedNode, ...]
+    schema: int = SCHEMA
+
+    @property
+    def factored(self) -> tuple[PlanEntry, ...]:
+        """The entries that change something."""
+        return tuple(e for e in self.entries if e.rank is not None)
+
+    @property
+    def param_ratio(self) -> float:
+        """Parameters kept, over the whole model."""
+        return self.parameters_after / max(self.parameters_before, 1)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is decided, for which model; predictions and reasons do not count."""
+        decided = [(e.site, e.rank, e.bias, e.subspaces) for e in self.factored]
+        text = json.dumps([self.model_sha256, self.method, decided])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as JSON text; equal plans give equal text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan.
+
+        Raises:
+            ModelError: The file cannot be written.
+        """
+        try:
+            with atomic_write(Path(path)) as f:
+                f.write(self.to_json().encode())
+        except OSError as e:
+            raise ModelError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RankPlan":
+        """Read a plan.
+
+        Raises:
+            ModelError: It cannot be read or is not a plan of this version.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ModelError(f"{path}: cannot be read ({e})") from e
+        return cls.from_json(text, label=str(path))
+
+    @classmethod
+    def from_json(cls, text: str, *, label: str = "plan") -> "RankPlan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ModelError: The text is not JSON, a key is unknown or missing, or a value is not of
+                its type or out of range.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as e:
+            raise ModelError(f"{label}: not JSON ({e})") from e
+        top = _fields(raw, cls, label)
+        if top["schema"] != SCHEMA:
+            raise ModelError(f"{label}: plan schema {top['schema']} is not {SCHEMA}")
+        where = [f"{label}: entry {k}" for k in range(len(top["entries"]))]
+        entries = [
+            PlanEntry(**_fields(e, PlanEntry, w))
+            for e, w in zip(top["entries"], where, strict=True)
+        ]
+        for entry, place in zip(entries, where, strict=True):
+            _check_entry(entry, place)
+        skipped = [
+            SkippedNode(**_fields(s, SkippedNode, f"{label}: skipped {k}"))
+            for k, s in enumerate(top["skipped"])
+        ]
+        return cls(**top | {"entries": tuple(entries), "skipped": tuple(skipped)})
+
+
+# JSON types of the fields; a list becomes a tuple.
+TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "float | None": (float, int, type(None)),
+    "tuple[int, int] | None": (list, type(None)),
+    "tuple[str, ...]": (list,),
+    "tuple[PlanEntry, ...]": (list,),
+    "tuple[SkippedNode, ...]": (list,),
+    "dict[str, float]": (dict,),
+}
+
+
+def _fields(raw: object, kind: type, label: str) -> dict[str, Any]:
+    """The keys of a JSON object, checked against the fields of a dataclass."""
+    if not isinstance(raw, Mapping):
+        raise ModelError(f"{label}: not an object")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(raw) - set(fields))
+    missing = sorted(set(fields) - set(raw))
+    if unknown:
+        raise ModelError(f"{label}: unknown key {unknown[0]!r}")
+    if missing:
+        raise ModelError(f"{label}: key {missing[0]!r} is missing")
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        declared = fields[name].type
+        spelled = declared if isinstance(declared, str) else _spelled(declared)
+        allowed = TYPES[spelled]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ModelError(f"{label}: {name!r} has the wrong type")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def _spelled(declared: object) -> str:
+    text = declared.__name__ if isinstance(declared, type) else str(declared)
+    if text in ("tuple", "dict"):
+        text = str(declared)
+    return text.replace(f"{__name__}.", "")
+
+
+def _check_entry(entry: PlanEntry, place: str) -> None:
+    """Ranges that hold for any model; the pipeline checks the entry against its own."""
+    place = f"{place} ({entry.site!r})"
+    full = min(entry.m, entry.d)
+    if entry.rank is not None and not 1 <= entry.rank <= full:
+        raise ModelError(f"{place}: rank {entry.rank} is not between 1 and {full}")
+    if entry.subspaces is not None:
+        pair = entry.subspaces
+        if len(pair) != 2 or not all(type(k) is int for k in pair):
+            raise ModelError(f"{place}: 'subspaces' is not a pair of whole numbers")
+        if not (1 <= pair[0] <= entry.d and 1 <= pair[1] <= entry.m):
+            raise ModelError(f"{place}: subspaces {list(pair)} are out of range")
+    if not all(isinstance(name, str) for name in entry.nodes):
+        raise ModelError(f"{place}: 'nodes' holds something that is not a name")
+    if entry.predicted_error is not None and not math.isfinite(entry.predicted_error):
+        raise ModelError(f"{place}: 'predicted_error' is not a finite number")

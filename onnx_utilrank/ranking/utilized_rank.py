@@ -1,0 +1,138 @@
+"""The paper's rule (Garg et al., arXiv 2407.04797): one energy threshold for every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.ranking.method import Choice, Measured, Move, Side
+from onnx_utilrank.sites.site import Site
+from onnx_utilrank.statistics.factorize import Factors, Utilization, output_error, utilized
+from onnx_utilrank.statistics.moments import SecondMoment
+
+__all__ = ["UTILIZED_RANK", "UtilizedRank", "UtilizedSite", "at_energy"]
+
+BISECTIONS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UtilizedSite:
+    """The subspaces of one site.
+
+    Attributes:
+        site: The site.
+        moment: Moment of x.
+        found: The subspaces.
+    """
+
+    site: Site
+    moment: SecondMoment
+    found: Utilization
+
+    def move(self, energy: float, ranks: Sequence[int]) -> Move | None:
+        """The move at an energy: the least of `ranks` that holds the utilized rank, if any does.
+
+        A rank above the utilized one widens both subspaces to it.
+        """
+        k_s, k_t = self.found.ranks(energy)
+        rank = next((r for r in sorted(ranks) if r >= min(k_s, k_t)), None)
+        return None if rank is None else self._at(rank, max(k_s, rank), max(k_t, rank))
+
+    def moves(self, ranks: Sequence[int]) -> list[Move]:
+        """See `Measured.moves`; both subspaces of the same dimension."""
+        return [self._at(rank, rank, rank) for rank in ranks]
+
+    def _at(self, rank: int, k_s: int, k_t: int) -> Move:
+        return Move(
+            rank=rank,
+            bias=False,
+            parameters=rank * (self.site.m + self.site.d),
+            error=float("nan"),
+            subspaces=(k_s, k_t),
+        )
+
+    def factors(self, weight: np.ndarray, move: Move) -> Factors:
+        """See `Measured.factors`."""
+        assert move.subspaces is not None
+        return self.found.factors(weight, *move.subspaces)
+
+    def error(self, weight: np.ndarray, move: Move) -> float:
+        """E‖(W − W') x‖² relative to E‖W x‖²: the paper leaves the bias alone."""
+        if move.rank is None:
+            return 0.0
+        energy = float(self.found.output_values.sum())
+        product = self.factors(weight, move).product
+        lost = output_error(weight, product, self.moment.uncentred)
+        return lost / max(energy, float(np.finfo(np.float64).tiny))
+
+    def lost_mean(self, weight: np.ndarray, factors: Factors, move: Move) -> np.ndarray:
+        """See `Measured.lost_mean`; not used, as the paper leaves the bias alone."""
+        del move
+        return np.asarray((weight - factors.product) @ self.moment.mean)
+
+
+def at_energy(choices: Sequence[Choice], energy: float) -> list[Move]:
+    """The paper's transformation: each site at its utilized rank, dense where that is no saving."""
+    return [_choose(choice, energy) for choice in choices]
+
+
+def _choose(choice: Choice, energy: float) -> Move:
+    site = choice.measured
+    assert isinstance(site, UtilizedSite)
+    dense = [m for m in choice.moves if m.rank is None]
+    ranks = [m.rank for m in choice.moves if m.rank is not None]
+    move = site.move(energy, ranks)
+    if move is None:
+        return dense[0] if dense else choice.moves[-1]
+    return move if not dense or move.parameters < dense[0].parameters else dense[0]
+
+
+class UtilizedRank:
+    """W' = P_T W P_S a layer, at its utilized rank."""
+
+    key = "utilized-rank"
+
+    def side(self, site: Site) -> Side:
+        """The inputs: both subspaces follow from their moment."""
+        del site
+        return "inputs"
+
+    def measure(
+        self, site: Site, weight: np.ndarray, moment: SecondMoment | None, bias_cost: int
+    ) -> UtilizedSite:
+        """See `Method.measure`."""
+        del bias_cost
+        assert moment is not None
+        found = utilized(weight, moment)
+        return UtilizedSite(site=site, moment=moment, found=found)
+
+    def ranks(self, measured: Measured, energy: float) -> tuple[int, int]:
+        """k_S and k_T of a site that this method measured."""
+        assert isinstance(measured, UtilizedSite)
+        return measured.found.ranks(energy)
+
+    def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
+        """The largest energy, the same for every layer, whose ranks fit the budget."""
+
+        def spent(moves: Sequence[Move]) -> int:
+            return sum(m.parameters for m in moves)
+
+        taken = at_energy(choices, 1.0)
+        if spent(taken) <= budget:
+            return taken
+        # The energy lost is bisected by its order of magnitude.
+        low, high = 1e-15, 1.0
+        taken = at_energy(choices, 0.0)
+        if spent(taken) > budget:
+            return None
+        for _ in range(BISECTIONS):
+            lost = float(np.sqrt(low * high))
+            moves = at_energy(choices, 1.0 - lost)
+            if spent(moves) <= budget:
+                high, taken = lost, moves
+            else:
+                low = lost
+        return taken
+
+
+UTILIZED_RANK = UtilizedRank()

@@ -1,0 +1,132 @@
+"""Results as tables for a terminal. Names come from the model, so they are never markup."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.results import CompressResult, UtilizationReport
+from onnx_utilrank.validation.report import ValidationReport
+
+__all__ = ["compression_tables", "utilization_tables", "validation_tables"]
+
+VERDICTS = {
+    "planned": "Planned only: no model was made.",
+    "unchanged": "Unchanged: nothing was factored.",
+    "smaller": "Smaller, and not measured to be slower.",
+    "slower": "SMALLER BUT SLOWER on this machine: no gain in time.",
+}
+
+
+def utilization_tables(report: UtilizationReport) -> Iterator[RenderableType]:
+    """One row a weight, the mean, and what was left out."""
+    table = _table("weight", "op", "d_in", "d_out", "k_S", "k_T", "rank", "utilization", "rows")
+    for layer in report.layers:
+        figures = (layer.d, layer.m, layer.input_rank, layer.output_rank, layer.rank)
+        _row(
+            table,
+            layer.site,
+            layer.op_type,
+            *figures,
+            f"{100 * layer.utilization:.1f} %",
+            f"{layer.rows}{'' if layer.trusted else ' (few)'}",
+        )
+    yield table
+    mean = report.mean_layer_utilization
+    shown = "none measured" if mean is None else f"{100 * mean:.1f} %"
+    yield Text(
+        f"Mean layer utilization (MLU) at energy {report.energy:g}: {shown} "
+        f"({len(report.layers)} weights, {report.samples} samples)"
+    )
+    reasons: dict[str, int] = {}
+    for node in report.skipped:
+        reasons[node.reason] = reasons.get(node.reason, 0) + 1
+    yield from _sentences(report.notes, reasons)
+
+
+def compression_tables(result: CompressResult, output: str | None) -> Iterator[RenderableType]:
+    """The plan of a dry run, or the comparison of both models."""
+    plan = result.plan
+    if result.validation is None:
+        yield _plan_table(plan)
+    else:
+        yield from _comparison(result.validation)
+    yield Text(
+        f"{len(plan.factored)} of {len(plan.entries)} weights factored by {plan.method}; "
+        f"parameters kept: {100 * plan.param_ratio:.2f} %"
+    )
+    yield from _sentences(result.notes, result.left_alone)
+    written = f" Written to {output}." if output and result.store is not None else ""
+    yield Text(f"{VERDICTS[result.verdict]}{written}")
+
+
+def validation_tables(report: ValidationReport) -> Iterator[RenderableType]:
+    """The comparison of both models and whether it passed."""
+    yield from _comparison(report)
+    yield Text("Passed." if report.passed else "FAILED.")
+
+
+def _plan_table(plan: RankPlan) -> Table:
+    table = _table("weight", "op", "d_in", "d_out", "rank", "before", "after", "error", "reason")
+    for e in plan.entries:
+        error = "?" if e.predicted_error is None else f"{e.predicted_error:.2e}"
+        rank = "dense" if e.rank is None else e.rank
+        figures = (e.d, e.m, rank, e.parameters_before, e.parameters_after)
+        _row(table, e.site, e.op_type, *figures, error, e.reason)
+    return table
+
+
+def _comparison(report: ValidationReport) -> Iterator[RenderableType]:
+    before, after = report.reference, report.candidate
+    table = _table("", "reference", "candidate", "ratio")
+    for name, old, new in (
+        ("parameters", before.parameters, after.parameters),
+        ("file bytes", before.file_bytes, after.file_bytes),
+        ("FLOPs a sample (MatMul, Gemm, Conv)", before.flops, after.flops),
+    ):
+        if old is not None and new is not None:
+            _row(table, name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
+    for result in report.providers:
+        time = result.latency
+        _row(
+            table,
+            f"ms a run, {result.provider}",
+            f"{time.reference_ms:.3f}",
+            f"{time.candidate_ms:.3f}",
+            f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})",
+        )
+    yield table
+    outputs = _table("output", "provider", "relative error", "SNR", "agreement")
+    for result in report.providers:
+        for o in result.outputs:
+            error = "-" if o.relative_error is None else f"{o.relative_error:.3e}"
+            snr = "-" if o.snr_db is None else f"{o.snr_db:.1f} dB"
+            agreement = "-"
+            if o.agreement is not None:
+                agreement = f"{100 * o.agreement:.2f} % of {o.decisions}"
+            _row(outputs, o.name, result.provider, error, snr, agreement)
+    yield outputs
+    yield Text(f"Compared on {report.samples} samples.")
+    yield from _sentences(report.notes, {})
+
+
+def _sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
+    for note in notes:
+        yield Text(f"Note: {note}")
+    for reason, count in reasons.items():
+        yield Text(f"Left alone: {count} x {reason}")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for k, column in enumerate(columns):
+        words = k == 0 or column in ("op", "reason", "provider")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*(Text(str(cell)) for cell in cells))

@@ -1,0 +1,169 @@
+"""What the public functions return."""
+
+import dataclasses
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_utilrank.errors import UtilrankError
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
+from onnx_utilrank.validation.report import ValidationReport
+
+__all__ = ["CompressResult", "LayerUtilization", "UtilizationReport"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerUtilization:
+    """How much of its space one weight uses (Garg et al., arXiv 2407.04797).
+
+    Attributes:
+        site: Key of the site.
+        nodes: Names of the nodes that share the weight.
+        op_type: Their operator.
+        m: Output features.
+        d: Input features.
+        input_rank: k_S, input directions that hold the energy.
+        output_rank: k_T, output directions that do.
+        rows: Rows that the measurement rests on.
+        trusted: False where those are fewer than four times the width: then the utilization is
+            an underestimate.
+    """
+
+    site: str
+    nodes: tuple[str, ...]
+    op_type: str
+    m: int
+    d: int
+    input_rank: int
+    output_rank: int
+    rows: int
+    trusted: bool
+
+    @property
+    def rank(self) -> int:
+        """The utilized rank r = min(k_S, k_T)."""
+        return min(self.input_rank, self.output_rank)
+
+    @property
+    def utilization(self) -> float:
+        """r / min(d, m)."""
+        return self.rank / min(self.m, self.d)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UtilizationReport:
+    """The paper's measurement of a whole model.
+
+    Attributes:
+        model: How messages name the model.
+        model_sha256: Its fingerprint.
+        energy: Share of the energy that a subspace has to hold.
+        samples: Samples that were run.
+        layers: One entry a weight, in graph order.
+        skipped: Nodes that were not measured, and why.
+        notes: Sentences that a reader of the figures has to know.
+    """
+
+    model: str
+    model_sha256: str
+    energy: float
+    samples: int
+    layers: tuple[LayerUtilization, ...]
+    skipped: tuple[SkippedNode, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def mean_layer_utilization(self) -> float | None:
+        """MLU, the mean of the layers' utilization; None for a model without layers."""
+        if not self.layers:
+            return None
+        return sum(layer.utilization for layer in self.layers) / len(self.layers)
+
+    def as_dict(self) -> dict[str, object]:
+        """The report as JSON types."""
+        layers = [
+            dataclasses.asdict(layer) | {"rank": layer.rank, "utilization": layer.utilization}
+            for layer in self.layers
+        ]
+        return dataclasses.asdict(self) | {
+            "mean_layer_utilization": self.mean_layer_utilization,
+            "layers": layers,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressResult:
+    """What `compress` made.
+
+    Attributes:
+        plan: What was decided.
+        store: The compressed model; None after a dry run.
+        validation: The comparison on held-back samples; None after a dry run.
+        samples: Samples that statistics were collected from.
+        notes: Sentences that a user has to know.
+    """
+
+    plan: RankPlan
+    store: ModelStore | None
+    validation: ValidationReport | None
+    samples: int
+    notes: tuple[str, ...]
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The compressed model.
+
+        Raises:
+            UtilrankError: It was a dry run.
+        """
+        return self._made().proto
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the compressed model.
+
+        Raises:
+            UtilrankError: It was a dry run.
+            ModelError: The file cannot be written.
+        """
+        self._made().save(path)
+
+    def _made(self) -> ModelStore:
+        if self.store is None:
+            raise UtilrankError("a dry run makes no model")
+        return self.store
+
+    @property
+    def verdict(self) -> str:
+        """One word for the outcome: a slower or unchanged model is never called smaller only.
+
+        `planned` (dry run), `unchanged`, `slower` (smaller, but measured to be slower), `smaller`.
+        """
+        if self.validation is None:
+            return "planned"
+        if self.validation.candidate == self.validation.reference:
+            return "unchanged"
+        slower = any(p.latency.slower for p in self.validation.providers)
+        return "slower" if slower else "smaller"
+
+    @property
+    def left_alone(self) -> dict[str, int]:
+        """Reasons why nodes were left alone, and how many nodes each holds for."""
+        reasons = Counter(s.reason for s in self.plan.skipped)
+        for entry in self.plan.entries:
+            if entry.rank is None:
+                reasons[entry.reason] += len(entry.nodes)
+        return dict(reasons.most_common())
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as JSON types; the model itself is left out."""
+        return {
+            "verdict": self.verdict,
+            "samples": self.samples,
+            "notes": list(self.notes),
+            "left_alone": self.left_alone,
+            "plan": dataclasses.asdict(self.plan),
+            "validation": None if self.validation is None else self.validation.as_dict(),
+        }

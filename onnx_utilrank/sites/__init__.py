@@ -1,0 +1,1 @@
+"""Which nodes can be factored: one file an operator."""

@@ -1,0 +1,166 @@
+"""Find every site of a model, and the reason for every node that is not one."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx
+
+from onnx_utilrank.errors import ConfigError, ModelError
+from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
+from onnx_utilrank.sites.conv import CONV
+from onnx_utilrank.sites.gemm import GEMM
+from onnx_utilrank.sites.matmul import MATMUL
+from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
+
+__all__ = ["SITE_KINDS", "find_sites", "site_kind", "site_matrix"]
+
+# Adding an operator is one file beside this one and one entry here.
+SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV)
+
+# Before it, Add and Gemm broadcast by attributes that later operators do not have.
+FIRST_OPSET = 7
+FLOAT_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+
+
+def site_kind(op_type: str) -> SiteKind:
+    """The kind that handles an operator; KeyError where there is none."""
+    return {kind.op_type: kind for kind in SITE_KINDS}[op_type]
+
+
+def site_matrix(index: GraphIndex, site: Site) -> np.ndarray:
+    """The weight of a site as W [m, d], float64.
+
+    Raises:
+        ModelError: The weight holds NaN or infinity.
+    """
+    weight = index.constant(site.weight)
+    assert weight is not None, site.key
+    matrix = site_kind(site.op_type).matrix(site.uses[0], weight).astype(np.float64)
+    if not np.isfinite(matrix).all():
+        raise ModelError(
+            f"{index.store.label}: {site.uses[0].label}: weight {site.weight!r} holds NaN or "
+            "infinity"
+        )
+    return matrix
+
+
+def find_sites(
+    index: GraphIndex,
+    *,
+    op_types: Sequence[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
+    """Match every node of the model.
+
+    Args:
+        index: The model's main graph.
+        op_types: Operators to factor; None for all that `SITE_KINDS` knows.
+        include: Shell patterns over node and weight names; if any are given, only nodes that
+            match one are factored.
+        exclude: Shell patterns of nodes and weights to leave alone; wins over `include`.
+
+    Returns:
+        The sites in graph order, and every node of a handled operator that is left alone.
+
+    Raises:
+        ConfigError: `op_types` names an operator that is not handled.
+    """
+    known = [kind.op_type for kind in SITE_KINDS]
+    unknown = sorted(set(op_types or ()) - set(known))
+    if unknown:
+        raise ConfigError(f"op type {unknown[0]!r} cannot be factored; choose from {known}")
+    groups: defaultdict[tuple[str, str, str], list[Use]] = defaultdict(list)
+    skips: list[Skip] = []
+    for k, node in enumerate(index.store.proto.graph.node):
+        skips.extend(_nested(node, known))
+        if node.domain not in ("", "ai.onnx") or node.op_type not in known:
+            continue
+        found: Use | Skip | None = None
+        if index.store.opset < FIRST_OPSET:
+            reason = f"opset {index.store.opset} is older than {FIRST_OPSET}"
+            found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
+        else:
+            found = site_kind(node.op_type).match(index, k)
+        if found is None:
+            reason = "no operand is a constant weight"
+            found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
+        if isinstance(found, Use):
+            found = _refused(index, found, op_types, include, exclude) or found
+        if isinstance(found, Skip):
+            skips.append(found)
+        else:
+            groups[found.weight, found.op_type, found.layout].append(found)
+    skips.extend(
+        Skip(
+            node=f"{node_label(node)} in function {function.name!r}",
+            op_type=node.op_type,
+            reason="inside a model-local function",
+        )
+        for function in index.store.proto.functions
+        for node in function.node
+        if node.op_type in known
+    )
+    return tuple(_site(index, uses) for uses in groups.values()), tuple(skips)
+
+
+def _refused(
+    index: GraphIndex,
+    use: Use,
+    op_types: Sequence[str] | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Skip | None:
+    names = (index.node(use.node).name, use.weight, index.node(use.node).output[0])
+
+    def named(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    kind = index.constant_type(use.weight)
+    assert kind is not None
+    reason = None
+    if op_types and use.op_type not in op_types:
+        reason = f"operator {use.op_type} is not among the op types asked for"
+    elif named(exclude):
+        reason = "excluded by a pattern"
+    elif include and not named(include):
+        reason = "not included by any pattern"
+    elif kind[1].name not in FLOAT_TYPES:
+        reason = f"the weight is {kind[1].name}, not a floating-point type"
+    elif use.m * use.d == 0:
+        reason = "the weight is empty"
+    return Skip(node=use.label, op_type=use.op_type, reason=reason) if reason else None
+
+
+def _site(index: GraphIndex, uses: list[Use]) -> Site:
+    first = uses[0]
+    kind = index.constant_type(first.weight)
+    assert kind is not None
+    if any((u.m, u.d) != (first.m, first.d) for u in uses):
+        raise ModelError(f"{index.store.label}: weight {first.weight!r} has two shapes")
+    readers = frozenset(u.node for u in uses)
+    # A weight that two layouts see gets a key for each.
+    alone = all(k in readers for k in index.consumers[first.weight])
+    return Site(
+        key=first.weight if alone else f"{first.weight}@{first.label}",
+        op_type=first.op_type,
+        weight=first.weight,
+        uses=tuple(uses),
+        m=first.m,
+        d=first.d,
+        dtype=kind[1],
+        freed=index.freed_by(first.weight, readers),
+    )
+
+
+def _nested(node: onnx.NodeProto, known: list[str]) -> list[Skip]:
+    skips = []
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            if inner.op_type in known:
+                reason = f"inside a subgraph of {node_label(node)}"
+                skips.append(Skip(node=node_label(inner), op_type=inner.op_type, reason=reason))
+            skips.extend(_nested(inner, known))
+    return skips

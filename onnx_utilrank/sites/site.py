@@ -1,0 +1,213 @@
+"""What a factorable node looks like to the rest of the pipeline.
+
+A *use* is one node with a constant weight, seen as y = W x + b over rows x in R^d, y in R^m. A
+*site* is one weight with all the uses that see it the same way: it is factored once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.statistics.factorize import Factors
+
+__all__ = ["BiasSlot", "Patches", "RowView", "Site", "SiteKind", "Skip", "Use"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches:
+    """The attributes of a Conv that decide which input values one output position sees.
+
+    Attributes:
+        channels: Input channels.
+        kernel: Extent of the kernel along each spatial axis.
+        strides: Steps between output positions.
+        dilations: Steps between kernel taps.
+        pads: Zeros before each spatial axis, then after each (ONNX Conv, `pads`).
+        auto_pad: NOTSET where `pads` counts, else SAME_UPPER, SAME_LOWER or VALID.
+    """
+
+    channels: int
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each position sees just its own channels, so that there is nothing to unfold."""
+        return {*self.kernel, *self.strides} == {1} and not any(self.pads)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowView:
+    """How to see a tensor as rows of features.
+
+    Attributes:
+        tensor: The ONNX value.
+        axis: The feature axis; negative axes count from the end.
+        width: Features in a row.
+        patches: Set where the rows are the unfolded patches (im2col) of a Conv's input.
+    """
+
+    tensor: str
+    axis: int
+    width: int
+    patches: Patches | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasSlot:
+    """Where the mean of what a truncation loses can go.
+
+    Attributes:
+        kind: `input`: the node's own bias input holds a constant. `add`: the only reader of the
+            node's output adds a constant vector. `new`: there is none, and one can be added.
+            `none`: the bias is computed at run time, or a shape would change.
+        node: Index of the Add node (`add` only).
+        name: The constant that holds the bias (`input` and `add`).
+        shape: The shape in which a corrected bias is stored.
+        scale: Factor the operator applies to it (Gemm's beta).
+    """
+
+    kind: Literal["input", "add", "new", "none"]
+    node: int = -1
+    name: str = ""
+    shape: tuple[int, ...] = ()
+    scale: float = 1.0
+
+    def values(self, index: GraphIndex, width: int) -> np.ndarray:
+        """The bias as a float64 vector [width], zero where there is none."""
+        if self.kind not in ("input", "add"):
+            return np.zeros(width)
+        held = index.constant(self.name)
+        assert held is not None, self.name
+        return np.broadcast_to(self.scale * held.astype(np.float64).reshape(-1), (width,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """A node that has a weight, or looks as if it had, and cannot be factored.
+
+    Attributes:
+        node: How messages name the node.
+        op_type: Its operator.
+        reason: Why it is left alone, in words for the report.
+    """
+
+    node: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One node that applies a constant weight.
+
+    Attributes:
+        node: Index of the node in the main graph.
+        label: How messages name it.
+        op_type: Its operator, which names its `SiteKind`.
+        weight: The value that holds the weight.
+        layout: How the operator sees the weight as a matrix; uses of one weight share factors
+            only where this is equal.
+        m: Output features.
+        d: Input features.
+        inputs: The rows x.
+        outputs: The rows y = W x + b, or None where the output is not that (Gemm's alpha, a
+            computed bias), so that its moments say nothing about W x.
+        bias: The slot for the lost mean.
+    """
+
+    node: int
+    label: str
+    op_type: str
+    weight: str
+    layout: str
+    m: int
+    d: int
+    inputs: RowView
+    outputs: RowView | None
+    bias: BiasSlot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One weight and all the nodes that apply it the same way.
+
+    Attributes:
+        key: What plans and reports call it; unique in the model.
+        op_type: The operator of all its uses.
+        weight: The value that holds the weight.
+        uses: The nodes, in graph order.
+        m: Output features.
+        d: Input features.
+        dtype: Element type of the weight, which the factors keep.
+        freed: Whether the weight goes from the file once the uses are rewritten; False where
+            something else reads it too, so that factors would come on top of it.
+    """
+
+    key: str
+    op_type: str
+    weight: str
+    uses: tuple[Use, ...]
+    m: int
+    d: int
+    dtype: np.dtype[np.generic]
+    freed: bool
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight."""
+        return self.m * self.d
+
+    @property
+    def full_rank(self) -> int:
+        """The largest rank the weight can have."""
+        return min(self.m, self.d)
+
+    @property
+    def break_even_rank(self) -> int:
+        """The largest rank r whose factors are smaller than the weight: r (m + d) < m d."""
+        return (self.m * self.d - 1) // (self.m + self.d)
+
+    @property
+    def bias(self) -> Literal["input", "add", "new", "none"]:
+        """What holds for the bias of every use: the least that any of them allows."""
+        order = ("none", "new", "add", "input")
+        return min((u.bias.kind for u in self.uses), key=order.index)
+
+
+class SiteKind(Protocol):
+    """How one operator takes part: the one thing to write, and list in `SITE_KINDS`, for an op."""
+
+    op_type: str
+
+    def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
+        """See node `k` as a use of a weight; None where it has no constant operand at all."""
+        ...
+
+    def matrix(self, use: Use, weight: np.ndarray) -> np.ndarray:
+        """The weight as W [m, d], in its own dtype."""
+        ...
+
+    def tensors(self, use: Use, weight: np.ndarray, factors: Factors) -> tuple[np.ndarray, ...]:
+        """The factors as the operator stores them, in the order they are applied."""
+        ...
+
+    def replace(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
+    ) -> None:
+        """Put the chain of two low-rank nodes in the place of the node.
+
+        Args:
+            surgeon: The graph under the knife.
+            use: The node.
+            first: Initializer applied to the node's input.
+            second: Initializer applied to the hidden value.
+            bias: Initializer that is the new bias; None keeps the bias as it is.
+        """
+        ...

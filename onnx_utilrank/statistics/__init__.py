@@ -1,0 +1,1 @@
+"""Second moments, spectra and optimal factors: pure numpy, no ONNX."""

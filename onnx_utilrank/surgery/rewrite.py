@@ -1,0 +1,122 @@
+"""Put factors in the place of weights, and check what must not change."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_utilrank.errors import ModelError, UtilrankError
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.store import INLINE_LIMIT, ModelStore
+from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.sites.find import site_kind
+from onnx_utilrank.sites.site import Site, Use
+from onnx_utilrank.statistics.factorize import Factors
+
+__all__ = ["Replacement", "check_contract", "rewrite"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """What takes the place of one site's weight.
+
+    Attributes:
+        site: The site.
+        factors: The factors.
+        lost_mean: (W − Ŵ) E[x], float64 [m], to be added to the bias; None leaves the bias.
+    """
+
+    site: Site
+    factors: Factors
+    lost_mean: np.ndarray | None
+
+
+def rewrite(index: GraphIndex, replacements: Sequence[Replacement]) -> ModelStore:
+    """A new model with every replacement made; the source is not changed.
+
+    Factors and biases are stored in the dtype of the weight.
+
+    Raises:
+        ModelError: A factor does not fit the dtype of its weight.
+    """
+    surgeon = Surgeon(index)
+    for replacement in replacements:
+        _replace(surgeon, replacement)
+    return surgeon.finish()
+
+
+def _replace(surgeon: Surgeon, replacement: Replacement) -> None:
+    site, index = replacement.site, surgeon.index
+    kind = site_kind(site.op_type)
+    weight = index.constant(site.weight)
+    assert weight is not None
+    first, second = (
+        surgeon.constant(f"{site.weight}/{part}", _stored(index, site, values))
+        for part, values in zip(
+            ("right", "left"), kind.tensors(site.uses[0], weight, replacement.factors), strict=True
+        )
+    )
+    for use in site.uses:
+        bias = None
+        if replacement.lost_mean is not None:
+            bias = _corrected(surgeon, site, use, replacement.lost_mean)
+        kind.replace(surgeon, use, first, second, bias)
+
+
+def _corrected(surgeon: Surgeon, site: Site, use: Use, lost: np.ndarray) -> str:
+    """Add the initializer that holds bias + lost mean; wire it in where an Add holds the bias."""
+    slot = use.bias
+    values = slot.values(surgeon.index, site.m) + lost
+    hint = slot.name if slot.name else f"{site.weight}/bias"
+    name = surgeon.constant(hint, _stored(surgeon.index, site, values.reshape(slot.shape)))
+    if slot.kind == "add":
+        surgeon.rewire(slot.node, slot.name, name)
+    return name
+
+
+def _stored(index: GraphIndex, site: Site, values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = values.astype(site.dtype)
+    if not np.isfinite(stored.astype(np.float64)).all():
+        raise ModelError(
+            f"{index.store.label}: {site.uses[0].label}: a factor of weight {site.weight!r} does "
+            f"not fit {site.dtype.name}"
+        )
+    return stored
+
+
+def check_contract(source: ModelStore, result: ModelStore) -> None:
+    """Check what every rewrite has to keep: signature, opset, and validity.
+
+    Raises:
+        UtilrankError: A rewrite broke one of them; always a fault of this package.
+    """
+    before, after = source.proto, result.proto
+    kept = (
+        ("IR version", before.ir_version, after.ir_version),
+        ("opset", list(before.opset_import), list(after.opset_import)),
+        ("inputs", source.inputs, result.inputs),
+        ("outputs", list(before.graph.output), list(after.graph.output)),
+    )
+    for what, old, new in kept:
+        if old != new:
+            raise UtilrankError(f"{source.label}: the rewrite changed the {what}; please report it")
+    if after.ByteSize() > INLINE_LIMIT or not _valid(before):
+        return
+    try:
+        onnx.checker.check_model(after, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        reason = " ".join(str(e).split())
+        raise UtilrankError(
+            f"{source.label}: the rewritten model is not valid ONNX; please report it: {reason}"
+        ) from e
+
+
+def _valid(model: onnx.ModelProto) -> bool:
+    """Whether the checker has no complaint; many models that run well do not pass it."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Compare a candidate with its reference: outputs, size, FLOPs, latency."""
