@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # What numpy and zipfile raise for files that are cut short, damaged, encrypted or pickled.
 _UNREADABLE = (
-    *(OSError, EOFError, ValueError, OverflowError, MemoryError),
+    *(OSError, EOFError, ValueError, RuntimeError, OverflowError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
 

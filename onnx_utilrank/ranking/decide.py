@@ -108,8 +108,8 @@ def _reason(site: Site, move: Move) -> str:
     if not site.freed:
         return "its weight has other readers and would stay: factors would come on top of it"
     if site.break_even_rank < 1:
-        return f"no rank saves parameters on {site.m} x {site.d}"
-    return f"no rank up to the break-even of {site.break_even_rank} pays at this target"
+        return "no rank saves parameters on so narrow a weight"
+    return "at this target it is worth more dense than at any rank that saves parameters"
 
 
 def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None:
