@@ -180,6 +180,10 @@ def test_sample_numbers_may_be_numpy_integers():
     np.testing.assert_array_equal(feed["x"], numbered(3, 3)[1:2])
 
 
+def test_first_dimension_of_zero_is_no_batch():
+    assert heights(open_data({"x": numbered(3, 3)}, [spec(shape=(0, 3))])) == [3]
+
+
 def test_constants_go_with_every_run():
     scale = np.array(2, "float32")
     data = open_data({"x": numbered(5, 3), "scale": scale}, [X, spec("scale", ())])
@@ -277,6 +281,12 @@ def test_shape_errors(shape, got):
     assert message.endswith(f"input 'image' wants float32[batch, 3, 4, 4], got {got}")
 
 
+def test_vector_input_given_a_single_number():
+    arrays = {"a": np.array(1, "float32"), "b": numbered(2)}
+    inputs = [spec("a", ("n",)), spec("b", ("n",))]
+    refuses(arrays, inputs, "input 'a' wants float32[n], got float32[]")
+
+
 def test_free_dimensions_take_any_size_and_names_need_not_agree():
     inputs = [spec("a", ("n", "t")), spec("b", ("n", "t", None))]
     data = open_data({"a": numbered(4, 5), "b": numbered(4, 6, 7)}, inputs)
@@ -334,7 +344,9 @@ def test_types_from_outside_numpy():
     refuses({"x": x}, inputs, "sample 2: input 'x' holds NaN")
 
 
-@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["int64", "uint8", "bool", helper.tensor_dtype_to_np_dtype(TensorProto.INT4)]
+)
 def test_integers_and_truth_values(dtype):
     x = np.ones((4, 3), dtype)
     assert everything(open_data({"x": x}, [spec(dtype=dtype)]))[0]["x"].dtype == dtype
@@ -392,6 +404,10 @@ def test_missing_file(tmp_path, name, monkeypatch):
     refuses(tmp_path / "no.npz", [X], tmp_path / "no.npz", "no such file")
 
 
+def test_name_that_no_file_can_have():
+    refuses("n" * 300 + ".npz", [X], "cannot be read")
+
+
 def test_pickles_are_not_read(tmp_path):
     x = np.empty(2, object)
     x[:] = [1, "a"]
@@ -409,6 +425,27 @@ def test_truncated_archives(tmp_path, save):
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
         refuses(path, [X], path, "cannot be read")
+        refuses(tmp_path, [X], path, "cannot be read")
+
+
+def test_archive_that_needs_a_password(tmp_path):
+    path = tmp_path / "c.npz"
+    np.savez(path, x=numbered(20, 3))
+    raw = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(header) + flags] |= 1
+    path.write_bytes(raw)
+    refuses(path, [X], path, "'x' cannot be read", "encrypted")
+
+
+def test_archive_whose_index_points_before_its_start(tmp_path):
+    path = tmp_path / "c.npz"
+    np.savez(path, x=numbered(20, 3))
+    raw = bytearray(path.read_bytes())
+    offset = raw.index(b"PK\x05\x06") + 16
+    raw[offset : offset + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(raw)
+    refuses(tmp_path, [X], path, "cannot be read")
 
 
 def test_damaged_archives(tmp_path):
@@ -493,6 +530,13 @@ def test_rows_of_different_constants_do_not_share_a_run(tmp_path):
         save_npz(tmp_path / f"{i}.npz", x=numbered(2, 3), scale=np.array(scale, "float32"))
     feeds = everything(open_data(tmp_path, [X, spec("scale", ())]))
     assert [(len(f["x"]), float(f["scale"])) for f in feeds] == [(4, 1), (2, 2)]
+
+
+def test_input_of_unknown_rank_may_be_a_constant_in_one_file(tmp_path):
+    save_npz(tmp_path / "1.npz", x=numbered(2, 3), y=np.array(1, "float32"))
+    save_npz(tmp_path / "2.npz", x=numbered(2, 3), y=numbered(2))
+    feeds = everything(open_data(tmp_path, [X, spec("y", None)]))
+    assert [(f["x"].shape, f["y"].shape) for f in feeds] == [((2, 3), ()), ((2, 3), (2,))]
 
 
 def test_whole_feeds_of_a_folder(tmp_path):
@@ -637,6 +681,7 @@ def test_protos_that_hold_no_tensor(tmp_path):
         b"",
         b"not a proto",
         tensor.SerializeToString()[:-1],
+        TensorProto(data_type=999, dims=[1]).SerializeToString(),
         *(p.SerializeToString() for p in (sequence, named, optional)),
     ):
         path.write_bytes(raw)
@@ -709,6 +754,14 @@ def test_iterables_and_callables(source):
 def test_callable_may_give_a_mapping_or_a_reader():
     assert heights(open_data(lambda: {"x": numbered(4, 3)}, [X])) == [4]
     assert heights(open_data(Reader, [X])) == [1, 1, 1]
+
+
+def test_data_that_can_be_called_are_data():
+    class Callable(Reader):
+        def __call__(self):
+            raise AssertionError
+
+    assert heights(open_data(Callable(), [X])) == [1, 1, 1]
 
 
 def test_what_is_read_once_is_copied():

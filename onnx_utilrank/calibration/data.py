@@ -135,7 +135,7 @@ class Dataset:
         starts = list(itertools.accumulate(map(len, self.blocks), initial=0))
         runs: list[_Run] = []
         room = 0  # rows that the last run still takes
-        for sample in map(operator.index, samples):
+        for sample in samples:
             if not 0 <= sample < starts[-1]:
                 raise IndexError(f"{self.label}: no sample {sample} among {starts[-1]}")
             number = bisect.bisect_right(starts, sample) - 1
@@ -298,7 +298,7 @@ def _importable(folder: Path) -> Iterator[None]:
     """Put `folder` first on Python's module path for the time of the block."""
     entry = str(folder)
     sys.path.insert(0, entry)
-    importlib.invalidate_caches()
+    importlib.invalidate_caches()  # the module may be younger than the last look at its folder
     try:
         yield
     finally:

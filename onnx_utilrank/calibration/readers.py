@@ -372,8 +372,7 @@ def _first_not_finite(array: np.ndarray) -> int | None:
     step = max(1, _CHUNK // max(1, array[:1].size))
     for start in range(0, len(array), step):
         part = array[start : start + step]
-        # Types from outside numpy (bfloat16, float8) have no kind of their own to be told by.
-        finite = np.isfinite(part if part.dtype.kind in "fc" else part.astype(np.float32))
+        finite = np.isfinite(part)
         if not finite.all():
             return start + int(np.argmin(finite.reshape(len(part), -1).all(axis=1)))
     return None

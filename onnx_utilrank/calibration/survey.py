@@ -37,8 +37,10 @@ def survey(
         ModelError: The model does not load or run.
     """
     inner = [name for name in names if name not in feed]
-    session = open_session(expose(store, inner), provider)
     values = {name: np.asarray(feed[name]) for name in names if name in feed}
+    if not inner:  # no names would be all outputs to ONNX Runtime
+        return values
+    session = open_session(expose(store, inner), provider)
     return values | session.run(feed, inner)
 
 
@@ -98,7 +100,9 @@ def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
         if node.op_type in LINEAR_OPS and node.domain in ("", "ai.onnx")
     ]
     made = {name for node in store.proto.graph.node for name in node.output}
-    constants = {t.name: tuple(t.dims) for t in store.proto.graph.initializer}
+    graph = store.proto.graph
+    constants = {t.name: tuple(t.dims) for t in graph.initializer}
+    constants |= {t.values.name: tuple(t.dims) for t in graph.sparse_initializer}
     names = {name for node in nodes for name in (*node.input[:2], node.output[0])}
     values = survey(store, [n for n in names if n in made or n in feed], feed, provider)
     shapes = constants | {name: value.shape for name, value in values.items()}

@@ -154,9 +154,11 @@ class _Builder:
             # Half precision overflows in a sum of squares.
             x = self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(dtype))
         axis = view.axis if view.axis >= 0 else len(shape) + view.axis
+        thinned = 1
         if view.patches:
-            x, stride = self.unfolded(x, view.patches, dtype, stride)
+            x, thinned = self.unfolded(x, view.patches, dtype, stride)
             shape = (shape[0], view.width, -1)
+        stride = max(1, stride // thinned) if self.opset >= SLICE_WITH_STEPS else 1
         features_first = axis < len(shape) - 1 and axis == (0 if len(shape) == 2 else 1)
         if features_first:
             rows = self.feature_rows(x, view.width, shape, stride)
@@ -179,7 +181,7 @@ class _Builder:
         row_axis = 1 if features_first else 0
         return Tap(
             view=view,
-            stride=stride,
+            stride=thinned * stride,
             outer=self.output(outer),
             total=self.output(self.summed(z, row_axis)),
             matrix=self.output(self.node("Shape", z)),
@@ -208,6 +210,9 @@ class _Builder:
         Channel c, tap t comes out at c·taps + t, which is the order of a kernel
         [C_out, C, taps …] seen as a matrix. It honours strides, pads, auto_pad and dilations as
         the Conv itself does, and a row stride comes free as larger strides of this Conv.
+
+        Returns:
+            The value, and how many times fewer rows it has by such strides.
         """
         taps = math.prod(patches.kernel)
         kernel = np.tile(np.eye(taps, dtype=dtype), (patches.channels, 1))
@@ -216,10 +221,10 @@ class _Builder:
         attrs: dict[str, Any] = {"auto_pad": patches.auto_pad}
         if patches.auto_pad == "NOTSET":
             attrs = {"pads": list(patches.pads)}
+        each = 1
         if not patches.auto_pad.startswith("SAME"):  # whose padding depends on the strides
             each = int(stride ** (1 / len(strides)) + 1e-9)
             strides = [s * each for s in strides]
-            stride = max(1, stride // each ** len(strides))
         x = self.node(
             "Conv",
             x,
@@ -230,10 +235,10 @@ class _Builder:
             kernel_shape=list(patches.kernel),
             **attrs,
         )
-        return x, stride
+        return x, each ** len(strides)
 
     def every(self, x: str, stride: int, axis: int) -> str:
-        if stride == 1 or self.opset < SLICE_WITH_STEPS:
+        if stride == 1:
             return x
         if stride not in self.phases:
             self.phases[stride] = self.name("phase")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
-from onnx.external_data_helper import uses_external_data
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from onnx_utilrank.errors import ModelError
 
@@ -79,7 +79,7 @@ class ModelStore:
         else:
             path = Path(source)
             try:
-                proto = onnx.load(str(path), load_external_data=False)
+                proto = onnx.load(str(path), format="protobuf", load_external_data=False)
             except OSError as e:
                 raise ModelError(f"{path}: cannot be read ({e.strerror or e})") from e
             except DecodeError as e:
@@ -142,6 +142,14 @@ class ModelStore:
             reason = " ".join(str(e).split())
             raise ModelError(f"{self.label}: tensor {tensor.name!r}: {reason}") from e
 
+    def _outside_bytes(self, tensor: onnx.TensorProto) -> bytes:
+        """Data of an external tensor as its file holds them: types below 8 bits stay packed."""
+        self.array(tensor)  # checks that they are as many as the shape says
+        held = onnx.TensorProto()
+        held.CopyFrom(tensor)
+        load_external_data_for_tensor(held, str(self.folder or ""))
+        return bytes(held.raw_data)
+
     def fingerprint(self) -> str:
         """SHA-256 of the model, external data included, as hexadecimal digits."""
         digest = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
@@ -161,10 +169,10 @@ class ModelStore:
         """
         path = Path(target)
         try:
-            if self.has_external_data:
-                self._save_external(path)
-            elif self.proto.ByteSize() > INLINE_LIMIT:
+            if self.proto.ByteSize() > INLINE_LIMIT:
                 self._save_external(path, smallest=1024)
+            elif self.has_external_data:
+                self._save_external(path)
             else:
                 # Parsing and serializing again may reorder a foreign writer's fields: an untouched
                 # model is copied as it stands.
@@ -186,7 +194,7 @@ class ModelStore:
                 outside = uses_external_data(tensor)
                 if not outside and (smallest is None or len(tensor.raw_data) < smallest):
                     continue
-                raw = self.array(tensor).tobytes() if outside else tensor.raw_data
+                raw = self._outside_bytes(tensor) if outside else tensor.raw_data
                 f.write(b"\0" * (-f.tell() % 4096))  # page-aligned, so that readers can map it
                 entries = {"location": data.name, "offset": f.tell(), "length": len(raw)}
                 f.write(raw)

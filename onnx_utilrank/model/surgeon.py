@@ -104,7 +104,7 @@ class Surgeon:
         for k, node in enumerate(self._nodes):
             if k in self._chains:
                 nodes.extend(OnnxExporter.export_node(new) for new in self._chains[k])
-            elif node.outputs and all(t.name in dead for t in node.outputs):
+            elif any(t.name in dead for t in node.outputs):
                 continue
             else:
                 nodes.append(self._kept(k, node))
@@ -153,9 +153,10 @@ class Surgeon:
                 if name in self.index.initializers:
                     dead.add(name)
                 continue
-            if maker in self._chains or any(now[t.name] for t in self._nodes[maker].outputs):
+            made = [t.name for t in self._nodes[maker].outputs if t.name]
+            if maker in self._chains or any(now[n] or n in self.index.pinned for n in made):
                 continue
-            dead.add(name)
+            dead.update(made)
             for tensor in self._nodes[maker].inputs:
                 now[tensor.name] -= 1
                 suspects.append(tensor.name)

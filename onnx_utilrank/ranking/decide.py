@@ -7,6 +7,7 @@ from onnx_utilrank.errors import ModelError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
+from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.plan import PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.ranking.utilized_rank import at_energy
 from onnx_utilrank.sites.find import site_matrix
@@ -116,7 +117,8 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
     """Check that a plan is for this model.
 
     Raises:
-        ModelError: It is for another model, or names a site that the model does not have.
+        ModelError: It is for another model, names a site that the model does not have, or corrects
+            a bias that cannot be.
     """
     label = index.store.label
     if plan.model_sha256 != index.store.fingerprint():
@@ -131,7 +133,8 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
                 f"{label}: the plan has {entry.site!r} as {entry.m} x {entry.d}, "
                 f"it is {site.m} x {site.d}"
             )
-        if entry.bias and site.bias == "none":
+        blind = find_method(plan.method).side(site) is None  # no data, so no mean
+        if entry.bias and (blind or site.bias == "none"):
             raise ModelError(
                 f"{label}: the plan corrects the bias of {entry.site!r}, which cannot be"
             )

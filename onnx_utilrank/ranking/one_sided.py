@@ -8,7 +8,7 @@ import numpy as np
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.method import Choice, Move, Side
 from onnx_utilrank.sites.site import Site
-from onnx_utilrank.statistics.factorize import Decomposition, Factors, one_sided
+from onnx_utilrank.statistics.factorize import Decomposition, Factors, one_sided, output_error
 from onnx_utilrank.statistics.moments import SecondMoment
 
 __all__ = ["ONE_SIDED", "OneSided"]
@@ -24,7 +24,8 @@ class OneSidedSite:
         side: Which of the two.
         centred: The decomposition for a corrected bias; None where the bias cannot take the mean.
         uncentred: The one without; None where correcting the bias is free, and so always better.
-        variance: E‖W (x − μ)‖², which errors are relative to.
+        variance: E‖W (x − μ)‖², which errors are relative to; E‖W x‖² where it vanishes or the
+            bias cannot take the mean.
         bias_cost: Elements that correcting the bias adds.
     """
 
@@ -55,7 +56,8 @@ class OneSidedSite:
         """See `Measured.factors`."""
         assert move.rank is not None
         found = self.centred if move.bias else self.uncentred
-        assert found is not None
+        if found is None:  # an edited plan may leave a bias alone that is free to correct
+            found = one_sided(weight, **{self.side: self.moment}, centred=move.bias)
         return found.factors(weight, move.rank)
 
     def error(self, weight: np.ndarray, move: Move) -> float:
@@ -96,10 +98,12 @@ class OneSided:
             centred = one_sided(weight, **given, centred=True)
         if centred is None or bias_cost > 0:
             uncentred = one_sided(weight, **given, centred=False)
-        energies = [found.energy for found in (centred, uncentred) if found is not None]
-        variance = energies[0]
-        if variance <= 1e-12 * max(energies) or variance == 0:  # one row, or a constant output
-            variance = max(*energies, float(np.finfo(np.float64).tiny))
+        chosen = uncentred if centred is None else centred
+        assert chosen is not None
+        variance = chosen.energy
+        energy = max(_energy(weight, side, moment), float(np.finfo(np.float64).tiny))
+        if variance <= 1e-12 * energy:  # one row, or a constant output
+            variance = energy
         return OneSidedSite(
             site=site,
             moment=moment,
@@ -113,6 +117,13 @@ class OneSided:
     def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
         """See `Method.allocate`."""
         return allocate(choices, budget)
+
+
+def _energy(weight: np.ndarray, side: Side, moment: SecondMoment) -> float:
+    """E‖W x‖², the mean included."""
+    if side == "outputs":
+        return float(np.trace(moment.uncentred))
+    return output_error(weight, np.zeros_like(weight), moment.uncentred)
 
 
 ONE_SIDED = OneSided()

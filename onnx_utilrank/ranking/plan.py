@@ -144,18 +144,27 @@ class RankPlan:
         """
         try:
             raw = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ModelError(f"{label}: not JSON ({e})") from e
+        # First, as another version has other keys.
+        schema = raw.get("schema") if isinstance(raw, Mapping) else None
+        if type(schema) is int and schema != SCHEMA:
+            raise ModelError(f"{label}: plan schema {schema} is not {SCHEMA}")
         top = _fields(raw, cls, label)
-        if top["schema"] != SCHEMA:
-            raise ModelError(f"{label}: plan schema {top['schema']} is not {SCHEMA}")
+        for key, value in top["target"].items():
+            if not _is_finite(value):
+                raise ModelError(f"{label}: target {key!r} is not a finite number")
         where = [f"{label}: entry {k}" for k in range(len(top["entries"]))]
         entries = [
             PlanEntry(**_fields(e, PlanEntry, w))
             for e, w in zip(top["entries"], where, strict=True)
         ]
+        seen: set[str] = set()
         for entry, place in zip(entries, where, strict=True):
             _check_entry(entry, place)
+            if entry.site in seen:
+                raise ModelError(f"{place} ({entry.site!r}): the site has an entry already")
+            seen.add(entry.site)
         skipped = [
             SkippedNode(**_fields(s, SkippedNode, f"{label}: skipped {k}"))
             for k, s in enumerate(top["skipped"])
@@ -219,7 +228,19 @@ def _check_entry(entry: PlanEntry, place: str) -> None:
             raise ModelError(f"{place}: 'subspaces' is not a pair of whole numbers")
         if not (1 <= pair[0] <= entry.d and 1 <= pair[1] <= entry.m):
             raise ModelError(f"{place}: subspaces {list(pair)} are out of range")
+        if entry.rank is not None and min(pair) != entry.rank:
+            raise ModelError(f"{place}: subspaces {list(pair)} do not have rank {entry.rank}")
     if not all(isinstance(name, str) for name in entry.nodes):
         raise ModelError(f"{place}: 'nodes' holds something that is not a name")
-    if entry.predicted_error is not None and not math.isfinite(entry.predicted_error):
+    if entry.predicted_error is not None and not _is_finite(entry.predicted_error):
         raise ModelError(f"{place}: 'predicted_error' is not a finite number")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a JSON value is a number that float64 can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -53,8 +53,9 @@ class UtilizedSite:
 
     def factors(self, weight: np.ndarray, move: Move) -> Factors:
         """See `Measured.factors`."""
-        assert move.subspaces is not None
-        return self.found.factors(weight, *move.subspaces)
+        assert move.rank is not None
+        # An edited plan may name a rank alone.
+        return self.found.factors(weight, *(move.subspaces or (move.rank, move.rank)))
 
     def error(self, weight: np.ndarray, move: Move) -> float:
         """E‖(W − W') x‖² relative to E‖W x‖²: the paper leaves the bias alone."""

@@ -82,7 +82,7 @@ def find_sites(
         if index.store.opset < FIRST_OPSET:
             reason = f"opset {index.store.opset} is older than {FIRST_OPSET}"
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
-        else:
+        elif len(node.input) >= 2 and all(node.input[:2]) and node.output:
             found = site_kind(node.op_type).match(index, k)
         if found is None:
             reason = "no operand is a constant weight"
@@ -144,7 +144,7 @@ def _site(index: GraphIndex, uses: list[Use]) -> Site:
     # A weight that two layouts see gets a key for each.
     alone = all(k in readers for k in index.consumers[first.weight])
     return Site(
-        key=first.weight if alone else f"{first.weight}@{first.label}",
+        key=first.weight if alone else f"{first.weight}@{index.node(first.node).output[0]}",
         op_type=first.op_type,
         weight=first.weight,
         uses=tuple(uses),

@@ -45,7 +45,9 @@ class Gemm:
         bias = self._bias(index, node, side, m)
         # The rows of x lie along the last axis of op(A), but along the first of op(B).
         last = (side == RIGHT) != transposed[1 - slot]
-        affine = given.get("alpha", 1.0) == 1.0 and bias.kind != "none"
+        alpha = given.get("alpha", 1.0)
+        assert isinstance(alpha, float)
+        affine = alpha == 1.0 and bias.kind != "none"
         return Use(
             node=k,
             label=label,
@@ -59,6 +61,7 @@ class Gemm:
             if affine
             else None,
             bias=bias,
+            gain=alpha,
         )
 
     def _bias(self, index: GraphIndex, node: onnx.NodeProto, side: str, m: int) -> BiasSlot:

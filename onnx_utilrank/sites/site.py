@@ -120,6 +120,7 @@ class Use:
         outputs: The rows y = W x + b, or None where the output is not that (Gemm's alpha, a
             computed bias), so that its moments say nothing about W x.
         bias: The slot for the lost mean.
+        gain: Factor the operator applies to W x (Gemm's alpha).
     """
 
     node: int
@@ -132,6 +133,7 @@ class Use:
     inputs: RowView
     outputs: RowView | None
     bias: BiasSlot
+    gain: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,7 @@ class SecondMoment:
         total = total.astype(np.float64)
         outer = outer.astype(np.float64)
         if shift is not None:
+            shift = shift.astype(np.float64)
             cross = np.outer(shift, total)
             outer = outer + cross + cross.T + rows * np.outer(shift, shift)
             total = total + rows * shift

@@ -67,7 +67,7 @@ def _replace(surgeon: Surgeon, replacement: Replacement) -> None:
 def _corrected(surgeon: Surgeon, site: Site, use: Use, lost: np.ndarray) -> str:
     """Add the initializer that holds bias + lost mean; wire it in where an Add holds the bias."""
     slot = use.bias
-    values = slot.values(surgeon.index, site.m) + lost
+    values = slot.values(surgeon.index, site.m) + use.gain * lost
     hint = slot.name if slot.name else f"{site.weight}/bias"
     name = surgeon.constant(hint, _stored(surgeon.index, site, values.reshape(slot.shape)))
     if slot.kind == "add":

@@ -1,0 +1,615 @@
+"""Small ONNX models as ONNX text, and what their nodes compute, in plain numpy.
+
+A `Form` is one way to write y = W x + b in ONNX. The tests of sites, taps and surgery run over all
+of `FORMS`; a new operator is covered by adding its forms here.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.parser
+from onnx import numpy_helper
+
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.runtime.sessions import open_session
+
+DTYPES = {
+    "float": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "double": np.dtype(np.float64),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+Feed = dict[str, np.ndarray]
+Shape = tuple[int, ...]
+
+
+def model(
+    signature: str,
+    body: str,
+    *,
+    opset: int = 17,
+    ir: int = 10,
+    domains: str = "",
+    functions: str = "",
+    **initializers: np.ndarray,
+) -> onnx.ModelProto:
+    """A model of one graph; keyword arguments that are arrays become its initializers.
+
+    Up to IR version 3 initializers are inputs too.
+    """
+    header = f'<ir_version: {ir}, opset_import: ["" : {opset}{domains}]>'
+    proto = onnx.parser.parse_model(f"{header} g {signature} {{ {body} }} {functions}")
+    for name, values in initializers.items():
+        tensor = numpy_helper.from_array(np.asarray(values), name)
+        proto.graph.initializer.append(tensor)
+        if ir <= 3:
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+            )
+    return proto
+
+
+def index(proto: onnx.ModelProto) -> GraphIndex:
+    return GraphIndex.build(ModelStore.load(proto))
+
+
+def run(proto: onnx.ModelProto | ModelStore, feed: Feed) -> Feed:
+    """Outputs by name, with ONNX Runtime's graph optimizations disabled."""
+    return open_session(ModelStore.load(proto), CPU, optimize=False, threads=1).run(feed)
+
+
+def ops(proto: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in proto.graph.node]
+
+
+def constants(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    """Normal values, float64."""
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def activations(seed: int, *shape: int) -> np.ndarray:
+    """Values with a mean that a bias has to care for, float64."""
+    return 0.7 + noise(seed, *shape)
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to write y = α W x + b, the only site of its model.
+
+    Attributes:
+        name: Name of the form.
+        proto: The model.
+        inputs: Shape of each input in one feed.
+        feeds: How many feeds there are; together they hold rows enough for any width here.
+        weight: W [m, d], float64.
+        rows: The rows x [n, d] of one feed.
+        exact: Operators of the model when W is factored at full rank.
+        corrected: The same when the lost mean goes into the bias; empty where it cannot.
+        alpha: α.
+        dtype: Element type of everything.
+    """
+
+    name: str
+    proto: onnx.ModelProto
+    inputs: dict[str, Shape]
+    feeds: int
+    weight: np.ndarray
+    rows: Callable[[Feed], np.ndarray]
+    exact: list[str]
+    corrected: list[str]
+    alpha: float
+    dtype: np.dtype[np.generic]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def data(self) -> list[Feed]:
+        return [
+            {
+                name: activations(1000 * k + j, *shape).astype(self.dtype)
+                for j, (name, shape) in enumerate(self.inputs.items())
+            }
+            for k in range(self.feeds)
+        ]
+
+    def all_rows(self, feeds: Sequence[Feed]) -> np.ndarray:
+        return np.concatenate([self.rows(feed) for feed in feeds]).astype(np.float64)
+
+    def rounding(self, feeds: Sequence[Feed]) -> tuple[float, float]:
+        """What rounding may do to one value of the outputs, and to the norm of all together.
+
+        Both factors have the norm √‖W‖_*, and errors of a sum of k products are independent: they
+        grow with √k. Single values may be 4 deviations off.
+        """
+        m, d = self.weight.shape
+        x = self.all_rows(feeds)
+        y = np.concatenate([v.ravel() for f in feeds for v in run(self.proto, f).values()])
+        w = abs(self.alpha) * float(np.linalg.norm(self.weight, "nuc")) * math.sqrt(d + min(m, d))
+        eps = float(np.finfo(self.dtype).eps)
+        one = np.linalg.norm(x, axis=1).max() * w + np.abs(y).max()
+        together = np.linalg.norm(x) * w + np.linalg.norm(y.astype(np.float64))
+        return 4 * eps * float(one), eps * float(together)
+
+
+def last_axis(feed: Feed) -> np.ndarray:
+    x = feed["x"]
+    return x.reshape(-1, x.shape[-1])
+
+
+def second_last_axis(feed: Feed) -> np.ndarray:
+    x = feed["x"]
+    return x[None] if x.ndim == 1 else np.moveaxis(x, -2, -1).reshape(-1, x.shape[-2])
+
+
+M, D = 5, 7
+W = noise(1, M, D) / math.sqrt(D)
+TALL = noise(2, D, M) / math.sqrt(M)
+B = noise(3, M)
+
+
+def form(
+    name: str,
+    inputs: dict[str, Shape],
+    outputs: str,
+    body: str,
+    *,
+    exact: str,
+    corrected: str | None = None,
+    weight: np.ndarray = W,
+    rows: Callable[[Feed], np.ndarray] = last_axis,
+    alpha: float = 1.0,
+    dtype: str = "float",
+    fixed: bool = False,
+    feeds: int = 10,
+    opset: int = 17,
+    ir: int = 10,
+    **initializers: np.ndarray | None,
+) -> Form:
+    """A form; inputs have dynamic sizes unless `fixed`; floating initializers get its dtype."""
+    dims = {
+        key: [str(n) if fixed or k >= len(shape) - 1 else f"{key}{k}" for k, n in enumerate(shape)]
+        for key, shape in inputs.items()
+    }
+    given = ", ".join(f"{dtype}[{','.join(shape)}] {key}" for key, shape in dims.items())
+    cast = {
+        key: a.astype(DTYPES[dtype]) if a.dtype == np.float64 else a
+        for key, a in initializers.items()
+        if a is not None
+    }
+    held = weight.astype(DTYPES[dtype])
+    return Form(
+        name=name,
+        proto=model(f"({given}) => ({dtype}{outputs} y)", body, opset=opset, ir=ir, **cast),
+        inputs=inputs,
+        feeds=feeds,
+        weight=held.astype(np.float64),
+        rows=rows,
+        exact=exact.split(),
+        corrected=(exact if corrected is None else corrected).split(),
+        alpha=alpha,
+        dtype=DTYPES[dtype],
+    )
+
+
+# --- MatMul -------------------------------------------------------------------------------------
+
+CHAIN = "MatMul MatMul"
+WITH_BIAS = "MatMul MatMul Add"
+DIMS = ("", "[a]", "[a,b]", "[a,b,c]", "[a,b,c,e]", "[a,b,c,e,f]")
+X_SHAPES = ((), (D,), (12, D), (3, 4, D), (2, 2, 3, D))
+LEFT_SHAPES = ((), (D,), (D, 12), (3, D, 4), (2, 2, D, 3))
+
+
+def right(rank: int, **changes: object) -> Form:
+    given = {
+        "name": f"matmul_right_x{rank}",
+        "inputs": {"x": X_SHAPES[rank]},
+        "outputs": DIMS[rank],
+        "body": "y = MatMul(x, W)",
+        "exact": CHAIN,
+        "corrected": WITH_BIAS,
+        "feeds": 64 if rank == 1 else 10,
+        "W": W.T,
+    }
+    return form(**given | changes)  # type: ignore[arg-type]
+
+
+def left(rank: int, **changes: object) -> Form:
+    # Without an Add there is no bias to correct: it would have to be a column.
+    given = {
+        "name": f"matmul_left_x{rank}",
+        "inputs": {"x": LEFT_SHAPES[rank]},
+        "outputs": DIMS[rank],
+        "body": "y = MatMul(W, x)",
+        "exact": CHAIN,
+        "corrected": "",
+        "rows": second_last_axis,
+        "fixed": True,
+        "feeds": 64 if rank == 1 else 10,
+        "W": W,
+    }
+    return form(**given | changes)  # type: ignore[arg-type]
+
+
+def added(name: str, bias: np.ndarray, body: str = "h = MatMul(x, W) y = Add(h, b)") -> Form:
+    return right(2, name=name, body=body, exact=WITH_BIAS, corrected=WITH_BIAS, b=bias)
+
+
+MATMULS = [
+    *(right(rank) for rank in (1, 2, 3, 4)),
+    *(left(rank) for rank in (1, 2, 3, 4)),
+    right(2, name="matmul_right_tall", weight=TALL, inputs={"x": (12, M)}, W=TALL.T),
+    left(2, name="matmul_left_tall", weight=TALL, inputs={"x": (M, 12)}, W=TALL),
+    right(2, name="matmul_right_w3", outputs=DIMS[3], W=W.T[None]),
+    right(3, name="matmul_right_w4", outputs=DIMS[4], W=W.T[None, None]),
+    left(2, name="matmul_left_w3", outputs=DIMS[3], W=W[None]),
+    left(3, name="matmul_left_w4", outputs=DIMS[4], W=W[None, None]),
+    added("add_m", B),
+    added("add_1m", B[None]),
+    added("add_before", B, "h = MatMul(x, W) y = Add(b, h)"),
+    right(
+        2,
+        name="add_11m_raises_the_rank",
+        body="h = MatMul(x, W) y = Add(h, b)",
+        outputs=DIMS[3],
+        exact=WITH_BIAS,
+        corrected=WITH_BIAS,
+        b=B[None, None],
+    ),
+    right(
+        2,
+        name="add_scalar_is_no_bias",
+        body="h = MatMul(x, W) y = Add(h, b)",
+        exact=WITH_BIAS,
+        corrected="MatMul MatMul Add Add",
+        b=B[:1],
+    ),
+    right(
+        2,
+        name="add_of_another_value_is_no_bias",
+        inputs={"x": (12, D), "z": (12, M)},
+        body="h = MatMul(x, W) y = Add(h, z)",
+        exact=WITH_BIAS,
+        corrected="MatMul MatMul Add Add",
+    ),
+    right(
+        2,
+        name="add_with_a_second_reader_is_no_bias",
+        body="h = MatMul(x, W) y = Add(h, b) z = Neg(h)",
+        exact="MatMul MatMul Add Neg",
+        corrected="MatMul MatMul Add Add Neg",
+        b=B,
+    ),
+    left(
+        2,
+        name="add_m1_left",
+        body="h = MatMul(W, x) y = Add(h, b)",
+        exact=WITH_BIAS,
+        corrected=WITH_BIAS,
+        b=B[:, None],
+    ),
+]
+
+# --- Gemm ---------------------------------------------------------------------------------------
+
+ROWS = 12
+
+
+def gemm(name: str, c: np.ndarray | None = None, **changes: object) -> Form:
+    """Y = x W^T + C, or W x + C where `side` is left."""
+    options = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0, "side": "right"}
+    trans_a, trans_b, alpha, beta, side = (changes.pop(k, v) for k, v in options.items())
+    on_right = side == "right"
+    x_turned, w_turned = (trans_a, trans_b) if on_right else (trans_b, trans_a)
+    weight = W.T if on_right else W
+    x_last = on_right != bool(x_turned)
+    attrs = f"transA={trans_a}, transB={trans_b}, alpha={alpha}, beta={beta}"
+    operands = ("x, W" if on_right else "W, x") + ("" if c is None else ", C")
+    plain = c is None and alpha == 1.0
+    turn = "Transpose " if x_turned else ""
+    given = {
+        "inputs": {"x": (ROWS, D) if x_last else (D, ROWS)},
+        "outputs": "[a,b]",
+        "body": f"y = Gemm<{attrs}>({operands})",
+        "exact": f"{turn}MatMul {'MatMul' if plain else 'Gemm'}",
+        "corrected": f"{turn}MatMul Gemm",
+        "rows": last_axis if x_last else second_last_axis,
+        "alpha": alpha,
+        "fixed": True,
+        "W": weight.T if w_turned else weight,
+        **({} if c is None else {"C": c}),
+    }
+    return form(name, **given | changes)  # type: ignore[arg-type]
+
+
+def gemm_turned(side: str, trans_a: int, trans_b: int) -> Form:
+    return gemm(
+        f"gemm_{side}_{trans_a}{trans_b}",
+        B if side == "right" else B[:, None],
+        side=side,
+        transA=trans_a,
+        transB=trans_b,
+        alpha=0.5,
+        beta=2.0,
+    )
+
+
+GEMMS = [
+    *(gemm_turned(*form) for form in itertools.product(("right", "left"), (0, 1), (0, 1))),
+    gemm("gemm_no_c"),
+    gemm("gemm_no_c_alpha", alpha=-1.5),
+    gemm("gemm_no_c_left", side="left"),
+    gemm("gemm_no_c_alpha_left", side="left", alpha=-1.5),
+    gemm("gemm_c_scalar", B[0]),
+    gemm("gemm_c_1", B[:1]),
+    gemm("gemm_c_1m", B[None]),
+    gemm("gemm_c_n1", noise(4, ROWS, 1), corrected=""),
+    gemm("gemm_c_nm", noise(4, ROWS, M), corrected=""),
+    gemm("gemm_c_scalar_left", B[0], side="left"),
+    gemm("gemm_c_n_left", noise(4, ROWS), side="left", corrected=""),
+    gemm("gemm_c_mn_left", noise(4, M, ROWS), side="left", corrected=""),
+    gemm("gemm_beta_0_ignores_c", B, beta=0.0),
+    gemm(
+        "gemm_c_computed",
+        inputs={"x": (ROWS, D), "z": (M,)},
+        body="c = Neg(z) y = Gemm<alpha=2.0>(x, W, c)",
+        alpha=2.0,
+        exact="Neg MatMul Gemm",
+        corrected="",
+    ),
+    gemm(
+        "gemm_beta_0_frees_computed_c",
+        inputs={"x": (ROWS, D), "z": (ROWS, 2 * M)},
+        body="c, rest = Split<axis=1>(z, sizes) y = Gemm<beta=0.0>(x, W, c)",
+        exact="Split MatMul Gemm",
+        corrected="MatMul Gemm",
+        sizes=np.array([M, M]),
+    ),
+    gemm(
+        "gemm_alpha_then_add",
+        alpha=3.0,
+        body="h = Gemm<alpha=3.0>(x, W) y = Add(h, b)",
+        exact="MatMul Gemm Add",
+        corrected="MatMul Gemm Add",
+        b=B,
+    ),
+    gemm("gemm_tall", weight=TALL, inputs={"x": (ROWS, M)}, c=noise(5, D), W=TALL.T),
+]
+
+# --- Conv ---------------------------------------------------------------------------------------
+
+
+
+def unfold(
+    x: np.ndarray,
+    kernel: Shape,
+    strides: Shape,
+    dilations: Shape,
+    before: Shape,
+    after: Shape,
+) -> np.ndarray:
+    """im2col by plain loops: the rows that a Conv's outputs see, padding zeros included."""
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
+    positions = [
+        (n - (k - 1) * step - 1) // s + 1
+        for n, k, step, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
+    ]
+    rows = []
+    for image in padded:
+        for position in itertools.product(*map(range, positions)):
+            row = []
+            for channel in image:
+                for tap in itertools.product(*map(range, kernel)):
+                    at = zip(position, strides, tap, dilations, strict=True)
+                    row.append(channel[tuple(p * s + t * step for p, s, t, step in at)])
+            rows.append(row)
+    return np.array(rows)
+
+
+def same_pads(
+    sizes: Sequence[int], kernel: Shape, strides: Shape, dilations: Shape, *, upper: bool
+) -> tuple[Shape, Shape]:
+    """Padding of auto_pad SAME_UPPER and SAME_LOWER: ⌈n / stride⌉ positions."""
+    totals = [
+        max((-(-n // s) - 1) * s + (k - 1) * step + 1 - n, 0)
+        for n, k, s, step in zip(sizes, kernel, strides, dilations, strict=True)
+    ]
+    less, more = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+    return (less, more) if upper else (more, less)
+
+
+def conv(name: str, sizes: Shape, kernel: Shape, **changes: object) -> Form:
+    """A Conv over an input [2, C, *sizes] with a kernel [5, C, *kernel]."""
+    spatial, channels = len(kernel), 6 if math.prod(kernel) == 1 else 2
+    ones, zeros = (1,) * spatial, (0,) * spatial
+    given: dict[str, object] = {}
+    strides = changes.pop("strides", ones)
+    dilations = changes.pop("dilations", ones)
+    before, after = changes.pop("pads", (zeros, zeros))  # type: ignore[misc]
+    auto_pad = changes.pop("auto_pad", None)
+    bias = changes.pop("bias", None)
+    attrs = [
+        f"{key}={list(value)}"  # type: ignore[call-overload]
+        for key, value, default in (
+            ("strides", strides, ones),
+            ("dilations", dilations, ones),
+            ("pads", (*before, *after), (*zeros, *zeros)),
+        )
+        if value != default
+    ]
+    if auto_pad:
+        attrs.append(f'auto_pad="{auto_pad}"')
+    if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        upper = auto_pad == "SAME_UPPER"
+        before, after = same_pads(sizes, kernel, strides, dilations, upper=upper)  # type: ignore
+    weight = noise(6, M, channels, *kernel) / math.sqrt(channels * math.prod(kernel))
+
+    def rows(feed: Feed) -> np.ndarray:
+        return unfold(feed["x"], kernel, strides, dilations, before, after)  # type: ignore
+
+    given = {
+        "inputs": {"x": (2, channels, *sizes)},
+        "outputs": DIMS[spatial + 2],
+        "body": f"y = Conv<{', '.join(attrs)}>(x, W{'' if bias is None else ', b'})".replace(
+            "<>", ""
+        ),
+        "exact": "Conv Conv",
+        "weight": weight.reshape(M, -1),
+        "rows": rows,
+        "fixed": True,
+        "W": weight,
+        **({} if bias is None else {"b": bias}),
+    }
+    return form(name, **given | changes)  # type: ignore[arg-type]
+
+
+PLANE, THREE = (6, 7), (3, 3)
+CONV_ADD = {"body": "h = Conv(x, W) y = Add(h, b)", "exact": "Conv Conv Add"}
+
+CONVS = [
+    conv("conv1d", (20,), (3,), pads=((1,), (1,))),
+    conv("conv2d", PLANE, THREE, pads=((1, 1), (1, 1))),
+    conv("conv3d", (3, 4, 5), (2, 2, 2)),
+    conv("conv2d_bias", PLANE, THREE, bias=B),
+    conv("conv2d_strides", (9, 12), THREE, strides=(2, 3), pads=((1, 1), (1, 1))),
+    conv("conv2d_uneven_pads", PLANE, THREE, pads=((2, 0), (1, 3)), bias=B),
+    conv("conv2d_dilations", (9, 9), THREE, dilations=(2, 3), pads=((1, 1), (1, 1))),
+    conv("conv2d_rectangle", PLANE, (1, 5)),
+    conv("conv2d_same_upper", (9, 8), (2, 3), auto_pad="SAME_UPPER", strides=(2, 2)),
+    conv("conv2d_same_lower", (9, 8), (2, 3), auto_pad="SAME_LOWER", strides=(2, 2), bias=B),
+    conv("conv2d_valid_dilated", (9, 8), (2, 3), auto_pad="VALID", dilations=(2, 1)),
+    conv("conv2d_valid", PLANE, THREE, auto_pad="VALID"),
+    conv("conv3d_strides", (4, 5, 6), (2, 1, 2), strides=(1, 2, 2), bias=B),
+    conv("conv1d_pointwise", (20,), (1,)),
+    conv("conv2d_pointwise", PLANE, (1, 1), bias=B),
+    conv("conv3d_pointwise", (2, 3, 4), (1, 1, 1)),
+    conv("conv2d_pointwise_strides", (9, 9), (1, 1), strides=(2, 2)),
+    conv("conv2d_pointwise_pads", PLANE, (1, 1), pads=((1, 0), (0, 1))),
+    conv(
+        "conv2d_computed_bias",
+        PLANE,
+        THREE,
+        inputs={"x": (2, 2, *PLANE), "z": (M,)},
+        body="b = Neg(z) y = Conv(x, W, b)",
+        exact="Neg Conv Conv",
+        corrected="",
+    ),
+    conv("conv2d_add_m11", PLANE, THREE, **CONV_ADD, b=B[:, None, None]),
+    conv("conv2d_add_1m11", PLANE, THREE, **CONV_ADD, b=B[None, :, None, None]),
+    conv("conv2d_add_a_row_is_no_bias", PLANE, THREE, **CONV_ADD, b=noise(7, 5)),
+    conv("conv1d_add_m1", (20,), (3,), **CONV_ADD, b=B[:, None]),
+]
+
+# --- where the weight comes from, versions, types -----------------------------------------------
+
+TEXT = f"float[{D},{M}] {{{', '.join(f'{w:.9g}' for w in W.T.astype(np.float32).flat)}}}"
+HALF = W.astype(np.float16)
+
+
+def behind(name: str, body: str, **changes: object) -> Form:
+    return right(2, name=f"weight_{name}", body=body, **changes)
+
+
+STORED = [
+    behind("constant", f"V = Constant<value = {TEXT}>() y = MatMul(x, V)", W=None),
+    behind(
+        "constant_transposed_twice",
+        f"U = Constant<value = {TEXT}>() T = Transpose(U) V = Transpose(T) y = MatMul(x, V)",
+        W=None,
+    ),
+    behind("transpose", "V = Transpose<perm=[1,0]>(W) y = MatMul(x, V)", W=W),
+    behind(
+        "reshape",
+        "V = Reshape(W, s) y = MatMul(x, V)",
+        W=W.T.reshape(-1),
+        s=np.array([D, -1]),
+    ),
+    behind("identity", "V = Identity(W) y = MatMul(x, V)"),
+    behind("cast", "V = Cast<to=1>(W) y = MatMul(x, V)", weight=HALF, W=HALF.T),
+    behind("squeeze", "V = Squeeze(W, a) y = MatMul(x, V)", W=W.T[None], a=np.array([0])),
+    behind("squeeze_attribute", "V = Squeeze<axes=[0]>(W) y = MatMul(x, V)", opset=11, W=W.T[None]),
+    behind("unsqueeze", "V = Unsqueeze(W, a) y = MatMul(x, V)", outputs="[a,b,c]", a=np.array([0])),
+    behind("flatten", "V = Flatten(W) y = MatMul(x, V)", W=W.T[:, None]),
+    gemm(
+        "weight_gemm_identity",
+        B,
+        body="V = Identity(W) c = Identity(C) y = Gemm(x, V, c)",
+        exact="Identity MatMul Gemm",
+        corrected="MatMul Gemm",
+    ),
+    conv(
+        "weight_conv_reshape",
+        PLANE,
+        THREE,
+        body="V = Reshape(W, s) y = Conv(x, V)",
+        W=conv("", PLANE, THREE).weight,
+        s=np.array([M, 2, *THREE]),
+    ),
+]
+AFFINE = "t = Transpose(V) h = MatMul(x, t) y = Add(h, b)"
+
+
+def versions() -> list[Form]:
+    made = []
+    for opset in (7, 9, 11, 13, 17, 21):
+        made += [
+            right(2, name=f"matmul_opset{opset}", opset=opset),
+            right(
+                2,
+                name=f"transpose_add_opset{opset}",
+                opset=opset,
+                body=AFFINE,
+                exact=WITH_BIAS,
+                corrected=WITH_BIAS,
+                W=None,
+                V=W,
+                b=B,
+            ),
+            gemm(f"gemm_opset{opset}", B, transB=1, alpha=2.0, opset=opset),
+            conv(f"conv_opset{opset}", PLANE, THREE, opset=opset, bias=B),
+        ]
+    for opset in (7, 8):
+        made += [
+            right(2, name=f"matmul_ir3_opset{opset}", opset=opset, ir=3),
+            gemm(f"gemm_ir3_opset{opset}", B, opset=opset, ir=3),
+            conv(f"conv_ir3_opset{opset}", PLANE, THREE, opset=opset, ir=3, bias=B),
+        ]
+    return made
+
+
+TYPES = [
+    right(3, name="matmul_float16", dtype="float16"),
+    left(2, name="matmul_left_float16", dtype="float16"),
+    gemm("gemm_float16", B, dtype="float16"),
+    conv("conv_float16", PLANE, THREE, dtype="float16", bias=B),
+    right(3, name="matmul_double", dtype="double"),
+    left(3, name="matmul_left_double", dtype="double"),
+    gemm("gemm_double", B, dtype="double", transA=1),
+]
+
+FORMS = [*MATMULS, *GEMMS, *CONVS, *STORED, *versions(), *TYPES]
+
+# ONNX Runtime has no CPU kernels for these: they are rewritten, not run.
+UNRUNNABLE = [
+    right(2, name="matmul_bfloat16", dtype="bfloat16"),
+    gemm("gemm_bfloat16", B, dtype="bfloat16", alpha=2.0),
+    conv("conv_bfloat16", PLANE, THREE, dtype="bfloat16", opset=22, bias=B),
+    conv("conv_double", PLANE, THREE, dtype="double", bias=B),
+]
+
+assert len({f.name for f in (*FORMS, *UNRUNNABLE)}) == len(FORMS) + len(UNRUNNABLE)
