@@ -128,7 +128,8 @@ def compress(
         raise ConfigError("a plan states its own target: param ratio and energy exclude it")
     job = _Job.open(model, data, config, config.provider, progress)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
-    if plan is not None and _applied(job.store) == plan.fingerprint():
+    stamp = _stamp(job.store)
+    if plan is not None and stamp is not None and stamp.value == plan.fingerprint():
         report = job.validate(job.store, held)
         done = ("The model already is what this plan makes of its source; nothing was changed.",)
         return CompressResult(plan=plan, store=job.store, validation=report, samples=0, notes=done)
@@ -288,7 +289,8 @@ class _Job:
         self.progress("rewriting", 0, 0)
         store = rewrite(self.index, replacements)
         check_contract(self.store, store)
-        store.proto.metadata_props.add(key=PLAN_KEY, value=plan.fingerprint())
+        stamp = _stamp(store) or store.proto.metadata_props.add(key=PLAN_KEY)
+        stamp.value = plan.fingerprint()
         before, after = self.store.file_bytes, store.file_bytes
         if after > before and not config.force:
             raise TargetMissedError(
@@ -371,13 +373,12 @@ def _notes(collected: Collected, sites: dict[str, tuple[int | None, bool]]) -> t
     strided = [s for s in collected.strides.values() if s > 1]
     if strided:
         notes.append(
-            f"{len(strided)} of {len(collected.strides)} tensors have more rows than their rank "
-            f"needs: every {min(strided)}th to {max(strided)}th row was used."
+            f"{len(strided)} of {len(collected.strides)} tensors have more rows than a rank "
+            f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
         )
     return tuple(notes)
 
 
-def _applied(store: ModelStore) -> str | None:
-    """Fingerprint of the plan that made a model, if one did."""
-    entries: Sequence[onnx.StringStringEntryProto] = store.proto.metadata_props
-    return next((e.value for e in entries if e.key == PLAN_KEY), None)
+def _stamp(store: ModelStore) -> onnx.StringStringEntryProto | None:
+    """The metadata entry that says which plan made a model, if one did."""
+    return next((e for e in store.proto.metadata_props if e.key == PLAN_KEY), None)

@@ -19,6 +19,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
+from onnx_utilrank.statistics.factorize import feature_scale
 
 DTYPES = {
     "float": np.dtype(np.float32),
@@ -74,6 +75,12 @@ def constants(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
 
 
+def root_error(lost: np.ndarray, outputs: np.ndarray) -> float:
+    """Root of the squared error relative to the outputs, [n, m] both, as the default counts it."""
+    scale = feature_scale(outputs.var(0))
+    return float(np.linalg.norm(lost / scale) / np.linalg.norm(outputs / scale))
+
+
 def noise(seed: int, *shape: int) -> np.ndarray:
     """Normal values, float64."""
     return np.random.default_rng(seed).normal(size=shape)
@@ -98,6 +105,7 @@ class Form:
         feeds: How many feeds there are; together they hold rows enough for any width here.
         weight: W [m, d], float64.
         rows: The rows x [n, d] of one feed.
+        axis: Axis of the features in the output; a vector has only one.
         exact: Operators of the model when W is factored at full rank.
         corrected: The same when the lost mean goes into the bias; empty where it cannot.
         alpha: α.
@@ -110,6 +118,7 @@ class Form:
     feeds: int
     weight: np.ndarray
     rows: Callable[[Feed], np.ndarray]
+    axis: int
     exact: list[str]
     corrected: list[str]
     alpha: float
@@ -129,6 +138,11 @@ class Form:
 
     def all_rows(self, feeds: Sequence[Feed]) -> np.ndarray:
         return np.concatenate([self.rows(feed) for feed in feeds]).astype(np.float64)
+
+    def output_rows(self, y: np.ndarray) -> np.ndarray:
+        """The output as rows [n, m], float64."""
+        moved = y if y.ndim == 1 else np.moveaxis(y, self.axis, -1)
+        return moved.reshape(-1, len(self.weight)).astype(np.float64)
 
     def rounding(self, feeds: Sequence[Feed]) -> tuple[float, float]:
         """What rounding may do to one value of the outputs, and to the norm of all together.
@@ -172,6 +186,7 @@ def form(
     corrected: str | None = None,
     weight: np.ndarray = W,
     rows: Callable[[Feed], np.ndarray] = last_axis,
+    axis: int = -1,
     alpha: float = 1.0,
     dtype: str = "float",
     fixed: bool = False,
@@ -199,6 +214,7 @@ def form(
         feeds=feeds,
         weight=held.astype(np.float64),
         rows=rows,
+        axis=axis,
         exact=exact.split(),
         corrected=(exact if corrected is None else corrected).split(),
         alpha=alpha,
@@ -239,6 +255,7 @@ def left(rank: int, **changes: object) -> Form:
         "exact": CHAIN,
         "corrected": "",
         "rows": second_last_axis,
+        "axis": -2,
         "fixed": True,
         "feeds": 64 if rank == 1 else 10,
         "W": W,
@@ -278,6 +295,14 @@ MATMULS = [
         exact=WITH_BIAS,
         corrected="MatMul MatMul Add Add",
         b=B[:1],
+    ),
+    right(
+        2,
+        name="add_of_a_row_each_is_no_bias",
+        body="h = MatMul(x, W) y = Add(h, b)",
+        exact=WITH_BIAS,
+        corrected="MatMul MatMul Add Add",
+        b=noise(4, 12, M),
     ),
     right(
         2,
@@ -329,6 +354,7 @@ def gemm(name: str, c: np.ndarray | None = None, **changes: object) -> Form:
         "exact": f"{turn}MatMul {'MatMul' if plain else 'Gemm'}",
         "corrected": f"{turn}MatMul Gemm",
         "rows": last_axis if x_last else second_last_axis,
+        "axis": -1 if on_right else -2,
         "alpha": alpha,
         "fixed": True,
         "W": weight.T if w_turned else weight,
@@ -392,7 +418,6 @@ GEMMS = [
 ]
 
 # --- Conv ---------------------------------------------------------------------------------------
-
 
 
 def unfold(
@@ -471,6 +496,7 @@ def conv(name: str, sizes: Shape, kernel: Shape, **changes: object) -> Form:
         "exact": "Conv Conv",
         "weight": weight.reshape(M, -1),
         "rows": rows,
+        "axis": 1,
         "fixed": True,
         "W": weight,
         **({} if bias is None else {"b": bias}),

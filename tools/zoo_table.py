@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "Results", "StepError", "Zoo", "last_json", "main", "table"]
+__all__ = ["Entry", "Results", "StepError", "Zoo", "main", "table"]
 
 ENVIRONMENT = "ONNX_UTILRANK_ZOO"
 DEFAULT_METHOD = "one-sided"
@@ -46,6 +46,9 @@ OTHER_RATIOS = (0.8, 0.6)
 # Exit status of `compress` where the target cannot be met: an answer, not a failure.
 NOT_REACHED = 3
 CHECK = "import sys, onnx; onnx.checker.check_model(sys.argv[1], full_check=True)"
+
+# Options that name files of whoever runs this.
+PLACES = ("--zoo", "--out")
 
 COLUMNS = (
     *("model", "asked", "kept", "method", "metric", "before", "after", "drop", "output error"),
@@ -154,20 +157,19 @@ class Zoo:
     """
 
     folder: Path
-    program: Path
+    program: str
     work: Path
     samples: int
     limit: int | None
 
-    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the working folder."""
-        command = [str(word) for word in words]
-        print("$", shlex.join([Path(command[0]).name, *command[1:]]), file=sys.stderr, flush=True)
+        print("$", shlex.join([Path(words[0]).name, *words[1:]]), file=sys.stderr, flush=True)
         return subprocess.run(
-            command, cwd=self.work, capture_output=True, text=True, encoding="utf8", check=False
+            words, cwd=self.work, capture_output=True, text=True, encoding="utf8", check=False
         )
 
-    def must(self, what: str, *words: str | Path) -> str:
+    def must(self, what: str, *words: str) -> str:
         """Run a command that has to succeed; its standard output.
 
         Raises:
@@ -179,9 +181,14 @@ class Zoo:
             raise StepError(f"{what} failed with exit status {done.returncode}: {reason}")
         return done.stdout
 
-    def model(self, name: str) -> Path:
+    @property
+    def script(self) -> str:
+        """The zoo's own program."""
+        return str(self.folder / "zoo.py")
+
+    def model(self, name: str) -> str:
         """The file of a model."""
-        return self.folder / name / "model.onnx"
+        return str(self.folder / name / "model.onnx")
 
     def error_line(self, errors: str) -> str:
         """What standard error says is wrong: the tool's own line, else the last one.
@@ -198,29 +205,28 @@ class Zoo:
         Raises:
             StepError: A command failed.
         """
-        script = self.folder / "zoo.py"
         data, samples = f"{name}.npz", str(self.samples)
         self.must(
             "zoo.py calib",
-            *(sys.executable, script, "calib", name),
+            *(sys.executable, self.script, "calib", name),
             *("-o", data, "--samples", samples),
         )
         measured = self.must(
             "analyze", self.program, "analyze", self.model(name), "--data", data, "--json"
         )
-        report = last_json(measured, "analyze")
+        report = read_json(measured, "analyze")
         mean = report["mean_layer_utilization"]
         return None if mean is None else float(mean)
 
     def measure(self, name: str, ratio: float, method: str, mlu: float | None) -> Entry:
         """One row; what fails after compression becomes its outcome."""
-        out = f"{name}_{ratio:g}_{method}.onnx"
-        report = Path(out).with_suffix(".json")
+        out = f"{name}_{ratio}_{method}.onnx"
+        report = f"{out}.json"
         options = [] if method == DEFAULT_METHOD else ["--method", method]
         start = time.perf_counter()
         done = self.run(
             *(self.program, "compress", self.model(name), "-o", out, "--data", f"{name}.npz"),
-            *("--param-ratio", f"{ratio:g}", "--report", report, *options),
+            *("--param-ratio", str(ratio), "--report", report, *options),
         )
         fields: dict[str, Any] = {
             **{"model": name, "ratio": ratio, "method": method, "mlu": mlu},
@@ -252,9 +258,8 @@ class Zoo:
             StepError: `zoo.py eval` failed.
         """
         limit = [] if self.limit is None else ["--limit", str(self.limit)]
-        script = self.folder / "zoo.py"
-        printed = self.must("zoo.py eval", sys.executable, script, "eval", name, model, *limit)
-        found = last_json(printed, "zoo.py eval")
+        printed = self.must("zoo.py eval", sys.executable, self.script, "eval", name, model, *limit)
+        found = read_json(printed, "zoo.py eval")
         return {
             "metric": found["metric"],
             "samples": found["n"],
@@ -275,22 +280,19 @@ def compression_figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def last_json(output: str, what: str) -> dict[str, Any]:
-    """The JSON object that a command printed, after whatever else it printed.
+def read_json(output: str, what: str) -> dict[str, Any]:
+    """The JSON object that a command printed; nothing else belongs on standard output.
 
     Raises:
-        StepError: There is none.
+        StepError: It printed anything else.
     """
-    lines = output.strip().splitlines()
-    for first in range(len(lines)):
-        if lines[first].startswith("{"):
-            try:
-                found = json.loads("\n".join(lines[first:]))
-            except ValueError:
-                continue
-            if isinstance(found, dict):
-                return found
-    raise StepError(f"{what} printed no JSON object")
+    try:
+        found = json.loads(output)
+    except ValueError as e:
+        raise StepError(f"{what} printed something else than JSON ({e})") from e
+    if not isinstance(found, dict):
+        raise StepError(f"{what} printed no JSON object")
+    return found
 
 
 def table(entries: Sequence[Entry]) -> str:
@@ -354,6 +356,7 @@ def _result_file(text: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zoo_table.py",
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -412,16 +415,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _caption(options: argparse.Namespace, given: Sequence[str], version: str) -> str:
-    """The command and what a reader of the table has to know, without the zoo's own place."""
-    words = list(given)
-    for k, word in enumerate(words):
-        if word == "--zoo":
-            words[k + 1] = "ZOO"
-        elif word.startswith("--zoo="):
-            words[k] = "--zoo=ZOO"
+    """The command, without places on this machine, and what a reader of the table has to know."""
+    words = [
+        word
+        for before, word in zip(("", *given), given, strict=False)
+        if before not in PLACES and word.partition("=")[0] not in PLACES
+    ]
     part = "" if options.limit is None else f" (the first {options.limit} samples only)"
     return (
-        f"    python tools/{shlex.join(['zoo_table.py', *words])}\n\n"
+        f"    {ENVIRONMENT}=ZOO python tools/{shlex.join(['zoo_table.py', *words])}\n\n"
         f"{version}; at most {options.samples} calibration samples, a fifth of them held back. "
         f"Metrics are those of `zoo.py eval`{part}; a drop above 0 is worse. Output error: "
         "relative, on the held-back samples. Latency ratio: median over pairs of runs of both "
@@ -430,11 +432,10 @@ def _caption(options: argparse.Namespace, given: Sequence[str], version: str) ->
     )
 
 
-def _find_program() -> Path | None:
+def _find_program() -> str | None:
     # The environment that runs this need not be activated: its programs lie beside its interpreter.
     beside = shutil.which("onnx-utilrank", path=Path(sys.executable).parent)
-    found = beside or shutil.which("onnx-utilrank")
-    return Path(found) if found else None
+    return beside or shutil.which("onnx-utilrank")
 
 
 def _fill(
@@ -473,9 +474,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"onnx-utilrank is not installed beside {sys.executable}")
     wanted = [
         (name, ratio, method)
-        for name in options.models
-        for ratio in options.ratios or RATIOS.get(name, OTHER_RATIOS)
-        for method in options.methods
+        for name in dict.fromkeys(options.models)
+        for ratio in dict.fromkeys(options.ratios or RATIOS.get(name, OTHER_RATIOS))
+        for method in dict.fromkeys(options.methods)
     ]
     file = next((path for path in options.out if path.suffix == ".json"), None)
     settings = {"samples": options.samples, "limit": options.limit}

@@ -45,21 +45,19 @@ def usable_batch(index: GraphIndex, data: Dataset, samples: Sequence[int], p: Pr
     Raises:
         ModelError: The model does not load, or does not run on one sample.
     """
+    if data.run is not None:
+        return DYNAMIC_BATCH  # the data themselves say how many samples a run takes
     session = open_session(index.store, p)
-    batch = DYNAMIC_BATCH
-    feed = next(data.feeds(samples, batch=batch))
     try:
-        outputs = session.run(feed)
+        session.run(next(data.feeds(samples, batch=2)))  # if two fit, any number does
     except InferenceError:
-        batch = 1
-        feed = next(data.feeds(samples, batch=batch))
-        outputs = session.run(feed)
+        session.run(next(data.feeds(samples, batch=1)))
         logger.warning(
             "%s: runs with one sample at a time only, though its batch size is free",
             index.store.label,
         )
-    check_finite(index, outputs, feed, p)
-    return batch
+        return 1
+    return DYNAMIC_BATCH
 
 
 def collect(
@@ -110,25 +108,29 @@ def _run(
     batch: int,
     progress: Progress,
 ) -> dict[RowView, SecondMoment]:
-    moments = {tap.view: SecondMoment.zero(tap.view.width) for tap in tapped.taps}
+    # Sums of z = x - shift, of which the shift is taken out once, at the end.
+    sums = {tap.view: SecondMoment.zero(tap.view.width) for tap in tapped.taps}
     session = open_session(tapped.store, provider)
     own = tuple(o.name for o in index.store.outputs)
+    runs = data.count_feeds(samples, batch=batch)
     for k, feed in enumerate(data.feeds(samples, batch=batch)):
         phases = {name: np.array([k % stride]) for stride, name in tapped.phases.items()}
         values = session.run({**feed, **phases})
         check_finite(index, {name: values[name] for name in own}, feed, provider)
         for tap in tapped.taps:
-            outer, total = values[tap.outer], values[tap.total]
-            if not (np.isfinite(outer).all() and np.isfinite(total).all()):
+            held = sums[tap.view]
+            held.outer += values[tap.outer]
+            held.total += values[tap.total]
+            held.rows += int(values[tap.matrix][tap.row_axis])
+            # One look at a square of every feature: it is not finite if any value is not.
+            if not np.isfinite(np.diagonal(values[tap.outer])).all():
                 raise ModelError(
                     f"{index.store.label}: value {tap.view.tensor!r} at "
                     f"{_place(index, tap.view.tensor)} holds NaN or infinity, or its squares "
-                    f"overflow {outer.dtype.name}, on the calibration data"
+                    f"overflow {values[tap.outer].dtype.name}, on the calibration data"
                 )
-            rows = int(values[tap.matrix][tap.row_axis])
-            moments[tap.view].add(outer=outer, total=total, rows=rows, shift=tap.shift)
-        progress("calibrating", min(len(samples), (k + 1) * batch), len(samples))
-    return moments
+        progress("calibrating", k + 1, runs)
+    return {tap.view: sums[tap.view].shifted(tap.shift) for tap in tapped.taps}
 
 
 def _place(index: GraphIndex, value: str) -> str:

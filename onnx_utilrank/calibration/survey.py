@@ -23,7 +23,7 @@ def expose(store: ModelStore, names: Collection[str]) -> ModelStore:
     known = {o.name for o in proto.graph.output}
     # Without a type: ONNX Runtime infers it, also for operators that onnx does not know.
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    return ModelStore(proto=proto, folder=store.folder)
+    return ModelStore(proto=proto, folder=store.folder, name=store.label)
 
 
 def survey(

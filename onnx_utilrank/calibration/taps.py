@@ -115,7 +115,9 @@ def insert_taps(
         builder.tap(view, np.asarray(observed[view.tensor]), strides[view]) for view in views
     )
     return TappedModel(
-        store=ModelStore(proto=proto, folder=store.folder), taps=taps, phases=builder.phases
+        store=ModelStore(proto=proto, folder=store.folder, name=store.label),
+        taps=taps,
+        phases=builder.phases,
     )
 
 

@@ -1,7 +1,7 @@
 """Who makes and who reads each value of a model's main graph, and which values are constant."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ class GraphIndex:
     Attributes:
         store: The model.
         initializers: Dense initializers by name.
+        constants: Names of all constant values, see `constant`.
         producers: Index of the node that makes each value.
         consumers: Indices of the nodes that read each value, once an input slot.
         pinned: Values that are needed whatever reads them: graph outputs, and names captured by
@@ -34,6 +35,7 @@ class GraphIndex:
 
     store: ModelStore
     initializers: dict[str, onnx.TensorProto]
+    constants: frozenset[str]
     producers: dict[str, int]
     consumers: dict[str, list[int]]
     pinned: frozenset[str]
@@ -50,6 +52,8 @@ class GraphIndex:
         producers: dict[str, int] = {}
         consumers: defaultdict[str, list[int]] = defaultdict(list)
         pinned = {o.name for o in graph.output}
+        initializers = {t.name: t for t in graph.initializer}
+        constants = set(initializers)
         for k, node in enumerate(graph.node):
             for name in filter(None, node.output):
                 if name in producers:
@@ -61,9 +65,12 @@ class GraphIndex:
             for name in filter(None, node.input):
                 consumers[name].append(k)
             pinned |= captured_names(node)
+            if _keeps_constant(node, constants):
+                constants.update(node.output)
         return cls(
             store=store,
-            initializers={t.name: t for t in graph.initializer},
+            initializers=initializers,
+            constants=frozenset(constants - {""}),
             producers=producers,
             consumers=dict(consumers),
             pinned=frozenset(pinned),
@@ -74,6 +81,14 @@ class GraphIndex:
         node: onnx.NodeProto = self.store.proto.graph.node[k]
         return node
 
+    def rank(self, name: str) -> int | None:
+        """Number of dimensions that the model declares of an input or inner value, if it does."""
+        graph = self.store.proto.graph
+        for value in (*graph.input, *graph.value_info):
+            if value.name == name and value.type.tensor_type.HasField("shape"):
+                return len(value.type.tensor_type.shape.dim)
+        return None
+
     def constant(self, name: str) -> np.ndarray | None:
         """Values of a constant: an initializer, a Constant node, or either behind layout operators.
 
@@ -83,26 +98,16 @@ class GraphIndex:
         Raises:
             ModelError: The data cannot be read or the layout operators cannot be evaluated.
         """
+        if name not in self.constants:
+            return None
         if name in self.initializers:
             return self.store.array(self.initializers[name])
         if name in self._folded:
             return self._folded[name]
-        if name not in self.producers:
-            return None
         node = self.node(self.producers[name])
-        if node.domain not in ("", "ai.onnx"):
-            return None
         if node.op_type == "Constant":
-            tensor = attributes(node).get("value")
-            return self.store.array(tensor) if isinstance(tensor, onnx.TensorProto) else None
-        if node.op_type not in LAYOUT_OPS:
-            return None
-        feed = {}
-        for given in filter(None, node.input):
-            value = self.constant(given)
-            if value is None:
-                return None
-            feed[given] = value
+            return self.store.array(next(a.t for a in node.attribute if a.name == "value"))
+        feed = {given: self.constant(given) for given in filter(None, node.input)}
         try:
             # The evaluator takes a node as it is; opset 13 stands for models that import none.
             run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
@@ -143,6 +148,16 @@ class GraphIndex:
         # The shape input of a Reshape is not the data.
         kind = self.constant_type(name)
         return kind is None or not np.issubdtype(kind[1], np.integer)
+
+
+def _keeps_constant(node: onnx.NodeProto, constants: Container[str]) -> bool:
+    """Whether a node's outputs are constant where those of `constants` are."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    if node.op_type == "Constant":
+        return any(a.name == "value" and a.HasField("t") for a in node.attribute)
+    inputs = list(filter(None, node.input))
+    return node.op_type in LAYOUT_OPS and bool(inputs) and all(n in constants for n in inputs)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, object]:

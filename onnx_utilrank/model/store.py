@@ -6,6 +6,7 @@ for. Nothing in the package mutates the proto of a store: a rewrite makes a new 
 
 import contextlib
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,11 +60,13 @@ class ModelStore:
         proto: The model as parsed; tensors with external data hold a reference, not the data.
         folder: Where external data lie; None where the model came as a `ModelProto`.
         path: The file that `proto` was read from, as it stands there; None for any other model.
+        name: What messages call a working copy of another model: that model's label.
     """
 
     proto: onnx.ModelProto
     folder: Path | None = None
     path: Path | None = None
+    name: str | None = None
 
     @classmethod
     def load(cls, source: "ModelSource") -> "ModelStore":
@@ -92,7 +95,7 @@ class ModelStore:
     @property
     def label(self) -> str:
         """How messages name this model: its file, or its graph."""
-        return str(self.path) if self.path else f"model {self.proto.graph.name!r}"
+        return self.name or str(self.path or f"model {self.proto.graph.name!r}")
 
     @property
     def opset(self) -> int:
@@ -115,8 +118,7 @@ class ModelStore:
     def file_bytes(self) -> int:
         """Bytes that the model takes as a file, external data included."""
         outside = (t for t in self.tensors() if uses_external_data(t))
-        lengths = ({e.key: e.value for e in t.external_data}.get("length") for t in outside)
-        return int(self.proto.ByteSize()) + sum(int(length or 0) for length in lengths)
+        return int(self.proto.ByteSize()) + sum(map(_outside_length, outside))
 
     @property
     def has_external_data(self) -> bool:
@@ -249,6 +251,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _outside_length(tensor: onnx.TensorProto) -> int:
+    """Bytes of an external tensor; from its shape where its entry does not say."""
+    stated = next((e.value for e in tensor.external_data if e.key == "length"), None)
+    if stated is not None:
+        return int(stated)
+    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return int(math.prod(tensor.dims) * kind.itemsize)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -8,7 +8,12 @@ import numpy as np
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.method import Choice, Move, Side
 from onnx_utilrank.sites.site import Site
-from onnx_utilrank.statistics.factorize import Decomposition, Factors, one_sided, output_error
+from onnx_utilrank.statistics.factorize import (
+    Decomposition,
+    Factors,
+    feature_scale,
+    one_sided,
+)
 from onnx_utilrank.statistics.moments import SecondMoment
 
 __all__ = ["ONE_SIDED", "OneSided"]
@@ -24,8 +29,9 @@ class OneSidedSite:
         side: Which of the two.
         centred: The decomposition for a corrected bias; None where the bias cannot take the mean.
         uncentred: The one without; None where correcting the bias is free, and so always better.
-        variance: E‖W (x − μ)‖², which errors are relative to; E‖W x‖² where it vanishes or the
-            bias cannot take the mean.
+        scale: The diagonal of D, which output errors are divided by, [m].
+        variance: E‖D^{-1} W (x − μ)‖², which errors are relative to; E‖D^{-1} W x‖² where it
+            vanishes or the bias cannot take the mean.
         bias_cost: Elements that correcting the bias adds.
     """
 
@@ -34,6 +40,7 @@ class OneSidedSite:
     side: Side
     centred: Decomposition | None
     uncentred: Decomposition | None
+    scale: np.ndarray
     variance: float
     bias_cost: int
 
@@ -57,7 +64,7 @@ class OneSidedSite:
         assert move.rank is not None
         found = self.centred if move.bias else self.uncentred
         if found is None:  # an edited plan may leave a bias alone that is free to correct
-            found = one_sided(weight, **{self.side: self.moment}, centred=move.bias)
+            found = _decomposed(weight, self.side, self.moment, self.scale, centred=move.bias)
         return found.factors(weight, move.rank)
 
     def error(self, weight: np.ndarray, move: Move) -> float:
@@ -71,12 +78,15 @@ class OneSidedSite:
         if self.side == "inputs":
             return np.asarray((weight - factors.product) @ mean)
         assert self.centred is not None
-        kept = self.centred.basis[:, : move.rank]
-        return np.asarray(mean - kept @ (kept.T @ mean))
+        assert move.rank is not None
+        return self.centred.lost(mean, move.rank)
 
 
 class OneSided:
-    """min E‖(W − Ŵ)(x − μ)‖² a site; see `statistics.factorize.one_sided`."""
+    """min E‖D^{-1} (W − Ŵ)(x − μ)‖² a site; see `statistics.factorize.one_sided`.
+
+    D keeps outputs of huge variance from ruling all others (`feature_scale`).
+    """
 
     key = "one-sided"
 
@@ -92,16 +102,17 @@ class OneSided:
         """See `Method.measure`."""
         assert moment is not None
         side = self.side(site)
-        given = {side: moment}
+        scale = feature_scale(_energies(weight, side, moment.covariance))
         centred = uncentred = None
         if site.bias != "none":
-            centred = one_sided(weight, **given, centred=True)
+            centred = _decomposed(weight, side, moment, scale, centred=True)
         if centred is None or bias_cost > 0:
-            uncentred = one_sided(weight, **given, centred=False)
+            uncentred = _decomposed(weight, side, moment, scale, centred=False)
         chosen = uncentred if centred is None else centred
         assert chosen is not None
         variance = chosen.energy
-        energy = max(_energy(weight, side, moment), float(np.finfo(np.float64).tiny))
+        energies = _energies(weight, side, moment.uncentred) / scale**2
+        energy = max(float(energies.sum()), float(np.finfo(np.float64).tiny))
         if variance <= 1e-12 * energy:  # one row, or a constant output
             variance = energy
         return OneSidedSite(
@@ -110,6 +121,7 @@ class OneSided:
             side=side,
             centred=centred,
             uncentred=uncentred,
+            scale=scale,
             variance=variance,
             bias_cost=bias_cost,
         )
@@ -119,11 +131,18 @@ class OneSided:
         return allocate(choices, budget)
 
 
-def _energy(weight: np.ndarray, side: Side, moment: SecondMoment) -> float:
-    """E‖W x‖², the mean included."""
+def _decomposed(
+    weight: np.ndarray, side: Side, moment: SecondMoment, scale: np.ndarray, *, centred: bool
+) -> Decomposition:
+    inputs, outputs = (moment, None) if side == "inputs" else (None, moment)
+    return one_sided(weight, inputs=inputs, outputs=outputs, centred=centred, scale=scale)
+
+
+def _energies(weight: np.ndarray, side: Side, second: np.ndarray) -> np.ndarray:
+    """Diagonal of W C W^T [m], from the second moment or covariance of either side."""
     if side == "outputs":
-        return float(np.trace(moment.uncentred))
-    return output_error(weight, np.zeros_like(weight), moment.uncentred)
+        return np.diag(second).copy()
+    return np.asarray(np.einsum("ij,ij->i", weight @ second, weight))
 
 
 ONE_SIDED = OneSided()

@@ -103,8 +103,7 @@ class Conv:
             gs.Node(
                 op="Conv",
                 name=surgeon.unique(f"{name}/low_rank"),
-                # Empty lists, which graphsurgeon cannot export, stand for the default.
-                attrs={key: value for key, value in given.items() if value != []},
+                attrs=given,
                 inputs=[surgeon.tensor(node.input[0]), surgeon.tensor(first)],
                 outputs=[hidden],
             ),

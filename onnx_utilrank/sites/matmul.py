@@ -1,6 +1,7 @@
 """MatMul with a constant matrix on either side (ONNX operators, MatMul)."""
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex, node_label
@@ -51,10 +52,13 @@ class MatMul:
             d=d,
             inputs=RowView(tensor=node.input[1 - slot], axis=axis, width=d),
             outputs=RowView(tensor=node.output[0], axis=axis, width=m),
-            bias=self._bias(index, node.output[0], layout, m),
+            bias=self._bias(index, node, layout, m),
         )
 
-    def _bias(self, index: GraphIndex, output: str, layout: str, m: int) -> BiasSlot:
+    def _bias(self, index: GraphIndex, node: onnx.NodeProto, layout: str, m: int) -> BiasSlot:
+        output = node.output[0]
+        if layout == LEFT and index.rank(node.input[1]) == 1:
+            return BiasSlot(kind="none")  # A x is a vector, which no column can be added to
         found = added_bias(index, output, m, -1 if layout == RIGHT else -2)
         if found is not None:
             return found

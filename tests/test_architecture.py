@@ -1,0 +1,125 @@
+"""The layers of the package, its fences to other packages, and the shape of its modules."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import onnx_utilrank
+
+PACKAGE = Path(onnx_utilrank.__file__).parent
+MODULES = {
+    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# What each part may import, lowest first: a part only names parts that stand above it.
+LAYERS = {
+    "errors": "",
+    "statistics": "",
+    "config": "errors",
+    "model": "errors",
+    "runtime": "errors model",
+    "sites": "errors model statistics",
+    "ranking": "config errors model sites statistics",
+    "calibration": "errors model runtime sites statistics",
+    "surgery": "errors model sites statistics",
+    "validation": "errors model runtime",
+    "results": "errors model ranking validation",
+    "pipeline": (
+        "calibration config errors model ranking results runtime sites statistics surgery"
+        " validation"
+    ),
+    "__init__": "config errors pipeline ranking results validation",
+    "report": "errors model ranking results validation",
+    "cli": "__init__ config errors pipeline ranking report runtime sites",
+    "__main__": "cli",
+}
+
+# Packages that only some modules may import; nothing may import those with no module.
+FENCES = {
+    "onnx_graphsurgeon": ("model/surgeon.py", "sites/"),
+    "onnxruntime": ("runtime/", "cli/main.py"),
+    "rich": ("cli/", "report/"),
+    "argparse": ("cli/",),
+    "onnx_ir": (),
+    "torch": (),
+}
+
+LONGEST = 400
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of all modules that a module imports, also within functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield str(node.module)
+
+
+def part(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def public(tree: ast.Module) -> set[str]:
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    return {n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")}
+
+
+def exported(tree: ast.Module) -> list[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+def test_every_part_has_its_layer():
+    assert {part(name) for name in MODULES} == set(LAYERS)
+
+
+def test_layers_import_one_way():
+    below: set[str] = set()
+    for name, allowed in LAYERS.items():
+        assert set(allowed.split()) <= below
+        below.add(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_only_what_its_layer_may(name: str):
+    inner = [m.split(".") for m in imported(MODULES[name]) if m.split(".")[0] == "onnx_utilrank"]
+    parts = {m[1] if len(m) > 1 else "__init__" for m in inner}
+    assert parts <= {part(name), *LAYERS[part(name)].split()}
+
+
+@pytest.mark.parametrize("package", FENCES)
+def test_packages_are_imported_only_inside_their_fence(package: str):
+    users = {
+        n for n, tree in MODULES.items() if package in {m.split(".")[0] for m in imported(tree)}
+    }
+    assert all(user.startswith(FENCES[package]) for user in users)
+    assert bool(users) == bool(FENCES[package])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_is_short_and_says_what_it_is_for(name: str):
+    assert ast.get_docstring(MODULES[name])
+    lines = (PACKAGE / name).read_text(encoding="utf8").splitlines()
+    assert len(lines) <= LONGEST
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_lists_its_public_names(name: str):
+    tree = MODULES[name]
+    listed = exported(tree)
+    if public(tree):
+        assert listed
+    if listed is not None:
+        assert len(set(listed)) == len(listed)
+        bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        bound |= {
+            alias.name for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names
+        }
+        assert set(listed) <= bound | public(tree)

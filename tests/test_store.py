@@ -1,0 +1,424 @@
+"""Files: what is read, what is refused, and what lies on disk afterwards."""
+
+import os
+import stat
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from builders import activations, index, model, noise, right, run
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data, uses_external_data
+
+from onnx_utilrank import CompressConfig, ModelError, UtilrankError, compress
+from onnx_utilrank.model import store as store_module
+from onnx_utilrank.model.store import ModelStore, TensorSpec, atomic_write
+from onnx_utilrank.ranking.cost import count_parameters
+from onnx_utilrank.surgery.rewrite import check_contract
+
+SMALLER = CompressConfig(param_ratio=0.8)
+NOTHING = CompressConfig(param_ratio=1.0, exclude=("*",))
+SIZE = 64
+
+
+def two_layers() -> onnx.ModelProto:
+    """Two MatMuls of low rank, large enough that factors save bytes too."""
+    weights = {
+        name: (noise(k, SIZE, 8) @ noise(k + 1, 8, SIZE) / SIZE).astype(np.float32)
+        for k, name in enumerate(("U", "D"))
+    }
+    signature = f"(float[n,{SIZE}] x) => (float[n,{SIZE}] y)"
+    proto = model(signature, "h = MatMul(x, U) g = Add(h, b) y = MatMul(g, D)", **weights)
+    proto.graph.initializer.append(numpy_helper.from_array(noise(9, SIZE).astype(np.float32), "b"))
+    return proto
+
+
+def feeds() -> list[dict[str, np.ndarray]]:
+    return [{"x": activations(k, 128, SIZE).astype(np.float32)} for k in range(6)]
+
+
+def outside(folder: Path, proto: onnx.ModelProto | None = None) -> Path:
+    """A model with its weights in a file beside it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.onnx"
+    options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto or two_layers())
+    onnx.save_model(copy, path, **options)
+    return path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def size_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def arrays(store: ModelStore) -> list[np.ndarray]:
+    return [store.array(tensor) for tensor in store.tensors()]
+
+
+def one_line(message: str, *parts: object) -> None:
+    assert "\n" not in message
+    assert all(str(part) in message for part in parts)
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+RAW = right(2).proto.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("missing.onnx", None, "cannot be read"),
+        ("empty.onnx", b"", "not an ONNX model"),
+        ("cut.onnx", RAW[: len(RAW) // 2], "not an ONNX model"),
+        ("text.onnx", b"not a model at all", "not an ONNX model"),
+        ("page.onnx", b"<!DOCTYPE html><html></html>", "not an ONNX model"),
+        ("list.json", b"[1, 2, 3]", "not an ONNX model"),
+        ("model.onnxtxt", b"agraph (float[N] x) => (float[N] y) {", "not an ONNX model"),
+        ("head.onnx", onnx.ModelProto(ir_version=10).SerializeToString(), "no graph"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["load", "compress"])
+def test_what_is_no_model_is_an_error_that_names_the_file(
+    tmp_path: Path, name: str, content: bytes | None, reason: str, verb: str
+):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        ModelStore.load(path) if verb == "load" else compress(path, feeds(), SMALLER)
+    one_line(str(caught.value), path, reason)
+
+
+def test_folder_is_no_model(tmp_path: Path):
+    with pytest.raises(ModelError, match="cannot be read") as caught:
+        ModelStore.load(tmp_path)
+    one_line(str(caught.value), tmp_path)
+
+
+def test_models_without_operator_sets_are_refused():
+    proto = right(2).proto
+    del proto.opset_import[:]
+    with pytest.raises(ModelError, match=r"model 'g': .*no opset"):
+        ModelStore.load(proto)
+
+
+def test_value_that_is_made_twice_is_an_error_that_names_both_nodes():
+    proto = model("(float[n] x) => (float[n] y)", "y = Neg(x) [twin] y = Abs(x)")
+    with pytest.raises(ModelError, match="'y' is made twice, by Neg 'y' and Abs 'twin'"):
+        index(proto)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".json", ".onnxtxt", ""])
+def test_models_load_whatever_they_are_called(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a model é{suffix}"
+    path.write_bytes(RAW)
+    store = ModelStore.load(str(path))
+    assert store.proto.SerializeToString() == RAW
+    assert store.label == str(path)
+    assert ModelStore.load(store) is store
+
+
+def test_inputs_and_outputs_are_those_a_caller_sees():
+    signature = "(float[n,3] x, seq(int64) s, float k) => (float[n,3] y, float16[m,?] z, string t)"
+    body = "y = Mul(x, W) z = Cast<to=10>(y) t = Cast<to=8>(k)"
+    store = ModelStore.load(model(signature, body, opset=8, ir=3, W=np.ones(3, np.float32)))
+    given, made = (", ".join(map(str, specs)) for specs in (store.inputs, store.outputs))
+    assert given == "x: float32[n, 3], s: non-tensor[?], k: float32[]"
+    assert made == "y: float32[n, 3], z: float16[m, ?], t: object[]"
+    assert store.inputs[0] == TensorSpec(name="x", dtype=np.dtype(np.float32), shape=("n", 3))
+
+
+def test_every_tensor_counts_wherever_it_is():
+    body = """
+        c = Constant<value = float[2] {1, 2}>()
+        h = Add(x, c)
+        y = If (flag) <
+            then_branch = one () => (float[2] a) {
+                k = Constant<value = float[2] {3, 4}>()
+                a = Add(h, k)
+            },
+            else_branch = two () => (float[2] b) <float[2] w = {5, 6}> { b = local.f(w) }
+        >
+    """
+    functions = (
+        '<opset_import: ["" : 17], domain: "local"> f (p) => (q)'
+        " { v = Constant<value = float[2] {7, 8}>() q = Add(p, v) }"
+    )
+    proto = model(
+        "(float[2] x, bool flag) => (float[2] y)",
+        body,
+        domains=', "local" : 1',
+        functions=functions,
+        unused=np.float32([9, 10]),
+    )
+    values = numpy_helper.from_array(np.float32([11]), "sparse")
+    at = numpy_helper.from_array(np.array([1]), "at")
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, at, [2]))
+    store = ModelStore.load(proto)
+    held = sorted(float(v) for a in arrays(store) for v in a.flat)
+    assert held == sorted([*range(1, 12), 1])
+    assert count_parameters(store) == len(held)
+
+
+# --- external data ------------------------------------------------------------------------------
+
+
+def test_external_data_stay_external(tmp_path: Path):
+    path = outside(tmp_path / "in")
+    result = compress(path, feeds(), SMALLER)
+    assert {e.rank for e in result.plan.entries} != {None}
+    (out := tmp_path / "out").mkdir()
+    result.save(out / "small.onnx")
+    assert files(out) == ["small.onnx", "small.onnx.data"]
+    saved = ModelStore.load(out / "small.onnx")
+    assert saved.has_external_data
+    onnx.checker.check_model(out / "small.onnx", full_check=True)
+    inline = compress(two_layers(), feeds(), SMALLER)
+    feed = feeds()[0]
+    np.testing.assert_array_equal(run(saved, feed)["y"], run(inline.model, feed)["y"])
+
+
+def test_external_data_give_the_same_plan_as_inline_ones(tmp_path: Path):
+    one = compress(outside(tmp_path / "in"), feeds(), SMALLER).plan
+    other = compress(two_layers(), feeds(), SMALLER).plan
+    assert one.entries == other.entries
+    assert one.parameters_after == other.parameters_after
+
+
+def test_rewritten_model_with_external_data_is_checked_too(tmp_path: Path):
+    source = ModelStore.load(outside(tmp_path))
+    result = compress(source, feeds(), SMALLER).store
+    assert result is not None
+    check_contract(source, result)
+    result.proto.graph.initializer.pop()
+    with pytest.raises(UtilrankError, match="not valid ONNX"):
+        check_contract(source, result)
+
+
+def test_model_with_external_data_may_be_overwritten(tmp_path: Path):
+    path = outside(tmp_path / "in")
+    result = compress(path, feeds(), SMALLER)
+    feed = feeds()[0]
+    expected = run(result.store, feed)["y"]
+    for _ in range(2):  # nothing is appended to what is there
+        ModelStore(proto=result.model, folder=path.parent).save(path)
+        size = size_on_disk(path.parent)
+    assert files(path.parent) == ["model.onnx", "model.onnx.data", "weights.bin"]
+    assert size_on_disk(path.parent) == size
+    np.testing.assert_array_equal(run(ModelStore.load(path), feed)["y"], expected)
+
+
+def test_copy_with_external_data_holds_the_same_values(tmp_path: Path):
+    path = outside(tmp_path / "in")
+    source = ModelStore.load(path)
+    result = compress(path, feeds(), NOTHING)
+    assert result.store is not None
+    result.save(tmp_path / "copy.onnx")
+    copy = ModelStore.load(tmp_path / "copy.onnx")
+    for before, after in zip(arrays(source), arrays(copy), strict=True):
+        np.testing.assert_array_equal(after, before)
+    assert [t.name for t in copy.tensors() if uses_external_data(t)] == ["U", "D", "b"]
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn", "bfloat16", "int8"])
+def test_types_of_any_width_survive_outside(tmp_path: Path, dtype: str):
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    values = np.array([0, 1, 2, 1, 0, 2, 1], np.float32).astype(kind)
+    tensor = numpy_helper.from_array(values, "packed")
+    raw = tensor.raw_data
+    proto = right(2, ir=11, opset=23).proto
+    proto.graph.initializer.append(tensor)
+    store = ModelStore.load(outside(tmp_path / "in", proto))
+    assert store.has_external_data
+    store.save(tmp_path / "out.onnx")
+    copy = onnx.load(tmp_path / "out.onnx")
+    held = next(t for t in copy.graph.initializer if t.name == "packed")
+    assert held.raw_data == raw
+    np.testing.assert_array_equal(numpy_helper.to_array(held), values)
+
+
+def test_tensors_of_nodes_may_lie_outside_too(tmp_path: Path):
+    body = "c = Constant<value = float[2] {1, 2}>() y = Add(x, c)"
+    proto = model("(float[2] x) => (float[2] y)", body)
+    proto.graph.node[0].attribute[0].t.CopyFrom(numpy_helper.from_array(np.float32([1, 2]), "c"))
+    path = tmp_path / "model.onnx"
+    onnx.save_model(
+        proto, path, save_as_external_data=True, size_threshold=0, convert_attribute=True
+    )
+    store = ModelStore.load(path)
+    assert store.has_external_data
+    store.save(tmp_path / "copy.onnx")
+    (copied,) = arrays(ModelStore.load(tmp_path / "copy.onnx"))
+    assert copied.tolist() == [1, 2]
+
+
+def relocated(folder: Path, **changes: str | None) -> Path:
+    """A model whose first weight states another place for its data."""
+    path = outside(folder)
+    proto = onnx.load(path, load_external_data=False)
+    tensor = proto.graph.initializer[0]
+    entries = {e.key: e.value for e in tensor.external_data} | changes
+    del tensor.external_data[:]
+    for key, value in entries.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=value)
+    onnx.save_model(proto, path)
+    return path
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "{folder}/secret.bin", "gone.bin", "", "."])
+def test_data_outside_the_folder_or_missing_are_errors_that_name_the_tensor(
+    tmp_path: Path, location: str
+):
+    (tmp_path / "secret.bin").write_bytes(bytes(4 * SIZE * SIZE))
+    path = relocated(tmp_path / "in", location=location.format(folder=tmp_path))
+    store = ModelStore.load(path)
+    with pytest.raises(ModelError) as caught:
+        store.array(store.proto.graph.initializer[0])
+    one_line(str(caught.value), path, "'U'")
+    with pytest.raises(ModelError) as caught:
+        store.save(tmp_path / "out.onnx")
+    one_line(str(caught.value), "'U'")
+    assert files(tmp_path) == ["in", "secret.bin"]
+    with pytest.raises(ModelError):
+        compress(path, feeds(), SMALLER)
+
+
+def test_data_that_are_cut_short_are_an_error(tmp_path: Path):
+    path = outside(tmp_path / "in")
+    (path.parent / "weights.bin").write_bytes(b"\0" * 100)
+    with pytest.raises(ModelError, match=r"model\.onnx"):
+        compress(path, feeds(), SMALLER)
+    store = ModelStore.load(path)
+    with pytest.raises(ModelError, match="'U'"):
+        store.fingerprint()
+
+
+def test_fingerprint_covers_the_data_outside(tmp_path: Path):
+    path = outside(tmp_path / "in")
+    before = ModelStore.load(path).fingerprint()
+    assert ModelStore.load(path).fingerprint() == before
+    data = path.parent / "weights.bin"
+    raw = bytearray(data.read_bytes())
+    raw[-1] ^= 1
+    data.write_bytes(raw)
+    assert ModelStore.load(path).fingerprint() != before
+    assert ModelStore.load(two_layers()).fingerprint() != before
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_models_beyond_the_limit_of_one_file_put_their_weights_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+):
+    monkeypatch.setattr(store_module, "INLINE_LIMIT", 20_000)  # in place of 2 GiB
+    proto = two_layers()
+    if external:  # one tensor only, so that what is left inline passes the limit
+        set_external_data(proto.graph.initializer[2], "weights.bin")
+        onnx.save_model(proto, tmp_path / "in.onnx")
+        assert files(tmp_path) == ["in.onnx", "weights.bin"]
+    source = ModelStore.load(tmp_path / "in.onnx" if external else proto)
+    (out := tmp_path / "out").mkdir()
+    source.save(out / "big.onnx")
+    assert files(out) == ["big.onnx", "big.onnx.data"]
+    assert (out / "big.onnx").stat().st_size < 20_000
+    feed = feeds()[0]
+    saved = ModelStore.load(out / "big.onnx")
+    np.testing.assert_array_equal(run(saved, feed)["y"], run(two_layers(), feed)["y"])
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+def test_size_of_one_file_is_that_on_disk(tmp_path: Path):
+    store = ModelStore.load(two_layers())
+    store.save(tmp_path / "m.onnx")
+    assert store.file_bytes == size_on_disk(tmp_path)
+    result = compress(tmp_path / "m.onnx", feeds(), SMALLER)
+    result.save(tmp_path / "m.onnx")
+    assert result.store is not None
+    assert result.store.file_bytes == size_on_disk(tmp_path) < store.file_bytes
+    assert result.validation is not None
+    assert result.validation.candidate.file_bytes == result.store.file_bytes
+
+
+def test_size_with_external_data_is_that_on_disk_without_padding(tmp_path: Path):
+    store = ModelStore.load(outside(tmp_path / "in"))
+    assert 0 <= size_on_disk(tmp_path / "in") - store.file_bytes < 4096 * 3
+    bytes_of_weights = 4 * (2 * SIZE * SIZE + SIZE)
+    assert store.file_bytes == (tmp_path / "in" / "model.onnx").stat().st_size + bytes_of_weights
+
+
+def test_size_does_not_need_the_length_that_an_entry_may_omit(tmp_path: Path):
+    stated = ModelStore.load(relocated(tmp_path / "in"))
+    silent = ModelStore.load(relocated(tmp_path / "in", length=None))
+    fewer = stated.proto.ByteSize() - silent.proto.ByteSize()
+    assert stated.file_bytes - silent.file_bytes == fewer > 0
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "kept.bin"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(path) as f:
+            f.write(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert files(tmp_path) == ["kept.bin"]
+
+
+def test_until_the_end_a_reader_sees_the_old_file(tmp_path: Path):
+    path = tmp_path / "kept.bin"
+    path.write_bytes(b"old")
+    with atomic_write(path) as f:
+        f.write(b"new")
+        f.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert files(tmp_path) == ["kept.bin"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_get_the_permissions_of_any_new_file(tmp_path: Path, mask: int, mode: int):
+    before = os.umask(mask)
+    try:
+        ModelStore.load(two_layers()).save(tmp_path / "m.onnx")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "m.onnx").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("target", ["no/such/folder/m.onnx", "folder", "file/m.onnx"])
+def test_target_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path, target: str):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ModelError, match="cannot be written") as caught:
+        ModelStore.load(two_layers()).save(tmp_path / target)
+    one_line(str(caught.value), tmp_path / target)
+    assert files(tmp_path) == ["file", "folder"]
+    assert files(tmp_path / "folder") == []
+
+
+def test_tensor_types_that_numpy_lacks_are_errors_of_the_model():
+    tensor = TensorProto(name="odd", data_type=TensorProto.UNDEFINED, dims=[1])
+    proto = right(2).proto
+    proto.graph.initializer.append(tensor)
+    store = ModelStore.load(proto)
+    with pytest.raises(ModelError, match="'odd'"):
+        store.array(tensor)
