@@ -9,8 +9,9 @@ IN_VENV := $(VENV)/bin/python
 demo: $(VENV)/.demo-installed
 	$(IN_VENV) models/demo.py
 
+# One thread for linear algebra in each test process: more would only wait for each other.
 test: lint
-	$(IN_VENV) -m pytest
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(IN_VENV) -m pytest
 
 lint: $(VENV)/.dev-installed
 	$(IN_VENV) -m ruff check

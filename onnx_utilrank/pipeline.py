@@ -11,7 +11,7 @@ from onnx_utilrank.calibration.collect import Collected, Progress, collect, usab
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, SiteFilter, ValidateConfig
-from onnx_utilrank.errors import ConfigError, TargetMissedError
+from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.ranking.cost import bias_cost, count_parameters
@@ -151,10 +151,16 @@ def compress(
         )
     store = job.rewrite(plan, measured, config)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
+    report = job.validate(store, held)
+    if all(o.kind == "skipped" for p in report.providers for o in p.outputs):
+        raise ModelError(
+            f"{job.store.label}: none of its outputs can be compared, so that no result could be "
+            f"validated ({' '.join(report.notes)})"
+        )
     return CompressResult(
         plan=plan,
         store=store,
-        validation=job.validate(store, held),
+        validation=report,
         samples=len(calibration),
         notes=notes,
     )

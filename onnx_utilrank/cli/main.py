@@ -10,6 +10,7 @@ import onnxruntime as ort
 from onnx_utilrank import __version__
 from onnx_utilrank.cli import analyze, compress, validate
 from onnx_utilrank.errors import UtilrankError
+from onnx_utilrank.report.tables import printable
 
 __all__ = ["build_parser", "main"]
 
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except UtilrankError as e:
-        print(f"onnx-utilrank: error: {' '.join(str(e).split())}", file=sys.stderr)
+        line = printable(" ".join(str(e).split()))
+        print(f"onnx-utilrank: error: {line}", file=sys.stderr)
         return e.exit_status
     return status
 

@@ -11,7 +11,7 @@ from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.results import CompressResult, UtilizationReport
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["compression_tables", "utilization_tables", "validation_tables"]
+__all__ = ["compression_tables", "printable", "utilization_tables", "validation_tables"]
 
 VERDICTS = {
     "planned": "Planned only: no model was made.",
@@ -115,9 +115,14 @@ def _comparison(report: ValidationReport) -> Iterator[RenderableType]:
 
 def _sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
     for note in notes:
-        yield Text(f"Note: {note}")
+        yield Text(printable(f"Note: {note}"))
     for reason, count in reasons.items():
         yield Text(f"Left alone: {count} x {reason}")
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, which a terminal would obey, are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _table(*columns: str) -> Table:
@@ -129,4 +134,4 @@ def _table(*columns: str) -> Table:
 
 
 def _row(table: Table, *cells: object) -> None:
-    table.add_row(*(Text(str(cell)) for cell in cells))
+    table.add_row(*(Text(printable(str(cell))) for cell in cells))
