@@ -570,6 +570,22 @@ STORED = [
     behind("squeeze", "V = Squeeze(W, a) y = MatMul(x, V)", W=W.T[None], a=np.array([0])),
     behind("squeeze_attribute", "V = Squeeze<axes=[0]>(W) y = MatMul(x, V)", opset=11, W=W.T[None]),
     behind("unsqueeze", "V = Unsqueeze(W, a) y = MatMul(x, V)", outputs="[a,b,c]", a=np.array([0])),
+    behind(
+        "unsqueeze_attribute",
+        "V = Unsqueeze<axes=[0, 1]>(W) y = MatMul(x, V)",
+        outputs=DIMS[4],
+        opset=11,
+    ),
+    conv(
+        "bias_unsqueeze_attribute",
+        PLANE,
+        THREE,
+        body="h = Conv(x, W) c = Unsqueeze<axes=[1, 2]>(b) y = Add(h, c)",
+        exact="Conv Unsqueeze Conv Add",
+        corrected="Conv Conv Add",
+        opset=9,
+        b=B,
+    ),
     behind("flatten", "V = Flatten(W) y = MatMul(x, V)", W=W.T[:, None]),
     gemm(
         "weight_gemm_identity",
