@@ -577,11 +577,11 @@ STORED = [
         opset=11,
     ),
     conv(
-        "bias_unsqueeze_attribute",
+        "conv_bias_unsqueeze_attribute",
         PLANE,
         THREE,
         body="h = Conv(x, W) c = Unsqueeze<axes=[1, 2]>(b) y = Add(h, c)",
-        exact="Conv Unsqueeze Conv Add",
+        exact="Conv Conv Unsqueeze Add",
         corrected="Conv Conv Add",
         opset=9,
         b=B,

@@ -10,6 +10,7 @@ from onnx_utilrank.cli.options import (
     add_site_options,
     check_outputs,
     number,
+    run_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import DEFAULT_ENERGY, AnalyzeConfig
@@ -49,12 +50,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs([args.model], [args.report])
     config = AnalyzeConfig(
         energy=args.energy,
-        samples=args.samples,
-        seed=args.seed,
-        provider=args.provider,
-        include=tuple(args.include),
-        exclude=tuple(args.exclude),
-        op_types=args.op_types,
+        **run_options(args),
     )
     with ProgressBars() as progress:
         report = analyze(args.model, args.data, config, progress=progress)

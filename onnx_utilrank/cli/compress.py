@@ -10,6 +10,7 @@ from onnx_utilrank.cli.options import (
     add_site_options,
     check_outputs,
     number,
+    run_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import CompressConfig
@@ -86,12 +87,7 @@ def run(args: argparse.Namespace) -> int:
         method=args.method,
         force=args.force,
         rank_multiple=args.rank_multiple,
-        samples=args.samples,
-        seed=args.seed,
-        provider=args.provider,
-        include=tuple(args.include),
-        exclude=tuple(args.exclude),
-        op_types=args.op_types,
+        **run_options(args),
     )
     plan = RankPlan.load(args.plan) if args.plan else None
     with ProgressBars() as progress:

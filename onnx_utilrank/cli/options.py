@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.runtime.providers import PROVIDERS
@@ -16,6 +17,7 @@ __all__ = [
     "add_site_options",
     "check_outputs",
     "number",
+    "run_options",
 ]
 
 DATA_HELP = (
@@ -98,6 +100,18 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the results as JSON instead of tables"
     )
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_data_options`, `add_provider_option` and `add_site_options` were given."""
+    return {
+        "samples": args.samples,
+        "seed": args.seed,
+        "provider": args.provider,
+        "include": tuple(args.include),
+        "exclude": tuple(args.exclude),
+        "op_types": args.op_types,
+    }
 
 
 def check_outputs(sources: list[str | None], targets: list[str | None]) -> None:

@@ -109,15 +109,14 @@ class GraphIndex:
             return self.store.array(next(a.t for a in node.attribute if a.name == "value"))
         feed = {given: self.constant(given) for given in filter(None, node.input)}
         axes = attributes(node).get("axes")
-        if node.op_type == "Unsqueeze" and isinstance(axes, list):
-            # The form of before opset 13, on which the evaluator fails (onnx 1.23).
-            (data,) = feed.values()
-            self._folded[name] = np.expand_dims(np.asarray(data), tuple(axes))
-            return self._folded[name]
         try:
-            # The evaluator takes a node as it is; opset 13 stands for models that import none.
-            run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
-            (folded,) = run.run(None, feed)
+            if node.op_type == "Unsqueeze" and isinstance(axes, list):
+                # The form of before opset 13, on which the evaluator fails (onnx 1.23).
+                folded: object = np.expand_dims(np.asarray(feed[node.input[0]]), tuple(axes))
+            else:
+                # It takes a node as it is; opset 13 stands for models that import none.
+                run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
+                (folded,) = run.run(None, feed)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
             reason = " ".join(str(e).split())
             raise ModelError(f"{self.store.label}: {node_label(node)}: {reason}") from e
