@@ -34,11 +34,11 @@ METHODS = (DEFAULT_METHOD, "utilized-rank", "svd")
 RATIOS = {
     "mobilenet_v2": (0.9, 0.8),
     "minilm_l6": (0.8, 0.7),
-    "kwt1": (0.8, 0.7, 0.6),
+    "kwt1": (0.7, 0.6),
     "resnet20": (0.9, 0.8),
     "dncnn_s25": (0.8, 0.6),
     "mnist8_cntk": (0.8, 0.6),
-    "vit_cifar10": (0.5, 0.3, 0.2),
+    "vit_cifar10": (0.5, 0.3),
 }
 # For a model that is not listed.
 OTHER_RATIOS = (0.8, 0.6)
