@@ -532,6 +532,24 @@ def test_the_paper_allocates_the_largest_common_energy(choices, share):
 
 
 @law
+@given(choices=utilized_choices(), energy=st.floats(0.0, 0.999))
+def test_what_an_energy_takes_is_a_budget_that_buys_it(choices, energy):
+    wanted = at_energy(choices, energy)
+    taken = UTILIZED_RANK.allocate(choices, spent(wanted))
+    assert taken is not None
+    assert spent(taken) == spent(wanted)
+
+
+def test_a_budget_for_everything_buys_also_the_directions_without_energy():
+    weight, rows = draw_layer(0, 6, 5, rows=2)
+    found = UTILIZED_RANK.measure(site(6, 5), weight, SecondMoment.of(rows), 0)
+    moves = tuple(found.moves(candidate_ranks(found.site, 1, force=True)))
+    taken = UTILIZED_RANK.allocate([Choice(measured=found, moves=moves)], 5 * (6 + 5))
+    assert taken is not None
+    assert decided(taken) == [(5, (5, 6))]
+
+
+@law
 @given(choices=utilized_choices(), share=ENERGIES)
 def test_the_paper_s_allocation_is_one_energy_for_all(choices, share):
     full, least = (spent(at_energy(choices, energy)) for energy in (1.0, 0.0))
@@ -604,9 +622,10 @@ def test_methods_are_found_by_their_keys():
     assert len({m.key for m in METHODS}) == len(METHODS)
 
 
-def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="'svdd' is not known; choose one of: one-sided,"):
-        find_method("svdd")
+@pytest.mark.parametrize("key", ["svdd", "sv", "SVD", ""])
+def test_an_unknown_method_is_refused_with_the_known_ones(key):
+    with pytest.raises(ConfigError, match=f"'{key}' is not known; choose one of: one-sided,"):
+        find_method(key)
 
 
 def test_only_the_baseline_needs_no_data():
