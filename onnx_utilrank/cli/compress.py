@@ -94,15 +94,15 @@ def run(args: argparse.Namespace) -> int:
         result = compress(
             args.model, args.data, config, plan=plan, dry_run=args.dry_run, progress=progress
         )
-    # The model last: where it stands, all that belongs to it stands too.
+    # What is printed says that the model was written, so that comes first.
     if args.plan_out:
         result.plan.save(args.plan_out)
+    if not args.dry_run:
+        result.save(args.output)
     emit(
         result.as_dict(),
         compression_tables(result, args.output),
         as_json=args.json,
         file=args.report,
     )
-    if not args.dry_run:
-        result.save(args.output)
     return 0
