@@ -31,12 +31,10 @@ class Collected:
     Attributes:
         moments: The moment of each row view.
         strides: Every how many-th row of each view counted.
-        samples: Samples that were run.
     """
 
     moments: dict[RowView, SecondMoment]
     strides: dict[RowView, int]
-    samples: int
 
 
 def usable_batch(index: GraphIndex, data: Dataset, samples: Sequence[int], p: Provider) -> int:
@@ -80,7 +78,7 @@ def collect(
     """
     views = list(dict.fromkeys(views))
     if not views:
-        return Collected(moments={}, strides={}, samples=0)
+        return Collected(moments={}, strides={})
     single = next(data.feeds(samples, batch=1))
     observed = survey(index.store, list({v.tensor for v in views}), single, provider)
     singles = data.count_feeds(samples, batch=1)
@@ -95,7 +93,6 @@ def collect(
     return Collected(
         moments=moments,
         strides={tap.view: tap.stride for tap in tapped.taps},
-        samples=len(samples),
     )
 
 
