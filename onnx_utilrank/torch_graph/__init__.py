@@ -1,0 +1,1 @@
+"""Run an ONNX graph in torch, differentiably, with its initializers as parameters."""
