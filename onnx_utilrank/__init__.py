@@ -11,7 +11,7 @@ result.save("smaller.onnx")
 
 from importlib.metadata import version
 
-from onnx_utilrank.config import AnalyzeConfig, CompressConfig, ValidateConfig
+from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import (
     ConfigError,
     DataError,
@@ -20,9 +20,15 @@ from onnx_utilrank.errors import (
     TargetMissedError,
     UtilrankError,
 )
-from onnx_utilrank.pipeline import analyze, compress, validate
+from onnx_utilrank.pipeline import analyze, compress, sweep, validate
 from onnx_utilrank.ranking.plan import RankPlan
-from onnx_utilrank.results import CompressResult, LayerUtilization, UtilizationReport
+from onnx_utilrank.results import (
+    CompressResult,
+    LayerUtilization,
+    SweepPoint,
+    SweepResult,
+    UtilizationReport,
+)
 from onnx_utilrank.validation.report import ValidationReport
 
 __version__ = version("onnx-utilrank")
@@ -36,7 +42,10 @@ __all__ = [
     "LayerUtilization",
     "ModelError",
     "ProviderUnavailableError",
+    "QualityTarget",
     "RankPlan",
+    "SweepPoint",
+    "SweepResult",
     "TargetMissedError",
     "UtilizationReport",
     "UtilrankError",
@@ -44,5 +53,6 @@ __all__ = [
     "ValidationReport",
     "analyze",
     "compress",
+    "sweep",
     "validate",
 ]

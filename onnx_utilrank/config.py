@@ -1,13 +1,23 @@
 """Everything a caller can choose, with its defaults and its limits."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
-__all__ = ["AnalyzeConfig", "CompressConfig", "ValidateConfig"]
+__all__ = ["QUALITY_KEYS", "AnalyzeConfig", "CompressConfig", "QualityTarget", "ValidateConfig"]
+
+QualityKey = Literal["max_drop", "max_divergence", "min_agreement", "min_snr"]
+QUALITY_KEYS: tuple[QualityKey, ...] = ("max_drop", "max_divergence", "min_agreement", "min_snr")
 
 # The paper states no threshold that we could confirm; this one is ours, and an option everywhere.
 DEFAULT_ENERGY = 0.999
+
+# What statistics and activations may take together; models of some 100 M parameters fit.
+DEFAULT_MEMORY = 4 * 2**30
 
 
 def _check(fine: bool, message: str) -> None:
@@ -29,6 +39,31 @@ class SiteFilter:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     op_types: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityTarget:
+    """How good the smallest model has to be.
+
+    Attributes:
+        key: `max_drop` of the user's metric, of which a higher value is better; `max_divergence`
+            of the outputs (nats a decision, or ½ of the relative squared error of values);
+            `min_agreement` of decisions, in [0, 1]; `min_snr` of output values, in dB.
+        limit: The value.
+
+    Raises:
+        ConfigError: The limit is out of range.
+    """
+
+    key: QualityKey
+    limit: float
+
+    def __post_init__(self) -> None:
+        _check(self.key in QUALITY_KEYS, f"quality {self.key!r} is none of {QUALITY_KEYS}")
+        label = self.key.replace("_", " ")
+        _check(math.isfinite(self.limit), f"{label} {self.limit} is not a finite number")
+        _check(self.key == "min_snr" or self.limit >= 0, f"{label} must not be negative")
+        _check(self.key != "min_agreement" or self.limit <= 1, f"{label} is at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,53 +92,101 @@ class AnalyzeConfig(SiteFilter):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressConfig(SiteFilter):
-    """Options of `compress`. One of `param_ratio`, `energy` and a plan says how far to go.
+    """Options of `compress`. One target, or a plan, says how far to go.
 
     Attributes:
         param_ratio: Parameters to keep over the whole model, in (0, 1].
+        size_ratio: Bytes of the file to keep, in (0, 1].
+        flop_ratio: Operations of MatMul, Gemm and Conv to keep, in (0, 1].
         energy: Share of the energy that each layer's subspaces hold (the paper's rule), in (0, 1].
-        method: Key of the method that spends `param_ratio`.
+        quality: Smallest model that is still this good.
+        evaluate: The user's metric, of which a higher value is better: a function, or
+            'package.module:function', that takes the path of an ONNX file and gives a number.
+        labels: Or the array of the data, int64 [samples], that holds the right class of each
+            sample: the metric is then the accuracy in per cent.
+        method: Key of the method; None for two-sided factors, or one-sided ones where gradients
+            cannot be had.
+        weighting: What counts at the outputs: `softmax`, `logits` or `values`; None to tell from
+            the model and its outputs.
+        moves: Keys of the moves that may be made, wherever they are smaller; None for all that
+            the method has, where they should be faster too.
+        refit: Fit layers anew to what they get behind compressed ones.
         force: Factor every site, also where that saves nothing.
         rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
         samples: Samples to use, those held back included; None for all.
-        seed: Seed of the choice of samples and of the split.
+        seed: Seed of the choice of samples, of the split and of gradients.
         provider: Key of the execution provider to calibrate and validate on.
+        memory_budget: Bytes that statistics and activations may take together.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.
     """
 
     param_ratio: float | None = None
+    size_ratio: float | None = None
+    flop_ratio: float | None = None
     energy: float | None = None
+    quality: QualityTarget | None = None
+    evaluate: str | Callable[[str], float] | None = None
+    labels: str | None = None
     method: str | None = None
+    weighting: Weighting | None = None
+    moves: tuple[str, ...] | None = None
+    refit: bool = True
     force: bool = False
     rank_multiple: int = 1
     samples: int | None = None
     seed: int = 0
     provider: str = "cpu"
+    memory_budget: int = DEFAULT_MEMORY
 
     def __post_init__(self) -> None:
-        ratio, energy = self.param_ratio, self.energy
-        _check(ratio is None or 0 < ratio <= 1, f"param ratio {ratio} is not in (0, 1]")
-        _check(energy is None or 0 < energy <= 1, f"energy {energy} is not in (0, 1]")
-        _check(ratio is None or energy is None, "param ratio and energy exclude each other")
+        for name in ("param_ratio", "size_ratio", "flop_ratio", "energy"):
+            value = getattr(self, name)
+            label = name.replace("_", " ")
+            _check(value is None or 0 < value <= 1, f"{label} {value} is not in (0, 1]")
         _check(
-            energy is None or self.method in (None, "utilized-rank"),
+            len(self.target) <= 1,
+            f"{' and '.join(self.target)} exclude each other".replace("_", " "),
+        )
+        _check(
+            self.energy is None or self.method in (None, "utilized-rank"),
             f"energy is the rule of method utilized-rank; method {self.method} takes a param ratio",
+        )
+        metrics = (self.evaluate is not None) + (self.labels is not None)
+        _check(metrics <= 1, "evaluate and labels exclude each other")
+        needed = self.quality is not None and self.quality.key == "max_drop"
+        _check(metrics == 1 or not needed, "max drop needs a metric: evaluate or labels")
+        _check(
+            self.weighting in (None, *WEIGHTINGS),
+            f"output weighting {self.weighting!r} is none of {WEIGHTINGS}",
         )
         _check(self.rank_multiple >= 1, "rank multiple must be at least 1")
         _check(self.samples is None or self.samples > 1, "samples must be at least 2")
+        _check(self.memory_budget >= 2**20, "memory budget must be at least 1 MiB")
 
     @property
-    def method_key(self) -> str:
-        """The method that applies."""
-        return "utilized-rank" if self.energy is not None else self.method or "one-sided"
+    def method_key(self) -> str | None:
+        """The method that applies; None for the best that the model allows."""
+        return "utilized-rank" if self.energy is not None else self.method
 
     @property
     def target(self) -> dict[str, float]:
         """What was asked for, as plans and reports state it."""
-        given = {"param_ratio": self.param_ratio, "energy": self.energy}
+        given = {
+            "param_ratio": self.param_ratio,
+            "size_ratio": self.size_ratio,
+            "flop_ratio": self.flop_ratio,
+            "energy": self.energy,
+        }
+        if self.quality is not None:
+            given[self.quality.key] = self.quality.limit
         return {key: value for key, value in given.items() if value is not None}
+
+    @property
+    def ratio(self) -> float | None:
+        """The share of the budget's unit to keep."""
+        return self.param_ratio or self.size_ratio or self.flop_ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

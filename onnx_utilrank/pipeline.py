@@ -1,39 +1,36 @@
 """Strings the stages together: measure utilization, compress, validate."""
 
-import random
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-import onnx
-
-from onnx_utilrank.calibration.collect import Collected, Progress, collect, usable_batch
-from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
-from onnx_utilrank.calibration.survey import linear_flops
-from onnx_utilrank.config import AnalyzeConfig, CompressConfig, SiteFilter, ValidateConfig
+from onnx_utilrank.calibration.collect import Progress, usable_batch
+from onnx_utilrank.calibration.data import DataSource, hold_back, open_data
+from onnx_utilrank.compression import build, fit, make_offers, stamp
+from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
+from onnx_utilrank.job import Job, chosen_samples, compare
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore
-from onnx_utilrank.ranking.cost import bias_cost, count_parameters
-from onnx_utilrank.ranking.decide import check_plan, decide, planned_moves, skipped_nodes
-from onnx_utilrank.ranking.method import Measured, Method, site_moment, use_view
-from onnx_utilrank.ranking.methods import find_method
+from onnx_utilrank.quality import Judge, Quality
+from onnx_utilrank.ranking.cost import count_parameters
+from onnx_utilrank.ranking.decide import check_plan, planned_moves, skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
-from onnx_utilrank.results import CompressResult, LayerUtilization, UtilizationReport
-from onnx_utilrank.runtime.providers import Provider, find_provider
-from onnx_utilrank.runtime.sessions import Feed
-from onnx_utilrank.sites.find import find_sites, site_matrix
-from onnx_utilrank.sites.site import Site, Skip
-from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE
-from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
-from onnx_utilrank.validation.report import ModelFigures, ValidationReport
-from onnx_utilrank.validation.report import validate as compare_models
+from onnx_utilrank.results import (
+    CompressResult,
+    LayerUtilization,
+    SweepPoint,
+    SweepResult,
+    UtilizationReport,
+)
+from onnx_utilrank.runtime.providers import find_provider
+from onnx_utilrank.search import Candidate, search
+from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["analyze", "compress", "validate"]
+__all__ = ["analyze", "compress", "sweep", "validate"]
 
-# Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
-PLAN_KEY = "onnx_utilrank.plan_sha256"
+SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -62,11 +59,11 @@ def analyze(
         UtilrankError: One of its children, by what is wrong: options, model, data, provider.
     """
     config = config or AnalyzeConfig()
-    job = _Job.open(model, data, config, config.provider, progress)
-    samples = _chosen(job.data, config.samples, config.seed)
-    collected = job.collect(UTILIZED_RANK, job.sites, samples)
+    job = Job.open(model, data, config, config.provider, progress)
+    samples = chosen_samples(job.data, config.samples, config.seed)
+    found = job.measure(UTILIZED_RANK.key, job.sites, samples, CompressConfig())
     layers = []
-    for measured in job.measure(UTILIZED_RANK, job.sites, collected):
+    for measured in found.sites:
         site, moment = measured.site, measured.moment
         assert moment is not None
         input_rank, output_rank = UTILIZED_RANK.ranks(measured, config.energy)
@@ -90,7 +87,7 @@ def analyze(
         samples=len(samples),
         layers=tuple(layers),
         skipped=skipped_nodes(job.skips),
-        notes=_notes(collected, {lay.site: (lay.rows, lay.trusted) for lay in layers}),
+        notes=found.notes,
     )
 
 
@@ -123,33 +120,43 @@ def compress(
     """
     config = config or CompressConfig()
     if plan is None and not config.target:
-        raise ConfigError("one of param ratio, energy and plan has to be given")
+        raise ConfigError("a target has to be given: a ratio, energy, a quality target or a plan")
     if plan is not None and config.target:
-        raise ConfigError("a plan states its own target: param ratio and energy exclude it")
-    job = _Job.open(model, data, config, config.provider, progress)
+        raise ConfigError("a plan states its own target: ratios, energy and quality exclude it")
+    job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
-    stamp = _stamp(job.store)
-    if plan is not None and stamp is not None and stamp.value == plan.fingerprint():
+    made_by = stamp(job.store)
+    if plan is not None and made_by is not None and made_by.value == plan.fingerprint():
         report = job.validate(job.store, held)
         done = ("The model already is what this plan makes of its source; nothing was changed.",)
         return CompressResult(plan=plan, store=job.store, validation=report, samples=0, notes=done)
-    method = find_method(config.method_key if plan is None else plan.method)
     sites = job.sites
     if plan is not None:
         check_plan(plan, job.index, sites)
         sites = tuple(s for s in sites if s.key in planned_moves(plan))
-    collected = job.collect(method, sites, calibration)
-    measured = job.measure(method, sites, collected)
-    if plan is None:
-        plan = decide(job.index, measured, job.skips, method, config)
-    notes = _notes(
-        collected, {e.site: (e.rows, e.trusted) for e in plan.entries if e.rows is not None}
-    )
-    if dry_run:
+        config = replace(config, method=plan.method, weighting=plan.weighting)
+    searched: Sequence[int] = ()
+    if config.quality is not None:
+        calibration, searched = _part(job, calibration, config.seed)
+    found = job.measure(config.method_key, sites, calibration, config)
+    best: Candidate | None = None
+    store: ModelStore | None = None
+    if plan is not None:
+        store = None if dry_run else build(job, plan, found, calibration, config)
+    else:
+        offers = make_offers(job, found, calibration, config)
+        if config.quality is not None:
+            judge = Judge(job, searched, config)
+            best = search(job, found, offers, calibration, judge, config.quality, config)
+            plan, store = best.plan, None if dry_run else best.store
+        elif dry_run:
+            plan = offers.plan(config.ratio)
+        else:
+            plan, store = fit(job, found, offers, calibration, config)
+    if store is None:
         return CompressResult(
-            plan=plan, store=None, validation=None, samples=len(calibration), notes=notes
+            plan=plan, store=None, validation=None, samples=len(calibration), notes=found.notes
         )
-    store = job.rewrite(plan, measured, config)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
     report = job.validate(store, held)
     if all(o.kind == "skipped" for p in report.providers for o in p.outputs):
@@ -157,12 +164,107 @@ def compress(
             f"{job.store.label}: none of its outputs can be compared, so that no result could be "
             f"validated ({' '.join(report.notes)})"
         )
+    quality = Judge(job, held, config)(store)
+    if config.quality is not None and best is not None:
+        _check_held(job, config.quality, best, quality)
     return CompressResult(
         plan=plan,
         store=store,
         validation=report,
         samples=len(calibration),
-        notes=notes,
+        notes=(*found.notes, *_saturation(best, quality)),
+        quality=quality,
+        searched=None if best is None else best.quality,
+    )
+
+
+def sweep(
+    model: ModelSource,
+    data: DataSource,
+    config: CompressConfig | None = None,
+    *,
+    ratios: Sequence[float] = SWEEP_RATIOS,
+    keep: float | None = None,
+    progress: Progress = _silent,
+) -> SweepResult:
+    """Measure the whole trade-off between size and quality, from one calibration.
+
+    Args:
+        model: Path, proto or store; it is not changed.
+        data: Samples; a fifth is held back, and every point is measured on those.
+        config: Options, without a target.
+        ratios: Parameters to keep, each a point of the curve. Those that cannot be reached are
+            left out and named in the notes.
+        keep: The ratio of the point whose model is kept in the result.
+        progress: Called with the stage, what is done of it and how much there is.
+
+    Raises:
+        ConfigError: There is a target, no ratio, or `keep` is none of the ratios.
+        TargetMissedError: No point can be reached.
+        UtilrankError: One of its other children: options, model, data, provider.
+    """
+    config = config or CompressConfig()
+    if config.target:
+        raise ConfigError("a sweep goes over all sizes: it takes no target")
+    if not ratios or not all(0 < r <= 1 for r in ratios):
+        raise ConfigError("a sweep needs ratios, each in (0, 1]")
+    if keep is not None and keep not in ratios:
+        raise ConfigError(f"ratio {keep:g} is no point of the sweep")
+    job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
+    calibration, held = job.data.split(samples=config.samples, seed=config.seed)
+    found = job.measure(config.method_key, job.sites, calibration, config)
+    offers = make_offers(job, found, calibration, config)
+    judge = Judge(job, held, config)
+    points, notes, kept = [], list(found.notes), None
+    for ratio in sorted(set(ratios), reverse=True):
+        try:
+            plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
+            store = build(job, plan, found, calibration, config)
+        except TargetMissedError as e:
+            notes.append(f"{ratio:g}: {e}.")
+            continue
+        plan = replace(plan, parameters_after=count_parameters(store))
+        report = job.validate(store, held)
+        points.append(SweepPoint(ratio=ratio, plan=plan, validation=report, quality=judge(store)))
+        kept = store if ratio == keep else kept
+    if not points or (keep is not None and kept is None):
+        raise TargetMissedError(" ".join(notes) or f"{job.store.label}: no point can be reached")
+    return SweepResult(model=job.store.label, points=tuple(points), notes=tuple(notes), store=kept)
+
+
+def _part(job: Job, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Samples to fit to, and samples to search on."""
+    fitted, searched = hold_back(
+        len(samples), samples=None, seed=seed, run=job.data.run or 1, label=job.data.label
+    )
+    return [samples[k] for k in fitted], [samples[k] for k in searched]
+
+
+def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quality) -> None:
+    """The samples that were held back from the search have to agree with it.
+
+    Raises:
+        TargetMissedError: They are worse than the target by more than two standard errors.
+    """
+    if quality.meets(target, errors=2.0):
+        return
+    value, error = quality.figure(target)
+    spread = "" if error is None or not math.isfinite(error) else f" ± {error:.2g}"
+    searched, _ = best.quality.figure(target)
+    raise TargetMissedError(
+        f"{job.store.label}: {target.key.replace('_', ' ')} {target.limit:g} is met where it was "
+        f"searched ({searched:.4g}) but not on samples held back ({value:.4g}{spread}); the best "
+        f"that was found keeps {100 * best.plan.param_ratio:.1f} % of the parameters; more samples "
+        "or a milder target would help"
+    )
+
+
+def _saturation(best: Candidate | None, quality: Quality) -> tuple[str, ...]:
+    if best is None or not (best.saturated or quality.saturated):
+        return ()
+    return (
+        "The metric shows no loss where the outputs clearly differ: it is saturated, and the size "
+        "was limited by the divergence of the outputs instead.",
     )
 
 
@@ -191,200 +293,7 @@ def validate(
     providers = [find_provider(key) for key in config.providers]
     first = ModelStore.load(reference)
     dataset = open_data(data, first.inputs)
-    samples = _chosen(dataset, config.samples, config.seed)
+    samples = chosen_samples(dataset, config.samples, config.seed)
     batch = usable_batch(GraphIndex.build(first), dataset, samples, providers[0])
     progress("validating", 0, 0)
-    return _compare(first, ModelStore.load(candidate), dataset, samples, batch, providers, config)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """One model with its sites and data, on one provider."""
-
-    index: GraphIndex
-    sites: tuple[Site, ...]
-    skips: tuple[Skip, ...]
-    data: Dataset
-    provider: Provider
-    progress: Progress
-
-    @classmethod
-    def open(
-        cls,
-        model: ModelSource,
-        data: DataSource,
-        config: SiteFilter,
-        provider: str,
-        progress: Progress,
-    ) -> "_Job":
-        found = find_provider(provider)
-        store = ModelStore.load(model)
-        index = GraphIndex.build(store)
-        sites, skips = find_sites(
-            index, op_types=config.op_types, include=config.include, exclude=config.exclude
-        )
-        return cls(
-            index=index,
-            sites=sites,
-            skips=skips,
-            data=open_data(data, store.inputs),
-            provider=found,
-            progress=progress,
-        )
-
-    @property
-    def store(self) -> ModelStore:
-        return self.index.store
-
-    def collect(self, method: Method, sites: Sequence[Site], samples: Sequence[int]) -> Collected:
-        """Moments of every tensor that the method wants to know of."""
-        sides = [(site, method.side(site)) for site in sites]
-        views = [use_view(use, side) for site, side in sides if side for use in site.uses]
-        batch = usable_batch(self.index, self.data, samples, self.provider)
-        return collect(
-            self.index,
-            views,
-            self.data,
-            samples,
-            self.provider,
-            batch=batch,
-            progress=self.progress,
-        )
-
-    def measure(
-        self, method: Method, sites: Sequence[Site], collected: Collected
-    ) -> list[Measured]:
-        """Decompose every site."""
-        found = []
-        for k, site in enumerate(sites):
-            self.progress("decomposing", k, len(sites))
-            side = method.side(site)
-            moment = None
-            if side:
-                moment = site_moment(site, side, collected.moments, self._own_biases(site))
-            weight = site_matrix(self.index, site)
-            found.append(method.measure(site, weight, moment, bias_cost(self.index, site)))
-        self.progress("decomposing", len(sites), len(sites))
-        return found
-
-    def _own_biases(self, site: Site) -> dict[int, np.ndarray]:
-        """What the nodes themselves add to W x; an Add behind a node is not part of it."""
-        return {
-            use.node: use.bias.values(self.index, site.m)
-            if use.bias.kind == "input"
-            else np.zeros(site.m)
-            for use in site.uses
-        }
-
-    def rewrite(
-        self, plan: RankPlan, measured: Sequence[Measured], config: CompressConfig
-    ) -> ModelStore:
-        """The model that a plan makes; the source itself where it factors nothing."""
-        if not plan.factored:
-            return self._unchanged(plan)
-        moves = planned_moves(plan)
-        replacements = []
-        for found in measured:
-            move = moves.get(found.site.key)
-            if move is None:
-                continue
-            weight = site_matrix(self.index, found.site)
-            factors = found.factors(weight, move)
-            lost = found.lost_mean(weight, factors, move) if move.bias else None
-            replacements.append(Replacement(site=found.site, factors=factors, lost_mean=lost))
-        self.progress("rewriting", 0, 0)
-        store = rewrite(self.index, replacements)
-        check_contract(self.store, store)
-        stamp = _stamp(store) or store.proto.metadata_props.add(key=PLAN_KEY)
-        stamp.value = plan.fingerprint()
-        before, after = self.store.file_bytes, store.file_bytes
-        if after > before and not config.force:
-            raise TargetMissedError(
-                f"{self.store.label}: the result would be larger, {after:,} bytes after "
-                f"{before:,}; nothing is gained"
-            )
-        return store
-
-    def _unchanged(self, plan: RankPlan) -> ModelStore:
-        wanted = plan.target.get("param_ratio")
-        if wanted is not None and plan.param_ratio <= wanted:
-            return self.store
-        raise TargetMissedError(
-            f"{self.store.label}: no weight can be factored with a saving "
-            f"({len(plan.entries)} weights looked at, {len(plan.skipped)} nodes left alone): the "
-            "model uses its space"
-        )
-
-    def validate(self, candidate: ModelStore, samples: Sequence[int]) -> ValidationReport:
-        """Compare with the source on the given samples."""
-        self.progress("validating", 0, 0)
-        batch = usable_batch(self.index, self.data, samples, self.provider)
-        config = ValidateConfig(providers=(self.provider.key,))
-        return _compare(self.store, candidate, self.data, samples, batch, [self.provider], config)
-
-
-def _compare(
-    reference: ModelStore,
-    candidate: ModelStore,
-    data: Dataset,
-    samples: Sequence[int],
-    batch: int,
-    providers: Sequence[Provider],
-    config: ValidateConfig,
-) -> ValidationReport:
-    single = next(data.feeds(samples, batch=1))
-    feeds = list(data.feeds(samples, batch=batch))
-    return compare_models(
-        reference,
-        candidate,
-        feeds,
-        samples=len(samples),
-        providers=providers,
-        figures=(
-            _figures(reference, single, providers[0]),
-            _figures(candidate, single, providers[0]),
-        ),
-        max_error=config.max_error,
-        min_agreement=config.min_agreement,
-    )
-
-
-def _figures(store: ModelStore, feed: Feed, provider: Provider) -> ModelFigures:
-    return ModelFigures(
-        parameters=count_parameters(store),
-        file_bytes=store.file_bytes,
-        flops=linear_flops(store, feed, provider),
-    )
-
-
-def _chosen(data: Dataset, samples: int | None, seed: int) -> list[int]:
-    """All samples, or so many of them chosen at random, in order."""
-    n = len(data)
-    if samples is None or samples >= n:
-        return list(range(n))
-    return sorted(random.Random(seed).sample(range(n), samples))
-
-
-def _notes(collected: Collected, sites: dict[str, tuple[int | None, bool]]) -> tuple[str, ...]:
-    """What a reader of the figures has to know about the statistics behind them."""
-    notes = []
-    poor = {key: rows for key, (rows, trusted) in sites.items() if not trusted}
-    if poor:
-        worst = min(poor, key=lambda key: poor[key] or 0)
-        notes.append(
-            f"{len(poor)} of {len(sites)} weights saw fewer than {ROWS_PER_FEATURE} rows a "
-            f"feature (fewest: {worst!r} with {poor[worst]}), so their spectra look emptier than "
-            "they are; more samples would help, and savings there are not safe."
-        )
-    strided = [s for s in collected.strides.values() if s > 1]
-    if strided:
-        notes.append(
-            f"{len(strided)} of {len(collected.strides)} tensors have more rows than a rank "
-            f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
-        )
-    return tuple(notes)
-
-
-def _stamp(store: ModelStore) -> onnx.StringStringEntryProto | None:
-    """The metadata entry that says which plan made a model, if one did."""
-    return next((e for e in store.proto.metadata_props if e.key == PLAN_KEY), None)
+    return compare(first, ModelStore.load(candidate), dataset, samples, batch, providers, config)

@@ -1,6 +1,7 @@
 """What the public functions return."""
 
 import dataclasses
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ import onnx
 
 from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["CompressResult", "LayerUtilization", "UtilizationReport"]
+__all__ = ["CompressResult", "LayerUtilization", "SweepPoint", "SweepResult", "UtilizationReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,9 @@ class CompressResult:
         validation: The comparison on held-back samples; None after a dry run.
         samples: Samples that statistics were collected from.
         notes: Sentences that a user has to know.
+        quality: The candidate on held-back samples: divergence, and the user's metric; None after
+            a dry run.
+        searched: The same on the samples that a quality target was searched on.
     """
 
     plan: RankPlan
@@ -111,6 +116,8 @@ class CompressResult:
     validation: ValidationReport | None
     samples: int
     notes: tuple[str, ...]
+    quality: Quality | None = None
+    searched: Quality | None = None
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -165,5 +172,83 @@ class CompressResult:
             "notes": list(self.notes),
             "left_alone": self.left_alone,
             "plan": dataclasses.asdict(self.plan),
+            "quality": quality_dict(self.quality),
+            "searched": quality_dict(self.searched),
             "validation": None if self.validation is None else self.validation.as_dict(),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPoint:
+    """One size of a sweep.
+
+    Attributes:
+        ratio: Parameters to keep, as asked for.
+        plan: What was decided.
+        validation: Size, FLOPs, latency and outputs on held-back samples.
+        quality: Divergence and metric on the same samples.
+    """
+
+    ratio: float
+    plan: RankPlan
+    validation: ValidationReport
+    quality: Quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepResult:
+    """The trade-off between size and quality.
+
+    Attributes:
+        model: How messages name the model.
+        points: The sizes, largest first.
+        notes: Sentences that a user has to know.
+        store: The model of the point that was to be kept; None where none was.
+    """
+
+    model: str
+    points: tuple[SweepPoint, ...]
+    notes: tuple[str, ...]
+    store: ModelStore | None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model that was kept.
+
+        Raises:
+            UtilrankError: None was.
+            ModelError: The file cannot be written.
+        """
+        if self.store is None:
+            raise UtilrankError("the sweep kept no model")
+        self.store.save(path)
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as JSON types; each point's plan can be replayed by `compress`."""
+        return {
+            "model": self.model,
+            "notes": list(self.notes),
+            "points": [
+                {
+                    "ratio": point.ratio,
+                    "quality": quality_dict(point.quality),
+                    "validation": point.validation.as_dict(),
+                    "plan": dataclasses.asdict(point.plan),
+                }
+                for point in self.points
+            ],
+        }
+
+
+def quality_dict(quality: Quality | None) -> dict[str, object] | None:
+    """A quality as strict JSON's types, which have no infinity: it becomes null."""
+    if quality is None:
+        return None
+
+    def strict(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: strict(v) for key, v in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    found = strict(dataclasses.asdict(quality))
+    assert isinstance(found, dict)
+    return found

@@ -18,33 +18,44 @@ MODULES = {
 LAYERS = {
     "errors": "",
     "statistics": "",
-    "config": "errors",
+    "config": "errors statistics",
     "model": "errors",
     "runtime": "errors model",
     "sites": "errors model statistics",
-    "ranking": "config errors model sites statistics",
+    "torch_graph": "config errors model",
+    "moves": "errors model sites statistics",
+    "ranking": "config errors model moves sites statistics",
     "calibration": "errors model runtime sites statistics",
-    "surgery": "errors model sites statistics",
-    "validation": "errors model runtime",
-    "results": "errors model ranking validation",
+    "surgery": "errors model moves sites statistics",
+    "sensitivity": "calibration model ranking sites statistics torch_graph",
+    "refit": "model ranking sensitivity sites statistics torch_graph",
+    "validation": "errors model runtime statistics",
+    "job": (
+        "calibration config errors model ranking runtime sensitivity sites statistics torch_graph"
+        " validation"
+    ),
+    "compression": "config errors job model ranking refit sites surgery",
+    "quality": "calibration config errors job model runtime validation",
+    "results": "errors model quality ranking validation",
+    "search": "compression config errors job model quality ranking",
     "pipeline": (
-        "calibration config errors model ranking results runtime sites statistics surgery"
+        "calibration compression config errors job model quality ranking results runtime search"
         " validation"
     ),
     "__init__": "config errors pipeline ranking results validation",
-    "report": "errors model ranking results validation",
-    "cli": "__init__ config errors pipeline ranking report runtime sites",
+    "report": "errors model quality ranking results validation",
+    "cli": "__init__ config errors moves pipeline ranking report runtime sites statistics",
     "__main__": "cli",
 }
 
 # Packages that only some modules may import; nothing may import those with no module.
 FENCES = {
-    "onnx_graphsurgeon": ("model/surgeon.py", "sites/"),
+    "onnx_graphsurgeon": ("model/surgeon.py", "sites/", "moves/"),
     "onnxruntime": ("runtime/", "cli/main.py"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
     "onnx_ir": (),
-    "torch": (),
+    "torch": ("torch_graph/", "sensitivity/", "refit/", "job.py"),
 }
 
 LONGEST = 400

@@ -293,7 +293,11 @@ MASKED = "bad = IsNaN(h) y = Where(bad, zero, h)"
     ],
 )
 @pytest.mark.parametrize(
-    ("verb", "config"), [(analyze, AnalyzeConfig()), (compress, CompressConfig(param_ratio=0.7))]
+    ("verb", "config"),
+    [
+        (analyze, AnalyzeConfig()),
+        (compress, CompressConfig(param_ratio=0.7, method="one-sided")),
+    ],
 )
 def test_values_that_are_not_finite_are_errors_that_name_the_node(
     body, constants, named, verb, config

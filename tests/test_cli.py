@@ -120,7 +120,7 @@ def test_full_rank_is_the_same_function(run, data):
     assert json.loads(Path("r.json").read_text())["validation"]["relative_error"] < 1e-5
 
 
-@pytest.mark.parametrize("method", ["one-sided", "utilized-rank", "svd"])
+@pytest.mark.parametrize("method", ["two-sided", "one-sided", "utilized-rank", "svd"])
 def test_every_method_keeps_the_budget(run, data, method):
     status, out, _ = run(
         *("compress", CNN, "--dry-run", "--data", data, "--json"),

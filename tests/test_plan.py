@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.moves.moves import MOVES
 from onnx_utilrank.ranking.decide import check_plan, planned_moves
 from onnx_utilrank.ranking.plan import PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.sites.find import find_sites
+from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
 # A shared machine may stall for longer than any deadline.
 law = settings(deadline=None, max_examples=60)
@@ -47,6 +49,7 @@ def entries(draw: st.DrawFn, site: str) -> PlanEntry:
         rank=rank,
         bias=draw(st.booleans()),
         subspaces=subspaces,
+        move=None if rank is None else draw(st.sampled_from([move.key for move in MOVES])),
         parameters_before=draw(COUNTS),
         parameters_after=draw(COUNTS),
         predicted_error=draw(st.none() | NUMBERS),
@@ -68,6 +71,9 @@ def plans(draw: st.DrawFn) -> RankPlan:
         target=draw(st.dictionaries(NAMES, NUMBERS, max_size=2)),
         parameters_before=draw(COUNTS),
         parameters_after=draw(COUNTS),
+        predicted_divergence=draw(st.none() | NUMBERS),
+        weighting=draw(st.none() | st.sampled_from(WEIGHTINGS)),
+        refit=draw(st.booleans()),
         entries=tuple(draw(entries(key)) for key in keys),
         skipped=tuple(draw(st.lists(SKIPPED, max_size=2))),
     )
@@ -82,6 +88,7 @@ ENTRY = PlanEntry(
     rank=2,
     bias=True,
     subspaces=(2, 3),
+    move="low-rank",
     parameters_before=48,
     parameters_after=28,
     predicted_error=0.25,
@@ -90,7 +97,7 @@ ENTRY = PlanEntry(
     reason="rank 2 of 6",
 )
 DENSE = dataclasses.replace(
-    ENTRY, site="head.weight", rank=None, subspaces=None, bias=False, predicted_error=0.0
+    ENTRY, site="head.weight", rank=None, subspaces=None, move=None, bias=False, predicted_error=0.0
 )
 PLAN = RankPlan(
     model_sha256="abc",
@@ -98,6 +105,9 @@ PLAN = RankPlan(
     target={"param_ratio": 0.5},
     parameters_before=100,
     parameters_after=80,
+    predicted_divergence=0.125,
+    weighting="logits",
+    refit=True,
     entries=(DENSE, ENTRY),
     skipped=(SkippedNode(node="conv", op_type="Conv", reason="the weight is empty"),),
 )
@@ -126,7 +136,7 @@ def test_a_plan_survives_a_file(tmp_path):
 def test_the_file_is_json_with_every_field_in_its_place():
     raw = json.loads(PLAN.to_json())
     assert list(raw) == [f.name for f in dataclasses.fields(RankPlan)]
-    assert raw["schema"] == 1
+    assert raw["schema"] == 2
     assert raw["entries"][1]["rank"] == 2
     assert raw["entries"][1]["subspaces"] == [2, 3]
     assert raw["entries"][1]["nodes"] == ["fc", "fc again"]
@@ -219,6 +229,9 @@ TAKES = {
         "target": {"dict"},
         "parameters_before": {"int"},
         "parameters_after": {"int"},
+        "predicted_divergence": {"int", "float", "null"},
+        "weighting": {"null"},
+        "refit": {"bool"},
         "entries": {"list"},
         "skipped": {"list"},
         "schema": {"int"},
@@ -232,6 +245,7 @@ TAKES = {
         "rank": {"int", "null"},
         "bias": {"bool"},
         "subspaces": {"null"},
+        "move": set(),  # a text has to be one of the keys, and null goes with a rank of null
         "parameters_before": {"int"},
         "parameters_after": {"int"},
         "predicted_error": {"int", "float", "null"},
@@ -255,7 +269,8 @@ def test_every_field_is_tried_below():
 def test_a_value_of_another_type_is_refused(place, field, kind):
     text = changed(place, {field: VALUES[kind]})
     if kind not in TAKES[place][field]:
-        refuses(text, NAMED[place], f"'{field}'")
+        named = {"weighting": "weighting", "move": "move"} if kind == "str" else {}
+        refuses(text, NAMED[place], named.get(field, f"'{field}'"))
 
 
 @pytest.mark.parametrize(("place", "field"), FIELDS)
@@ -299,6 +314,10 @@ def test_an_entry_that_is_no_object_is_refused(place, value):
         ({"subspaces": [3, 4]}, "subspaces [3, 4] do not have rank 2"),
         ({"subspaces": [1, 4]}, "subspaces [1, 4] do not have rank 2"),
         ({"rank": 3}, "subspaces [2, 3] do not have rank 3"),
+        ({"move": "pivots"}, "move 'pivots' is not known"),
+        ({"move": ""}, "move '' is not known"),
+        ({"move": None}, "'move' and 'rank' have to be given together"),
+        ({"rank": None, "subspaces": None}, "'move' and 'rank' have to be given together"),
         ({"nodes": ["fc", 1]}, "'nodes' holds something that is not a name"),
         ({"nodes": ["fc", ["fc"]]}, "'nodes' holds something that is not a name"),
         ({"predicted_error": float("nan")}, "'predicted_error' is not a finite number"),
@@ -329,15 +348,26 @@ def test_a_target_that_is_no_number_is_refused(value):
     refuses(text, "target 'param_ratio' is not a finite number")
 
 
-@pytest.mark.parametrize("schema", [0, 2, -1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 10**400])
+def test_a_prediction_that_is_no_number_is_refused(value):
+    text = changed("plan", {"predicted_divergence": value})
+    refuses(text, "'predicted_divergence' is not a finite number")
+
+
+@pytest.mark.parametrize("value", ["", "Softmax", "kl"])
+def test_an_unknown_weighting_is_refused(value):
+    refuses(changed("plan", {"weighting": value}), f"weighting {value!r} is not known")
+
+
+@pytest.mark.parametrize("schema", [0, 1, 3, -1])
 def test_another_schema_is_refused_whatever_its_keys(schema):
-    reason = f"plan schema {schema} is not 1"
+    reason = f"plan schema {schema} is not 2"
     refuses(changed("plan", {"schema": schema}), reason)
     refuses(changed("plan", {"schema": schema, "colour": 1}, without="method"), reason)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "plan", "{'schema': 1}", '{"schema": 1,}', "[" * 100_000, "1" * 5_000]
+    "text", ["", "{", "plan", "{'schema': 2}", '{"schema": 2,}', "[" * 100_000, "1" * 5_000]
 )
 def test_what_is_not_json_is_refused(text):
     refuses(text, "not JSON")
@@ -385,6 +415,7 @@ def with_entry(**changes: Any) -> RankPlan:
         dataclasses.replace(PLAN, skipped=()),
         dataclasses.replace(PLAN, target={"energy": 0.9}),
         dataclasses.replace(PLAN, parameters_after=1),
+        dataclasses.replace(PLAN, predicted_divergence=None),
     ],
 )
 def test_the_fingerprint_ignores_what_decides_nothing(same):
@@ -396,13 +427,15 @@ def test_the_fingerprint_ignores_what_decides_nothing(same):
     "other",
     [
         with_entry(rank=3),
-        with_entry(rank=None),
+        with_entry(rank=None, subspaces=None, move=None),
+        with_entry(move="pivot"),
         with_entry(bias=False),
         with_entry(subspaces=(2, 4)),
         with_entry(subspaces=None),
         with_entry(site="fc2.weight"),
         dataclasses.replace(PLAN, model_sha256="abd"),
         dataclasses.replace(PLAN, method="svd"),
+        dataclasses.replace(PLAN, refit=False),
     ],
 )
 def test_the_fingerprint_tells_decisions_apart(other):
@@ -422,14 +455,14 @@ def index(gemm: str = "Gemm(x, w, b)") -> GraphIndex:
 
 
 def check(where: GraphIndex, method: str = "one-sided", **changes: Any) -> None:
-    entry = dataclasses.replace(ENTRY, site="w", subspaces=None, **changes)
+    entry = dataclasses.replace(ENTRY, **{"site": "w", "subspaces": None, **changes})
     plan = dataclasses.replace(
         PLAN, model_sha256=where.store.fingerprint(), method=method, entries=(entry,)
     )
     check_plan(plan, where, find_sites(where)[0])
 
 
-@pytest.mark.parametrize("method", ["one-sided", "utilized-rank"])
+@pytest.mark.parametrize("method", ["two-sided", "one-sided", "utilized-rank"])
 def test_a_plan_fits_its_own_model(method):
     check(index(), method)
     check(index("Gemm(x, w, computed)"), method, bias=False)
@@ -447,6 +480,7 @@ def test_a_plan_for_another_model_is_refused():
         ("Gemm(x, w, b)", {"m": 8, "d": 6}, "has 'w' as 8 x 6, it is 6 x 8"),
         ("Gemm(x, w, computed)", {}, "corrects the bias of 'w'"),
         ("Gemm(x, w, b)", {"method": "svd"}, "corrects the bias of 'w'"),
+        ("Gemm<alpha=2.0>(x, w, b)", {"move": "pivot"}, "makes move 'pivot' at 'w'"),
     ],
 )
 def test_a_plan_that_its_model_cannot_follow_is_refused(model, changes, reason):
@@ -466,4 +500,5 @@ def test_the_planned_moves_are_the_decisions_by_site():
     assert not others
     assert key == "fc.weight"
     assert (move.rank, move.bias, move.subspaces) == (2, True, (2, 3))
+    assert move.kind == "low-rank"
     assert (move.parameters, move.error) == (28, 0.25)

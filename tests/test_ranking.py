@@ -10,14 +10,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.method import Choice, Move, candidate_ranks, site_moment
+from onnx_utilrank.ranking.method import Choice, Measured, Move, candidate_ranks, site_moment
 from onnx_utilrank.ranking.methods import METHODS, find_method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED, OneSidedSite
 from onnx_utilrank.ranking.plain_svd import PLAIN_SVD
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK, UtilizedSite, at_energy
 from onnx_utilrank.sites.site import BiasSlot, RowView, Site, Use
-from onnx_utilrank.statistics.factorize import feature_scale, one_sided
+from onnx_utilrank.statistics.factorize import Metric, feature_scale, optimal
 from onnx_utilrank.statistics.moments import SecondMoment
 
 # A shared machine may stall for longer than any deadline.
@@ -39,7 +40,8 @@ def use(m: int, d: int, bias: str = "input", *, node: int = 0, outputs: bool = T
         m=m,
         d=d,
         inputs=RowView(tensor=f"x{node}", axis=-1, width=d),
-        outputs=RowView(tensor=f"y{node}", axis=-1, width=m) if outputs else None,
+        result=RowView(tensor=f"y{node}", axis=-1, width=m),
+        affine=outputs,
         bias=BiasSlot(kind=bias),
     )
 
@@ -80,19 +82,26 @@ def rounding(weight: np.ndarray, rows: np.ndarray) -> float:
 
 
 def choice(*moves: tuple[int, float]) -> Choice:
-    """Moves of the given parameters and errors, on a site that does not matter."""
+    """Moves of the given costs and errors, on a site that does not matter."""
     found = PLAIN_SVD.measure(site(2, 2), np.eye(2), None, 0)
     return Choice(
         measured=found,
         moves=tuple(
-            Move(rank=k + 1, bias=False, parameters=cost, error=error)
+            Move(rank=k + 1, bias=False, parameters=1000 - k, error=error, cost=cost)
             for k, (cost, error) in enumerate(moves)
         ),
     )
 
 
-def spent(moves: list[Move]) -> int:
-    return sum(m.parameters for m in moves)
+def offered(found: Measured, multiple: int, *, force: bool) -> list[Move]:
+    """The low-rank moves of a site as a budget of parameters sees them."""
+    top = LOW_RANK.top_rank(found.site)
+    ranks = candidate_ranks(found.site, top, multiple, force=force)
+    return [dataclasses.replace(m, cost=m.parameters) for m in found.moves(ranks)]
+
+
+def spent(moves: list[Move]) -> float:
+    return sum(m.cost for m in moves)
 
 
 def total_error(moves: list[Move]) -> float:
@@ -135,8 +144,8 @@ CONVEX = st.builds(draw_convex, SEEDS, st.integers(1, 4))
 def budgets(draw: st.DrawFn, sites: st.SearchStrategy[list[Choice]]) -> tuple[list[Choice], int]:
     """Sites, and a budget between the least and the most that they can take."""
     choices = draw(sites)
-    least = sum(min(m.parameters for m in c.moves) for c in choices)
-    most = sum(max(m.parameters for m in c.moves) for c in choices)
+    least = sum(min(m.cost for m in c.moves) for c in choices)
+    most = sum(max(m.cost for m in c.moves) for c in choices)
     return choices, draw(st.integers(least, most))
 
 
@@ -149,7 +158,7 @@ def least_error(choices: list[Choice], budget: int) -> float:
 @law
 @given(choices=CHOICES, budget=st.integers(-5, 70))
 def test_a_budget_is_never_exceeded_and_refused_only_where_nothing_fits(choices, budget):
-    least = sum(min(m.parameters for m in c.moves) for c in choices)
+    least = sum(min(m.cost for m in c.moves) for c in choices)
     taken = allocate(choices, budget)
     assert (taken is None) == (least > budget)
     if taken is not None:
@@ -166,28 +175,28 @@ def test_no_site_could_still_be_improved_within_the_budget(case):
     assert taken is not None
     left = budget - spent(taken)
     for move, c in zip(taken, choices, strict=True):
-        affordable = [m for m in c.moves if m.parameters - move.parameters <= left]
+        affordable = [m for m in c.moves if m.cost - move.cost <= left]
         assert min(m.error for m in affordable) == move.error
 
 
 @law
 @given(choices=CHOICES)
 def test_with_room_for_everything_each_site_takes_its_cheapest_best_move(choices):
-    budget = sum(max(m.parameters for m in c.moves) for c in choices)
+    budget = sum(max(m.cost for m in c.moves) for c in choices)
     taken = allocate(choices, budget)
     assert taken is not None
     for move, c in zip(taken, choices, strict=True):
-        best = min((m.error, m.parameters) for m in c.moves)
-        assert (move.error, move.parameters) == best
+        best = min((m.error, m.cost) for m in c.moves)
+        assert (move.error, move.cost) == best
 
 
 @law
 @given(choices=CHOICES)
 def test_with_no_room_to_choose_each_site_takes_its_least(choices):
-    least = [min((m.parameters, m.error) for m in c.moves) for c in choices]
+    least = [min((m.cost, m.error) for m in c.moves) for c in choices]
     taken = allocate(choices, sum(cost for cost, _ in least))
     assert taken is not None
-    assert [(m.parameters, m.error) for m in taken] == least
+    assert [(m.cost, m.error) for m in taken] == least
 
 
 @law
@@ -196,7 +205,7 @@ def test_on_convex_curves_the_best_is_at_most_one_step_of_one_site_away(case):
     choices, budget = case
     taken = allocate(choices, budget)
     assert taken is not None
-    curves = [sorted((m.parameters, m.error) for m in c.moves) for c in choices]
+    curves = [sorted((m.cost, m.error) for m in c.moves) for c in choices]
     steps = [a[1] - b[1] for curve in curves for a, b in itertools.pairwise(curve)]
     assert total_error(taken) - least_error(choices, budget) <= max(steps, default=0.0)
 
@@ -205,7 +214,7 @@ def test_on_convex_curves_the_best_is_at_most_one_step_of_one_site_away(case):
 @given(choices=CONVEX, price=st.integers(0, 5))
 def test_where_a_price_spends_the_budget_exactly_the_result_is_the_best(choices, price):
     # Slopes are whole numbers: at a price between two of them nothing is on the edge.
-    picked = [min(c.moves, key=lambda m: m.error + (price + 0.5) * m.parameters) for c in choices]
+    picked = [min(c.moves, key=lambda m: m.error + (price + 0.5) * m.cost) for c in choices]
     taken = allocate(choices, spent(picked))
     assert taken is not None
     assert total_error(taken) == total_error(picked) == least_error(choices, spent(picked))
@@ -216,9 +225,7 @@ def test_where_a_price_spends_the_budget_exactly_the_result_is_the_best(choices,
 def test_no_price_that_fits_the_budget_buys_more(case, price):
     choices, budget = case
     price *= math.e / 1000  # on the edge between no two moves
-    picked = [
-        min(c.moves, key=lambda m: (m.error + price * m.parameters, m.parameters)) for c in choices
-    ]
+    picked = [min(c.moves, key=lambda m: (m.error + price * m.cost, m.cost)) for c in choices]
     assume(spent(picked) <= budget)
     taken = allocate(choices, budget)
     assert taken is not None
@@ -241,7 +248,7 @@ def test_the_scale_of_errors_does_not_matter(scale):
     curve = choice(*((k, scale * (8 - k) ** 2) for k in range(9)))
     taken = allocate([curve, curve], 8)
     assert taken is not None
-    assert [m.parameters for m in taken] == [4, 4]
+    assert [m.cost for m in taken] == [4, 4]
 
 
 @law
@@ -250,8 +257,8 @@ def test_dense_is_what_a_full_budget_buys(seed, m, d):
     weight, _ = draw_layer(seed, m, d)
     where = site(m, d)
     found = PLAIN_SVD.measure(where, weight, None, 0)
-    dense = Move(rank=None, bias=False, parameters=m * d, error=0.0)
-    moves = (dense, *found.moves(candidate_ranks(where, 1, force=False)))
+    dense = Move(rank=None, bias=False, parameters=m * d, error=0.0, cost=m * d)
+    moves = (dense, *offered(found, 1, force=False))
     assert allocate([Choice(measured=found, moves=moves)], m * d) == [dense]
 
 
@@ -262,7 +269,8 @@ def test_dense_is_what_a_full_budget_buys(seed, m, d):
 @given(m=st.integers(1, 40), d=st.integers(1, 40), multiple=st.integers(1, 9))
 def test_offered_ranks_are_the_multiples_that_save_parameters(m, d, multiple):
     expected = [r for r in range(1, min(m, d) + 1) if r % multiple == 0 and r * (m + d) < m * d]
-    assert candidate_ranks(site(m, d), multiple, force=False) == expected
+    where = site(m, d)
+    assert candidate_ranks(where, LOW_RANK.top_rank(where), multiple, force=False) == expected
 
 
 @law
@@ -270,7 +278,8 @@ def test_offered_ranks_are_the_multiples_that_save_parameters(m, d, multiple):
 def test_forced_ranks_are_all_multiples_and_the_full_rank(m, d, multiple):
     full = min(m, d)
     expected = sorted({r for r in range(1, full + 1) if r % multiple == 0} | {full})
-    assert candidate_ranks(site(m, d), multiple, force=True) == expected
+    where = site(m, d)
+    assert candidate_ranks(where, LOW_RANK.top_rank(where), multiple, force=True) == expected
 
 
 # --- the default method -------------------------------------------------------------------------
@@ -314,8 +323,9 @@ def test_the_bias_decides_which_variants_are_offered(bias, variants, outputs, se
     ranks = list(range(1, min(m, d) + 1))
     moves = found.moves(ranks)
     assert [(m.bias, m.rank) for m in moves] == list(itertools.product(variants, ranks))
-    given_ones = {found.side: found.moment, "scale": found.scale}
-    curves = {kind: one_sided(weight, **given_ones, centred=kind) for kind in (True, False)}
+    moment = {found.side: found.moment}
+    metric = Metric.diagonal(found.scale)
+    curves = {kind: optimal(weight, metric, **moment, centred=kind) for kind in (True, False)}
     for move in moves:
         extra = m if bias == "new" and move.bias else 0
         assert move.parameters == move.rank * (m + d) + extra
@@ -469,9 +479,9 @@ def utilized_choices(draw: st.DrawFn) -> list[Choice]:
     for _ in range(draw(st.integers(1, 4))):
         m, d = draw(SIZES), draw(SIZES)
         _, _, found = utilized_site(draw(SEEDS), m, d)
-        moves = found.moves(candidate_ranks(found.site, multiple, force=force))
+        moves = offered(found, multiple, force=force)
         if not force:
-            moves.append(Move(rank=None, bias=False, parameters=m * d, error=0.0))
+            moves.append(Move(rank=None, bias=False, parameters=m * d, error=0.0, cost=m * d))
         choices.append(Choice(measured=found, moves=tuple(moves)))
     return choices
 
@@ -498,7 +508,7 @@ def test_a_weight_that_would_stay_anyway_stays_dense(seed, m, d, energy):
     _, _, found = utilized_site(seed, m, d)
     found = dataclasses.replace(found, site=site(m, d, freed=False))
     dense = Move(rank=None, bias=False, parameters=0, error=0.0)
-    moves = (dense, *found.moves(candidate_ranks(found.site, 1, force=False)))
+    moves = (dense, *offered(found, 1, force=False))
     assert at_energy([Choice(measured=found, moves=moves)], energy) == [dense]
 
 
@@ -543,7 +553,7 @@ def test_what_an_energy_takes_is_a_budget_that_buys_it(choices, energy):
 def test_a_budget_for_everything_buys_also_the_directions_without_energy():
     weight, rows = draw_layer(0, 6, 5, rows=2)
     found = UTILIZED_RANK.measure(site(6, 5), weight, SecondMoment.of(rows), 0)
-    moves = tuple(found.moves(candidate_ranks(found.site, 1, force=True)))
+    moves = tuple(offered(found, 1, force=True))
     taken = UTILIZED_RANK.allocate([Choice(measured=found, moves=moves)], 5 * (6 + 5))
     assert taken is not None
     assert decided(taken) == [(5, (5, 6))]
@@ -562,7 +572,7 @@ def test_the_paper_s_allocation_is_one_energy_for_all(choices, share):
 @given(seed=SEEDS, m=SIZES, d=SIZES, energy=ENERGIES)
 def test_the_paper_s_error_is_the_one_on_the_rows(seed, m, d, energy):
     weight, rows, found = utilized_site(seed, m, d)
-    move = found.move(energy, range(1, min(m, d) + 1))
+    move = found.at(energy, {m.rank: m for m in found.moves(range(1, min(m, d) + 1))})
     product = found.factors(weight, move).product
     lost, all_of_it = mean_energy(rows @ (weight - product).T), mean_energy(rows @ weight.T)
     slack = 2 * rounding(weight, rows) / all_of_it
@@ -624,10 +634,17 @@ def test_methods_are_found_by_their_keys():
 
 @pytest.mark.parametrize("key", ["svdd", "sv", "SVD", ""])
 def test_an_unknown_method_is_refused_with_the_known_ones(key):
-    with pytest.raises(ConfigError, match=f"'{key}' is not known; choose one of: one-sided,"):
+    with pytest.raises(
+        ConfigError, match=f"'{key}' is not known; choose one of: two-sided, one-sided,"
+    ):
         find_method(key)
 
 
 def test_only_the_baseline_needs_no_data():
     sides = {m.key: m.side(site(3, 5)) for m in METHODS}
-    assert sides == {"one-sided": "outputs", "utilized-rank": "inputs", "svd": None}
+    assert sides == {
+        "two-sided": "outputs",
+        "one-sided": "outputs",
+        "utilized-rank": "inputs",
+        "svd": None,
+    }

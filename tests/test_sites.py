@@ -27,7 +27,7 @@ from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.site import Site, Skip
 
 EXACT = CompressConfig(energy=1.0, force=True)
-TRUNCATED = CompressConfig(param_ratio=1.0, force=True)
+TRUNCATED = CompressConfig(param_ratio=1.0, method="one-sided", force=True)
 W = noise(20, 7, 5).astype(np.float32)  # as a MatMul's right operand
 SQUARE = noise(21, 6, 6).astype(np.float32)
 PLANES = "(float[n,4,8,8] x) => (float[n,4,a,b] y)"

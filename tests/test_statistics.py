@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from onnx_utilrank.statistics.factorize import (
     Decomposition,
+    Metric,
     Utilization,
     balanced,
     eigenbasis,
     energy_rank,
     feature_scale,
-    one_sided,
+    optimal,
     output_error,
     plain_svd,
     utilized,
@@ -69,7 +70,8 @@ def decompose(
     scale: np.ndarray | None = None,
 ) -> Decomposition:
     values = rows if side == "inputs" else rows @ weight.T
-    return one_sided(weight, **{side: SecondMoment.of(values)}, centred=centred, scale=scale)
+    metric = Metric.diagonal(np.ones(len(weight)) if scale is None else scale)
+    return optimal(weight, metric, **{side: SecondMoment.of(values)}, centred=centred)
 
 
 def measured(
@@ -294,7 +296,7 @@ def test_on_few_rows_shrinking_does_not_raise_the_error_on_others(side):
         best = decompose(weight, rows, side, True)
         _, sample = eigenbasis(weight @ SecondMoment.of(rows).covariance @ weight.T)
         for rank in (2, 4, 8, 10):
-            for basis, held_out in ((best.basis, shrunk), (sample, raw)):
+            for basis, held_out in ((best.expand, shrunk), (sample, raw)):
                 u = basis[:, :rank]
                 held_out.append(output_error(weight, u @ u.T @ weight, root @ root.T))
     assert np.mean(shrunk) < np.mean(raw)
@@ -316,13 +318,15 @@ def test_rows_are_enough_from_four_a_feature_on(seed, d):
 @given(seed=SEEDS, m=SIZES, d=SIZES, few=st.booleans())
 def test_errors_fall_with_the_rank_from_all_to_nothing(side, centred, seed, m, d, few):
     weight, rows = draw_layer(seed, m, d, rows=3 if few else None)
-    found = decompose(weight, rows, side, centred, draw_scale(seed, m))
+    scale = draw_scale(seed, m)
+    found = decompose(weight, rows, side, centred, scale)
     assert found.errors.shape == (min(m, d) + 1,)
     assert (np.diff(found.errors) <= 0).all()
     assert found.errors[-1] == 0
     assert found.errors[0] == pytest.approx(found.energy, rel=gamma(2 * min(m, d)))
-    gram = found.basis.T @ found.basis
-    assert np.abs(gram - np.eye(min(m, d))).max() <= 16 * gamma(m + d)
+    directions = found.expand / scale[:, None]
+    for gram in (directions.T @ directions, found.reduce @ found.expand):
+        assert np.abs(gram - np.eye(min(m, d))).max() <= 16 * gamma(m + d)
 
 
 @each_variant
@@ -501,10 +505,10 @@ def test_singular_covariances_are_fine(side, centred, case):
 def test_a_decomposition_leaves_what_it_was_given_alone(centred, seed, m, d, n):
     weight, rows = draw_layer(seed, m, d, rows=n)
     for side, values in (("inputs", rows), ("outputs", rows @ weight.T)):
-        moment, scale = SecondMoment.of(values), draw_scale(seed, m)
-        given_ones = (weight, scale, moment.outer, moment.total)
+        moment, metric = SecondMoment.of(values), Metric.diagonal(draw_scale(seed, m))
+        given_ones = (weight, metric.root_t, metric.inverse_t, moment.outer, moment.total)
         before = [array.copy() for array in given_ones]
-        one_sided(weight, **{side: moment}, centred=centred, scale=scale)
+        optimal(weight, metric, **{side: moment}, centred=centred)
         assert all((a == b).all() for a, b in zip(given_ones, before, strict=True))
 
 

@@ -30,16 +30,16 @@ from onnx import helper, numpy_helper
 
 from onnx_utilrank import CompressConfig, ModelError, RankPlan, UtilrankError, compress
 from onnx_utilrank.calibration.data import open_data
+from onnx_utilrank.compression import PLAN_KEY
 from onnx_utilrank.model.graph import all_names, captured_names
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.pipeline import PLAN_KEY
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.factorize import plain_svd
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 
 EXACT = CompressConfig(energy=1.0, force=True)
 # Every factor pair that takes no more room than its weight: truncates each form.
-TRUNCATED = CompressConfig(param_ratio=1.0, force=True)
+TRUNCATED = CompressConfig(param_ratio=1.0, method="one-sided", force=True)
 NOTHING = CompressConfig(param_ratio=1.0, exclude=("*",))
 
 

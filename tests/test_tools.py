@@ -284,7 +284,7 @@ def fake_zoo(tmp_path):
 def test_zoo_table_runs_the_whole_chain(zoo_table, fake_zoo, tmp_path, capsys):
     files = [tmp_path / "rows.json", tmp_path / "table.md"]
     words = ["--zoo", str(fake_zoo), "--models", "absent", "tiny", "--ratios", "0.7", "0.001"]
-    words += ["--methods", "one-sided", "--samples", "40", "--limit", "9"]
+    words += ["--methods", "two-sided", "--samples", "40", "--limit", "9"]
     words += [f"--out={file}" for file in files]
     assert zoo_table.main(words) == 1  # for the model that is absent
     printed = capsys.readouterr()
@@ -331,8 +331,8 @@ def test_zoo_table_on_a_real_model(tmp_path):
     assert done.returncode == 0, done.stderr
     head, *rows = cells(done.stdout)
     named = [dict(zip(head, row, strict=True)) for row in rows]
-    assert [row["method"] for row in named] == ["one-sided", "utilized-rank", "svd"]
+    assert [row["method"] for row in named] == ["two-sided", "one-sided", "utilized-rank", "svd"]
     for row in named:
         assert float(row["kept"].removesuffix(" %")) <= 80
         assert float(row["after"]) > 80
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnx_utilrank.errors import ConfigError, DataError, ModelError
+from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
@@ -23,7 +24,6 @@ from onnx_utilrank.validation.compare import (
     OutputComparison,
     compare_outputs,
     find_classifications,
-    is_classification,
     snr_db,
 )
 from onnx_utilrank.validation.report import (

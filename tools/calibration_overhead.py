@@ -33,8 +33,9 @@ from onnx_utilrank.calibration.survey import expose
 from onnx_utilrank.errors import ConfigError, UtilrankError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.ranking.method import use_view
+from onnx_utilrank.ranking.method import MomentMethod, use_view
 from onnx_utilrank.ranking.methods import METHODS, find_method
+from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.runtime.providers import PROVIDERS, Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
@@ -392,8 +393,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--method",
-        choices=[method.key for method in METHODS],
-        default=METHODS[0].key,
+        choices=[method.key for method in METHODS if isinstance(method, MomentMethod)],
+        default=ONE_SIDED.key,
         help="whose moments are collected (default: %(default)s)",
     )
     parser.add_argument(

@@ -28,8 +28,8 @@ from typing import Any
 __all__ = ["Entry", "Results", "StepError", "Zoo", "main", "table"]
 
 ENVIRONMENT = "ONNX_UTILRANK_ZOO"
-DEFAULT_METHOD = "one-sided"
-METHODS = (DEFAULT_METHOD, "utilized-rank", "svd")
+DEFAULT_METHOD = "two-sided"
+METHODS = (DEFAULT_METHOD, "one-sided", "utilized-rank", "svd")
 # Ratios at which each model begins to lose, and where it still works.
 RATIOS = {
     "mobilenet_v2": (0.9, 0.8),

@@ -34,6 +34,7 @@ __all__ = [
     "Dataset",
     "SampleReader",
     "hold_back",
+    "import_function",
     "open_data",
 ]
 
@@ -281,7 +282,19 @@ def _names_function(source: str) -> bool:
     )
 
 
-def _import_function(source: str) -> Callable[[], Any]:
+def import_function(source: str) -> Callable[..., Any]:
+    """The function that 'package.module:function' names, with the current folder on the path.
+
+    Raises:
+        DataError: There is none.
+    """
+    if not _FUNCTION.fullmatch(source):
+        raise DataError(f"{source}: is not of the form package.module:function")
+    with _importable(Path.cwd()):
+        return _import_function(source)
+
+
+def _import_function(source: str) -> Callable[..., Any]:
     module, _, name = source.partition(":")
     try:
         function = operator.attrgetter(name)(importlib.import_module(module))

@@ -5,18 +5,19 @@ from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_data_options,
+    add_method_options,
     add_output_options,
     add_provider_option,
     add_site_options,
     check_outputs,
+    method_options,
     number,
     run_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
-from onnx_utilrank.config import CompressConfig
+from onnx_utilrank.config import QUALITY_KEYS, CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.pipeline import compress
-from onnx_utilrank.ranking.methods import METHODS
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import compression_tables
@@ -29,44 +30,46 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "compress",
         help="make a smaller model and validate it",
-        description="Collects second moments on the samples, chooses a rank for every MatMul, "
-        "Gemm and Conv, puts factors in the place of their weights, and compares the result with "
-        "the original on samples that were held back.",
+        description="Measures on the samples what each MatMul, Gemm and Conv does to the outputs, "
+        "chooses a rank for it, puts factors in the place of its weight, and compares the result "
+        "with the original on samples that were held back.",
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
     add_data_options(parser)
     target = parser.add_mutually_exclusive_group(required=True)
+    for name, what in (
+        ("--param-ratio", "parameters to keep, as a share of all initializers and constants"),
+        ("--size-ratio", "bytes of the file to keep, as a share"),
+        ("--flop-ratio", "operations of MatMul, Gemm and Conv to keep, as a share"),
+        ("--energy", "the paper's rule: the share of energy that each layer's subspaces hold"),
+    ):
+        target.add_argument(name, type=number(float, 0, 1), metavar="R", help=what)
+    for name, what in (
+        ("--max-drop", "the smallest model that loses at most this much of --evaluate or --labels"),
+        (
+            "--max-divergence",
+            "the smallest model whose outputs diverge at most so much: nats a decision, or half "
+            "of the relative squared error of values",
+        ),
+        ("--min-agreement", "the smallest model that makes this share of decisions alike"),
+        ("--min-snr", "the smallest model whose output values have this signal-to-noise ratio, dB"),
+    ):
+        target.add_argument(name, type=float, metavar="D", help=what)
     target.add_argument(
-        "--param-ratio",
+        "--plan", metavar="FILE", help="replay the decisions of a plan, or of a point of a sweep"
+    )
+    parser.add_argument(
+        "--point",
         type=number(float, 0, 1),
         metavar="R",
-        help="parameters to keep, as a share of all initializers and constants of the model",
+        help="which point, where --plan is a sweep",
     )
-    target.add_argument(
-        "--energy",
-        type=number(float, 0, 1),
-        metavar="E",
-        help="the paper's rule: each layer keeps the subspaces that hold this share of the energy",
-    )
-    target.add_argument("--plan", metavar="FILE", help="replay the decisions of a plan")
-    parser.add_argument(
-        "--method",
-        choices=[m.key for m in METHODS],
-        help="how --param-ratio is spent: the data-optimal factors with one budget over all "
-        f"layers ({METHODS[0].key}, the default), the paper's rule, or plain SVD without data",
-    )
+    add_method_options(parser)
     parser.add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
     parser.add_argument("--plan-out", metavar="FILE", help="write the plan, to read or replay")
-    parser.add_argument(
-        "--rank-multiple",
-        type=number(int, 1),
-        default=1,
-        metavar="K",
-        help="ranks are multiples of K; 8 suits GPUs (default: 1)",
-    )
     add_site_options(parser)
     add_provider_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="stop at the plan; write no model")
@@ -78,18 +81,29 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     if not args.output and not args.dry_run:
         raise ConfigError("-o OUT is needed, or --dry-run")
-    if args.plan and (args.method or args.force):
-        raise ConfigError("--plan states method and ranks itself: --method and --force exclude it")
+    if args.plan and (args.method or args.force or args.moves or args.output_weighting):
+        raise ConfigError(
+            "--plan states method, moves, weighting and ranks itself: --method, --moves, "
+            "--output-weighting and --force exclude it"
+        )
+    if args.point is not None and not args.plan:
+        raise ConfigError("--point goes with --plan")
     check_outputs([args.model, args.plan], [args.output, args.plan_out, args.report])
+    asked = {key: getattr(args, key) for key in QUALITY_KEYS}
+    quality = next(
+        (QualityTarget(key=key, limit=v) for key, v in asked.items() if v is not None), None
+    )
     config = CompressConfig(
         param_ratio=args.param_ratio,
+        size_ratio=args.size_ratio,
+        flop_ratio=args.flop_ratio,
         energy=args.energy,
-        method=args.method,
+        quality=quality,
         force=args.force,
-        rank_multiple=args.rank_multiple,
+        **method_options(args),
         **run_options(args),
     )
-    plan = RankPlan.load(args.plan) if args.plan else None
+    plan = RankPlan.load(args.plan, point=args.point) if args.plan else None
     with ProgressBars() as progress:
         result = compress(
             args.model, args.data, config, plan=plan, dry_run=args.dry_run, progress=progress

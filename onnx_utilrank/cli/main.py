@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import onnxruntime as ort
 
 from onnx_utilrank import __version__
-from onnx_utilrank.cli import analyze, compress, validate
+from onnx_utilrank.cli import analyze, compress, sweep, validate
 from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.report.tables import printable
 
 __all__ = ["build_parser", "main"]
 
-VERBS = (analyze, compress, validate)
+VERBS = (analyze, compress, sweep, validate)
 
 EXIT_STATUS = """exit status:
   0  done

@@ -6,16 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from onnx_utilrank.config import DEFAULT_MEMORY
 from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.moves.moves import MOVES
+from onnx_utilrank.ranking.methods import METHODS
 from onnx_utilrank.runtime.providers import PROVIDERS
 from onnx_utilrank.sites.find import SITE_KINDS
+from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
 __all__ = [
     "add_data_options",
+    "add_method_options",
     "add_output_options",
     "add_provider_option",
     "add_site_options",
     "check_outputs",
+    "method_options",
     "number",
     "run_options",
 ]
@@ -88,10 +94,90 @@ def add_site_options(parser: argparse.ArgumentParser) -> None:
     known = ",".join(kind.op_type for kind in SITE_KINDS)
     parser.add_argument(
         "--op-types",
-        type=lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+        type=_words,
         metavar="OPS",
         help=f"comma-separated operators that count (default: {known})",
     )
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """How factors are made."""
+    parser.add_argument(
+        "--method",
+        choices=[m.key for m in METHODS],
+        help="two-sided factors, which weigh each output of a layer by what it does to the "
+        "outputs of the model (default; one-sided where gradients cannot be had), one-sided ones, "
+        "the paper's rule, or plain SVD without data",
+    )
+    parser.add_argument(
+        "--output-weighting",
+        choices=WEIGHTINGS,
+        help="what counts at the outputs: the softmax of classes, their logits, or plain values "
+        "(default: told from the model and the values)",
+    )
+    parser.add_argument(
+        "--moves",
+        type=_words,
+        metavar="MOVES",
+        help=f"comma-separated ways to store factors: {','.join(m.key for m in MOVES)}; those "
+        "named are used wherever they are smaller (default: all, where they should be faster too)",
+    )
+    parser.add_argument(
+        "--no-refit",
+        action="store_true",
+        help="do not fit layers anew to what they get behind compressed ones",
+    )
+    parser.add_argument(
+        "--rank-multiple",
+        type=number(int, 1),
+        default=1,
+        metavar="K",
+        help="ranks are multiples of K; 8 suits GPUs (default: 1)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=size,
+        default=DEFAULT_MEMORY,
+        metavar="BYTES",
+        help="what statistics and activations may take, such as 500M or 4G (default: 4G)",
+    )
+    metric = parser.add_mutually_exclusive_group()
+    metric.add_argument(
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        help="your metric, higher is better: takes the path of an ONNX file, gives a number",
+    )
+    metric.add_argument(
+        "--labels",
+        metavar="KEY",
+        help="array of the data with the right class of each sample, int64: the metric is then the "
+        "accuracy in per cent",
+    )
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_method_options` was given."""
+    return {
+        "method": args.method,
+        "weighting": args.output_weighting,
+        "moves": args.moves,
+        "refit": not args.no_refit,
+        "rank_multiple": args.rank_multiple,
+        "memory_budget": args.memory_budget,
+        "evaluate": args.evaluate,
+        "labels": args.labels,
+    }
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, with K, M or G for powers of 1024."""
+    factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
+    digits = text if factor == 1 else text[:-1]
+    return int(number(float, 1)(digits) * factor)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -11,23 +11,23 @@ __all__ = ["allocate"]
 BISECTIONS = 100
 
 
-def allocate(choices: Sequence[Choice], budget: int) -> list[Move] | None:
-    """Least total error within a budget of parameters.
+def allocate(choices: Sequence[Choice], budget: float) -> list[Move] | None:
+    """Least total error within a budget of whatever costs are counted in.
 
-    Each site takes the move with the least error + λ·parameters; λ is bisected until the budget
-    holds, and what is left is spent greedily on the best error per parameter. On convex error
+    Each site takes the move with the least error + λ·cost; λ is bisected until the budget
+    holds, and what is left is spent greedily on the best error per unit of cost. On convex error
     curves this is optimal up to the last site (Everett, "Generalized Lagrange multiplier method",
     Operations Research 11(3), 1963). Dense is a move like any other, so that the break-even of a
     factorization needs no rule of its own.
 
     Args:
         choices: The sites.
-        budget: Parameters that all moves may take together.
+        budget: What all moves may cost together.
 
     Returns:
         One move a site, or None where even the smallest moves take more than the budget.
     """
-    costs = [np.array([m.parameters for m in c.moves], dtype=np.float64) for c in choices]
+    costs = [np.array([m.cost for m in c.moves], dtype=np.float64) for c in choices]
     errors = [np.array([m.error for m in c.moves]) for c in choices]
     if sum(c.min() for c in costs) > budget:
         return None
@@ -41,7 +41,7 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[Move] | None:
 
     taken = pick(0.0)
     if spent(taken) > budget:
-        # Prices span the whole range of errors a parameter; they are bisected by their order of
+        # Prices span the whole range of errors a unit; they are bisected by their order of
         # magnitude, as errors do.
         low, high = 1e-30, 1.0
         while spent(pick(high)) > budget and high < 1e30:
@@ -57,7 +57,7 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[Move] | None:
 
 
 def _fill(costs: list[np.ndarray], errors: list[np.ndarray], taken: list[int], left: float) -> None:
-    """Spend what is left: again and again the affordable move that gains most a parameter."""
+    """Spend what is left: again and again the affordable move that gains most a unit."""
     while True:
         best: tuple[float, int, int] | None = None
         for site, (cost, error) in enumerate(zip(costs, errors, strict=True)):

@@ -1,12 +1,55 @@
-"""What things cost in parameters: the one meaning of "ratio" in this tool."""
+"""What things cost: the one meaning of each "ratio" in this tool."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["bias_cost", "count_parameters"]
+__all__ = ["Ledger", "Unit", "bias_cost", "count_parameters"]
+
+Unit = Literal["parameters", "bytes", "operations"]
+
+# Bytes that a node with its names takes in a file, about: the plan is made with it and corrected
+# by what the file then has.
+NODE_BYTES = 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """What a whole model and each of its sites cost in one unit.
+
+    Attributes:
+        unit: `parameters`: elements of all initializers and constants. `bytes`: of the file,
+            external data included. `operations`: multiply-accumulates of MatMul, Gemm and Conv on
+            one sample.
+        total: Of the model as it is.
+        rows: Rows of output that one sample has at each site, by key.
+    """
+
+    unit: Unit
+    total: float
+    rows: Mapping[str, float]
+
+    def dense(self, site: Site) -> float:
+        """What the site costs as it is: what goes when it is factored."""
+        if self.unit == "operations":
+            return self.rows[site.key] * site.parameters
+        # A weight that stays whatever happens to this site is none of its cost.
+        kept = site.parameters if site.freed else 0
+        return float(kept * site.dtype.itemsize) if self.unit == "bytes" else float(kept)
+
+    def factored(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> float:
+        """What it costs after a move that stores so many parameters."""
+        if self.unit == "operations":
+            return self.rows[site.key] * kind.multiplications(site, rank)
+        if self.unit == "bytes":
+            return float(parameters * site.dtype.itemsize + 2 * NODE_BYTES * len(site.uses))
+        return float(parameters)
 
 
 def count_parameters(store: ModelStore) -> int:

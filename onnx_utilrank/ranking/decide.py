@@ -1,63 +1,138 @@
 """Turn measurements into a plan: offer moves, let the method allocate, give every reason."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ModelError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.ranking.cost import count_parameters
+from onnx_utilrank.moves.low_rank import LOW_RANK
+from onnx_utilrank.moves.moves import MOVES, find_move
+from onnx_utilrank.ranking.cost import Ledger, count_parameters
 from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.plan import PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.ranking.utilized_rank import at_energy
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.site import Site, Skip
 
-__all__ = ["check_plan", "decide", "planned_moves", "skipped_nodes"]
+__all__ = ["Offers", "check_plan", "planned_moves", "skipped_nodes"]
 
 
-def decide(
-    index: GraphIndex,
-    measured: Sequence[Measured],
-    skips: Sequence[Skip],
-    method: Method,
-    config: CompressConfig,
-) -> RankPlan:
-    """Choose a move for every site.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offers:
+    """What can be done to every site, at which cost: all that a plan is chosen from.
 
-    Raises:
-        TargetMissedError: No choice is as small as was asked for, or nothing can be factored.
+    Attributes:
+        index: The model.
+        fingerprint: Its fingerprint.
+        choices: The sites with their moves.
+        skips: Nodes that are no sites.
+        method: What measured them, and allocates.
+        config: The options.
+        ledger: What ratios are of.
     """
-    total = count_parameters(index.store)
-    choices = [_choice(m, config) for m in measured]
-    # What a site costs is counted on top of the model without its weights.
-    rest = total - sum(_dense_parameters(c.measured.site) for c in choices)
-    moves: list[Move] | None
-    if config.energy is not None:
-        moves = at_energy(choices, config.energy)
-    else:
-        assert config.param_ratio is not None
-        # The room is for the binary fraction of a ratio such as 0.7.
-        budget = int(total * config.param_ratio + 1e-6)
-        moves = method.allocate(choices, budget - rest)
-    if moves is None:
-        least = rest + sum(min(m.parameters for m in c.moves) for c in choices)
-        raise TargetMissedError(
-            f"{index.store.label}: a param ratio of {config.param_ratio:g} cannot be reached: "
-            f"with every site at its least, {least / max(total, 1):.4f} is kept "
-            f"({rest / max(total, 1):.4f} lies outside the {len(choices)} weights that can be "
-            "factored)"
+
+    index: GraphIndex
+    fingerprint: str
+    choices: tuple[Choice, ...]
+    skips: tuple[Skip, ...]
+    method: Method
+    config: CompressConfig
+    ledger: Ledger
+
+    @classmethod
+    def of(
+        cls,
+        index: GraphIndex,
+        measured: Sequence[Measured],
+        skips: Sequence[Skip],
+        method: Method,
+        config: CompressConfig,
+        ledger: Ledger,
+    ) -> "Offers":
+        """Collect the moves of all sites.
+
+        Raises:
+            ConfigError: The options name a move that there is not.
+        """
+        for key in config.moves or ():
+            find_move(key)
+        return cls(
+            index=index,
+            fingerprint=index.store.fingerprint(),
+            choices=tuple(_choice(index, m, method, config, ledger) for m in measured),
+            skips=tuple(skips),
+            method=method,
+            config=config,
+            ledger=ledger,
         )
-    entries = tuple(_entry(index, m, move) for m, move in zip(measured, moves, strict=True))
-    return RankPlan(
-        model_sha256=index.store.fingerprint(),
-        method=method.key,
-        target=config.target,
-        parameters_before=total,
-        parameters_after=rest + sum(m.parameters for m in moves),
-        entries=entries,
-        skipped=skipped_nodes(skips),
-    )
+
+    @property
+    def rest(self) -> float:
+        """What the model costs without the weights of its sites."""
+        return self.ledger.total - sum(self.ledger.dense(c.measured.site) for c in self.choices)
+
+    @property
+    def least(self) -> float:
+        """The least share of its cost that can be kept, every site at its cheapest."""
+        cheapest = sum(min(m.cost for m in c.moves) for c in self.choices)
+        return (self.rest + cheapest) / max(self.ledger.total, 1)
+
+    def allocate(self, ratio: float) -> list[Move] | None:
+        """One move a site for a share of the cost to keep; None where it cannot be reached."""
+        # The room is for the binary fraction of a ratio such as 0.7.
+        budget = math.floor(self.ledger.total * ratio + 1e-6) - self.rest
+        return self.method.allocate(self.choices, budget)
+
+    def predicted(self, ratio: float) -> float | None:
+        """The loss that is expected at a ratio; None where the method does not know, or it cannot
+        be reached.
+        """
+        moves = self.allocate(ratio) if self.method is TWO_SIDED else None
+        return None if moves is None else sum(m.error for m in moves)
+
+    def plan(self, ratio: float | None) -> RankPlan:
+        """Choose a move for every site.
+
+        Args:
+            ratio: Share of the model's cost to keep; None goes by the energy of the options.
+
+        Raises:
+            TargetMissedError: No choice is as cheap as was asked for.
+        """
+        if ratio is None:
+            assert self.config.energy is not None
+            moves: list[Move] | None = at_energy(self.choices, self.config.energy)
+        else:
+            moves = self.allocate(ratio)
+        if moves is None:
+            outside = self.rest / max(self.ledger.total, 1)
+            raise TargetMissedError(
+                f"{self.index.store.label}: a ratio of {ratio:g} of its {self.ledger.unit} cannot "
+                f"be reached: with every site at its least, {self.least:.4f} is kept "
+                f"({outside:.4f} lies outside the {len(self.choices)} weights that can be factored)"
+            )
+        entries = tuple(
+            _entry(self.index, c.measured, m) for c, m in zip(self.choices, moves, strict=True)
+        )
+        parameters = count_parameters(self.index.store)
+        saved = sum(e.parameters_before - e.parameters_after for e in entries)
+        two_sided = self.method is TWO_SIDED
+        return RankPlan(
+            model_sha256=self.fingerprint,
+            method=self.method.key,
+            target=self.config.target,
+            parameters_before=parameters,
+            parameters_after=parameters - saved,
+            predicted_divergence=sum(m.error for m in moves) if two_sided else None,
+            weighting=self.config.weighting,
+            refit=self.config.refit and two_sided,
+            entries=entries,
+            skipped=skipped_nodes(self.skips),
+        )
 
 
 def skipped_nodes(skips: Sequence[Skip]) -> tuple[SkippedNode, ...]:
@@ -70,12 +145,39 @@ def _dense_parameters(site: Site) -> int:
     return site.parameters if site.freed else 0
 
 
-def _choice(measured: Measured, config: CompressConfig) -> Choice:
+def _choice(
+    index: GraphIndex, measured: Measured, method: Method, config: CompressConfig, ledger: Ledger
+) -> Choice:
     site = measured.site
-    ranks = candidate_ranks(site, config.rank_multiple, force=config.force)
-    moves = measured.moves(ranks)
+    moves = []
+    for kind in MOVES:
+        asked = config.moves is None or kind.key in config.moves
+        if not asked or (method.moves is not None and kind.key not in method.moves):
+            continue
+        if not kind.applies(index, site):
+            continue
+        ranks = candidate_ranks(
+            site,
+            kind.top_rank(site),
+            config.rank_multiple,
+            force=config.force and kind is LOW_RANK,
+        )
+        for move in measured.moves(ranks):
+            assert move.rank is not None
+            if config.moves is None and not kind.pays(site, move.rank, ledger.rows[site.key]):
+                continue
+            stored = kind.parameters(site, move.rank) - LOW_RANK.parameters(site, move.rank)
+            parameters = move.parameters + stored
+            cost = ledger.factored(site, kind, move.rank, parameters)
+            moves.append(replace(move, kind=kind.key, parameters=parameters, cost=cost))
     if not config.force or not moves:
-        dense = Move(rank=None, bias=False, parameters=_dense_parameters(site), error=0.0)
+        dense = Move(
+            rank=None,
+            bias=False,
+            parameters=_dense_parameters(site),
+            error=0.0,
+            cost=ledger.dense(site),
+        )
         moves = [dense, *moves]
     return Choice(measured=measured, moves=tuple(moves))
 
@@ -94,6 +196,7 @@ def _entry(index: GraphIndex, measured: Measured, move: Move) -> PlanEntry:
         rank=move.rank,
         bias=move.bias,
         subspaces=move.subspaces,
+        move=None if move.rank is None else move.kind,
         parameters_before=_dense_parameters(site),
         parameters_after=move.parameters,
         predicted_error=error,
@@ -133,6 +236,10 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
                 f"{label}: the plan has {entry.site!r} as {entry.m} x {entry.d}, "
                 f"it is {site.m} x {site.d}"
             )
+        if not find_move(entry.move or LOW_RANK.key).applies(index, site):
+            raise ModelError(
+                f"{label}: the plan makes move {entry.move!r} at {entry.site!r}, which cannot be"
+            )
         blind = find_method(plan.method).side(site) is None  # no data, so no mean
         if entry.bias and (blind or site.bias == "none"):
             raise ModelError(
@@ -149,6 +256,7 @@ def planned_moves(plan: RankPlan) -> Mapping[str, Move]:
             parameters=entry.parameters_after,
             error=float("nan") if entry.predicted_error is None else entry.predicted_error,
             subspaces=entry.subspaces,
+            kind=entry.move or LOW_RANK.key,
         )
         for entry in plan.factored
     }

@@ -2,15 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.sites.site import RowView, Site, Use
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.statistics.moments import SecondMoment
 
-__all__ = ["Choice", "Measured", "Method", "Move", "candidate_ranks", "site_moment", "use_view"]
+__all__ = [
+    "Choice",
+    "Measured",
+    "Method",
+    "MomentMethod",
+    "Move",
+    "candidate_ranks",
+    "site_moment",
+    "use_view",
+]
 
 Side = Literal["inputs", "outputs"]
 
@@ -23,8 +33,11 @@ class Move:
         rank: Rank of the factors; None leaves the weight as it is.
         bias: Whether the lost mean goes into the bias.
         parameters: Elements that the site's weight or factors, and what the bias adds, take.
-        error: Expected squared error of the site's output, relative to its variance.
+        error: What it loses: the predicted rise of the model's loss (`two-sided`), or the expected
+            squared error of the site's output relative to its variance.
         subspaces: k_S and k_T, where the method projects on both (`utilized-rank`).
+        kind: Key of the `MoveKind`: how the factors are stored.
+        cost: What it takes in the unit of the budget.
     """
 
     rank: int | None
@@ -32,6 +45,8 @@ class Move:
     parameters: int
     error: float
     subspaces: tuple[int, int] | None = None
+    kind: str = LOW_RANK.key
+    cost: float = 0.0
 
 
 class Measured(Protocol):
@@ -48,7 +63,7 @@ class Measured(Protocol):
         ...
 
     def moves(self, ranks: Sequence[int]) -> list[Move]:
-        """A move for each of the ranks (and for each way to treat the bias)."""
+        """A low-rank move for each of the ranks (and for each way to treat the bias)."""
         ...
 
     def factors(self, weight: np.ndarray, move: Move) -> Factors:
@@ -81,10 +96,21 @@ class Method(Protocol):
     """A way to rank and factor weights: one file in this folder, and an entry in `METHODS`."""
 
     key: str
+    moves: tuple[str, ...] | None
+    """Keys of the moves that belong to it; None for all."""
 
     def side(self, site: Site) -> Side | None:
         """Which side's moments it needs of a site; None for neither."""
         ...
+
+    def allocate(self, choices: Sequence[Choice], budget: float) -> list[Move] | None:
+        """One move a site, of at most `budget` together; None where none are so cheap."""
+        ...
+
+
+@runtime_checkable
+class MomentMethod(Method, Protocol):
+    """A method that needs no more than moments."""
 
     def measure(
         self, site: Site, weight: np.ndarray, moment: SecondMoment | None, bias_cost: int
@@ -99,17 +125,13 @@ class Method(Protocol):
         """
         ...
 
-    def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
-        """One move a site, at most `budget` parameters together; None where none are so few."""
-        ...
 
-
-def candidate_ranks(site: Site, multiple: int, *, force: bool) -> list[int]:
-    """Ranks worth offering: multiples that save parameters.
+def candidate_ranks(site: Site, top: int, multiple: int, *, force: bool) -> list[int]:
+    """Ranks worth offering: multiples up to `top`, where they still save.
 
     With `force` every multiple counts and the full rank too.
     """
-    top = site.full_rank if force else min(site.break_even_rank, site.full_rank)
+    top = site.full_rank if force else top
     ranks = list(range(multiple, top + 1, multiple))
     if force and site.full_rank not in ranks:
         ranks.append(site.full_rank)

@@ -4,12 +4,14 @@ from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.ranking.method import Method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.plain_svd import PLAIN_SVD
+from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 
 __all__ = ["METHODS", "find_method"]
 
-# Adding a method is one file beside this one and one entry here; the first is the default.
-METHODS: tuple[Method, ...] = (ONE_SIDED, UTILIZED_RANK, PLAIN_SVD)
+# Adding a method is one file beside this one and one entry here; the first is the default, where
+# the model lets gradients be had.
+METHODS: tuple[Method, ...] = (TWO_SIDED, ONE_SIDED, UTILIZED_RANK, PLAIN_SVD)
 
 
 def find_method(key: str) -> Method:

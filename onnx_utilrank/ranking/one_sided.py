@@ -11,8 +11,9 @@ from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import (
     Decomposition,
     Factors,
+    Metric,
     feature_scale,
-    one_sided,
+    optimal,
 )
 from onnx_utilrank.statistics.moments import SecondMoment
 
@@ -83,18 +84,17 @@ class OneSidedSite:
 
 
 class OneSided:
-    """min E‖D^{-1} (W − Ŵ)(x − μ)‖² a site; see `statistics.factorize.one_sided`.
+    """min E‖D^{-1} (W − Ŵ)(x − μ)‖² a site; see `statistics.factorize.optimal`.
 
     D keeps outputs of huge variance from ruling all others (`feature_scale`).
     """
 
     key = "one-sided"
+    moves: tuple[str, ...] | None = None
 
     def side(self, site: Site) -> Side:
-        """The smaller side; the inputs where both are equal, as siblings share those."""
-        if site.m < site.d and all(use.outputs is not None for use in site.uses):
-            return "outputs"
-        return "inputs"
+        """See `Site.smaller_side`."""
+        return site.smaller_side
 
     def measure(
         self, site: Site, weight: np.ndarray, moment: SecondMoment | None, bias_cost: int
@@ -126,7 +126,7 @@ class OneSided:
             bias_cost=bias_cost,
         )
 
-    def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
+    def allocate(self, choices: Sequence[Choice], budget: float) -> list[Move] | None:
         """See `Method.allocate`."""
         return allocate(choices, budget)
 
@@ -135,7 +135,7 @@ def _decomposed(
     weight: np.ndarray, side: Side, moment: SecondMoment, scale: np.ndarray, *, centred: bool
 ) -> Decomposition:
     inputs, outputs = (moment, None) if side == "inputs" else (None, moment)
-    return one_sided(weight, inputs=inputs, outputs=outputs, centred=centred, scale=scale)
+    return optimal(weight, Metric.diagonal(scale), inputs=inputs, outputs=outputs, centred=centred)
 
 
 def _energies(weight: np.ndarray, side: Side, second: np.ndarray) -> np.ndarray:

@@ -60,6 +60,7 @@ class PlainSvd:
     """min ‖W − Ŵ‖ a site, with the same allocation as the default."""
 
     key = "svd"
+    moves: tuple[str, ...] | None = ("low-rank",)
 
     def side(self, site: Site) -> Side | None:
         """No data."""
@@ -73,7 +74,7 @@ class PlainSvd:
         del moment, bias_cost
         return PlainSvdSite(site=site, found=plain_svd(weight))
 
-    def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
+    def allocate(self, choices: Sequence[Choice], budget: float) -> list[Move] | None:
         """See `Method.allocate`."""
         return allocate(choices, budget)
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import atomic_write
+from onnx_utilrank.moves.moves import MOVES
+from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
 __all__ = ["PlanEntry", "RankPlan", "SkippedNode"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +33,12 @@ class PlanEntry:
         rank: Rank of the factors; None leaves the weight as it is.
         bias: Whether the mean of what is lost goes into the bias.
         subspaces: Dimensions k_S and k_T of the input and output subspaces (`utilized-rank`).
+        move: How the factors are stored (a key of `MOVES`); None for dense sites.
         parameters_before: Elements of the weight.
         parameters_after: Elements of what takes its place, bias correction included.
-        predicted_error: Expected squared error of the outputs relative to their variance; 0 for
-            dense sites, None where the method does not know.
+        predicted_error: What the site is expected to lose: the rise of the model's divergence
+            (`two-sided`), or the squared error of its outputs relative to their variance, or to
+            their energy (`utilized-rank`); 0 for dense sites, None where the method does not know.
         rows: Rows that the decision rests on; None without data.
         trusted: False where those are fewer than four times the width.
         reason: Why, in words.
@@ -48,6 +52,7 @@ class PlanEntry:
     rank: int | None
     bias: bool
     subspaces: tuple[int, int] | None
+    move: str | None
     parameters_before: int
     parameters_after: int
     predicted_error: float | None
@@ -75,6 +80,10 @@ class RankPlan:
         target: What was asked for, such as {"param_ratio": 0.5}.
         parameters_before: Elements of all initializers and constants of the model.
         parameters_after: The same after the rewrite.
+        predicted_divergence: What the whole model is expected to lose, the sum over the sites
+            (`two-sided`); None where the method does not know.
+        weighting: What counted at the outputs, where the user said so.
+        refit: Whether layers are fitted anew to what they get behind compressed ones.
         entries: One a site, in graph order.
         skipped: Nodes that are not sites.
         schema: Version of this format.
@@ -85,6 +94,9 @@ class RankPlan:
     target: dict[str, float]
     parameters_before: int
     parameters_after: int
+    predicted_divergence: float | None
+    weighting: Weighting | None
+    refit: bool
     entries: tuple[PlanEntry, ...]
     skipped: tuple[SkippedNode, ...]
     schema: int = SCHEMA
@@ -99,10 +111,15 @@ class RankPlan:
         """Parameters kept, over the whole model."""
         return self.parameters_after / max(self.parameters_before, 1)
 
+    @property
+    def met(self) -> bool:
+        """Whether the model as it is has what was asked for: a ratio of all of it."""
+        return any(key.endswith("_ratio") and value >= 1 for key, value in self.target.items())
+
     def fingerprint(self) -> str:
         """SHA-256 of what is decided, for which model; predictions and reasons do not count."""
-        decided = [(e.site, e.rank, e.bias, e.subspaces) for e in self.factored]
-        text = json.dumps([self.model_sha256, self.method, decided])
+        decided = [(e.site, e.rank, e.bias, e.subspaces, e.move) for e in self.factored]
+        text = json.dumps([self.model_sha256, self.method, self.refit, decided])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -122,16 +139,23 @@ class RankPlan:
             raise ModelError(f"{path}: cannot be written ({e.strerror or e})") from e
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "RankPlan":
+    def load(cls, path: str | os.PathLike[str], *, point: float | None = None) -> "RankPlan":
         """Read a plan.
 
+        Args:
+            path: What `save` wrote, or the report of a sweep.
+            point: The ratio of the point, where it is a sweep.
+
         Raises:
-            ModelError: It cannot be read or is not a plan of this version.
+            ModelError: It cannot be read, is not a plan of this version, or a sweep that has no
+                such point.
         """
         try:
             text = Path(path).read_text(encoding="utf8")
         except (OSError, UnicodeDecodeError) as e:
             raise ModelError(f"{path}: cannot be read ({e})") from e
+        if point is not None:
+            text = _of_point(text, point, str(path))
         return cls.from_json(text, label=str(path))
 
     @classmethod
@@ -155,6 +179,11 @@ class RankPlan:
             if not _is_finite(value):
                 raise ModelError(f"{label}: target {key!r} is not a finite number")
         where = [f"{label}: entry {k}" for k in range(len(top["entries"]))]
+        predicted = top["predicted_divergence"]
+        if top["weighting"] not in (None, *WEIGHTINGS):
+            raise ModelError(f"{label}: weighting {top['weighting']!r} is not known")
+        if predicted is not None and not _is_finite(predicted):
+            raise ModelError(f"{label}: 'predicted_divergence' is not a finite number")
         entries = [
             PlanEntry(**_fields(e, PlanEntry, w))
             for e, w in zip(top["entries"], where, strict=True)
@@ -172,9 +201,24 @@ class RankPlan:
         return cls(**top | {"entries": tuple(entries), "skipped": tuple(skipped)})
 
 
+def _of_point(text: str, point: float, label: str) -> str:
+    """The plan of one point of a sweep's report."""
+    try:
+        points = json.loads(text)["points"]
+        plans = [p["plan"] for p in points if p["ratio"] == point]
+    except (ValueError, RecursionError, KeyError, TypeError) as e:
+        raise ModelError(f"{label}: not the report of a sweep") from e
+    if not plans:
+        raise ModelError(f"{label}: the sweep has no point at {point:g}")
+    return json.dumps(plans[0])
+
+
 # JSON types of the fields; a list becomes a tuple.
 TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
+    "str | None": (str, type(None)),
+    # A literal type prints as the values it allows, which are checked apart.
+    str(Weighting | None): (str, type(None)),
     "int": (int,),
     "bool": (bool,),
     "int | None": (int, type(None)),
@@ -232,6 +276,10 @@ def _check_entry(entry: PlanEntry, place: str) -> None:
             raise ModelError(f"{place}: subspaces {list(pair)} do not have rank {entry.rank}")
     if not all(isinstance(name, str) for name in entry.nodes):
         raise ModelError(f"{place}: 'nodes' holds something that is not a name")
+    if entry.move is not None and entry.move not in {move.key for move in MOVES}:
+        raise ModelError(f"{place}: move {entry.move!r} is not known")
+    if (entry.move is None) != (entry.rank is None):
+        raise ModelError(f"{place}: 'move' and 'rank' have to be given together")
     if entry.predicted_error is not None and not _is_finite(entry.predicted_error):
         raise ModelError(f"{place}: 'predicted_error' is not a finite number")
 

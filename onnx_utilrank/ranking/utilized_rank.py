@@ -1,7 +1,7 @@
 """The paper's rule (Garg et al., arXiv 2407.04797): one energy threshold for every layer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,27 +29,29 @@ class UtilizedSite:
     moment: SecondMoment
     found: Utilization
 
-    def move(self, energy: float, ranks: Sequence[int]) -> Move | None:
-        """The move at an energy: the least of `ranks` that holds the utilized rank, if any does.
+    def at(self, energy: float, moves: Mapping[int, Move]) -> Move | None:
+        """The move at an energy, of those offered by rank: the least that holds the utilized rank.
 
-        A rank above the utilized one widens both subspaces to it.
+        A rank above the utilized one widens both subspaces to it. None where all are below.
         """
         k_s, k_t = self.found.ranks(energy)
-        rank = next((r for r in sorted(ranks) if r >= min(k_s, k_t)), None)
-        return None if rank is None else self._at(rank, max(k_s, rank), max(k_t, rank))
+        rank = min((r for r in moves if r >= min(k_s, k_t)), default=None)
+        if rank is None:
+            return None
+        return replace(moves[rank], subspaces=(max(k_s, rank), max(k_t, rank)))
 
     def moves(self, ranks: Sequence[int]) -> list[Move]:
         """See `Measured.moves`; both subspaces of the same dimension."""
-        return [self._at(rank, rank, rank) for rank in ranks]
-
-    def _at(self, rank: int, k_s: int, k_t: int) -> Move:
-        return Move(
-            rank=rank,
-            bias=False,
-            parameters=rank * (self.site.m + self.site.d),
-            error=float("nan"),
-            subspaces=(k_s, k_t),
-        )
+        return [
+            Move(
+                rank=rank,
+                bias=False,
+                parameters=rank * (self.site.m + self.site.d),
+                error=float("nan"),
+                subspaces=(rank, rank),
+            )
+            for rank in ranks
+        ]
 
     def factors(self, weight: np.ndarray, move: Move) -> Factors:
         """See `Measured.factors`."""
@@ -81,17 +83,17 @@ def _choose(choice: Choice, energy: float) -> Move:
     site = choice.measured
     assert isinstance(site, UtilizedSite)
     dense = [m for m in choice.moves if m.rank is None]
-    ranks = [m.rank for m in choice.moves if m.rank is not None]
-    move = site.move(energy, ranks)
+    move = site.at(energy, {m.rank: m for m in choice.moves if m.rank is not None})
     if move is None:
         return dense[0] if dense else choice.moves[-1]
-    return move if not dense or move.parameters < dense[0].parameters else dense[0]
+    return move if not dense or move.cost < dense[0].cost else dense[0]
 
 
 class UtilizedRank:
     """W' = P_T W P_S a layer, at its utilized rank."""
 
     key = "utilized-rank"
+    moves: tuple[str, ...] | None = ("low-rank",)
 
     def side(self, site: Site) -> Side:
         """The inputs: both subspaces follow from their moment."""
@@ -112,11 +114,11 @@ class UtilizedRank:
         assert isinstance(measured, UtilizedSite)
         return measured.found.ranks(energy)
 
-    def allocate(self, choices: Sequence[Choice], budget: int) -> list[Move] | None:
+    def allocate(self, choices: Sequence[Choice], budget: float) -> list[Move] | None:
         """The largest energy, the same for every layer, whose ranks fit the budget."""
 
-        def spent(moves: Sequence[Move]) -> int:
-            return sum(m.parameters for m in moves)
+        def spent(moves: Sequence[Move]) -> float:
+            return sum(m.cost for m in moves)
 
         taken = at_energy(choices, 1.0)
         if spent(taken) <= budget:

@@ -8,10 +8,16 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_utilrank.ranking.plan import RankPlan
-from onnx_utilrank.results import CompressResult, UtilizationReport
+from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["compression_tables", "printable", "utilization_tables", "validation_tables"]
+__all__ = [
+    "compression_tables",
+    "printable",
+    "sweep_tables",
+    "utilization_tables",
+    "validation_tables",
+]
 
 VERDICTS = {
     "planned": "Planned only: no model was made.",
@@ -58,15 +64,67 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
         f"{len(plan.factored)} of {len(plan.entries)} weights factored by {plan.method}; "
         f"parameters kept: {100 * plan.param_ratio:.2f} %"
     )
+    yield from _quality(result)
     yield from _sentences(result.notes, result.left_alone)
     written = f" Written to {output}." if output and result.store is not None else ""
     yield Text(f"{VERDICTS[result.verdict]}{written}")
+
+
+def sweep_tables(
+    result: SweepResult, picked: float | None, output: str | None
+) -> Iterator[RenderableType]:
+    """One row a point."""
+    table = _table(
+        *("asked", "kept", "file bytes", "FLOPs", "latency ratio", "predicted"),
+        *("divergence", "agreement", "SNR", "drop"),
+    )
+    for point in result.points:
+        before, after = point.validation.reference, point.validation.candidate
+        found, time = point.quality.divergence, point.validation.providers[0].latency
+        expected = point.plan.predicted_divergence
+        flops = "-" if not before.flops or after.flops is None else after.flops / before.flops
+        _row(
+            table,
+            f"{point.ratio:g}",
+            f"{100 * point.plan.param_ratio:.2f} %",
+            f"{after.file_bytes / max(before.file_bytes, 1):.3f}",
+            flops if isinstance(flops, str) else f"{flops:.3f}",
+            f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})",
+            "-" if expected is None else f"{expected:.2e}",
+            "-" if found is None else f"{found.mean:.2e} ± {found.standard_error:.1e}",
+            "-" if found is None or found.agreement is None else f"{100 * found.agreement:.2f} %",
+            "-" if found is None or found.snr_db is None else f"{found.snr_db:.1f} dB",
+            "-" if point.quality.drop is None else f"{point.quality.drop:.3g}",
+        )
+    yield table
+    yield from _sentences(result.notes, {})
+    if output:
+        yield Text(f"The point at {picked:g} is written to {output}.")
 
 
 def validation_tables(report: ValidationReport) -> Iterator[RenderableType]:
     """The comparison of both models and whether it passed."""
     yield from _comparison(report)
     yield Text("Passed." if report.passed else "FAILED.")
+
+
+def _quality(result: CompressResult) -> Iterator[Text]:
+    """Predicted beside measured, and the figure that was asked for with its uncertainty."""
+    quality = result.quality
+    if quality is None:
+        return
+    found, predicted = quality.divergence, result.plan.predicted_divergence
+    if found is not None:
+        expected = "" if predicted is None else f" (predicted {predicted:.3g})"
+        yield Text(
+            f"Divergence on {found.samples} samples held back: {found.mean:.3g} ± "
+            f"{found.standard_error:.2g}{expected}"
+        )
+    if quality.drop is not None:
+        error = "" if quality.drop_error is None else f" ± {quality.drop_error:.2g}"
+        yield Text(
+            f"Metric on the same samples: {quality.metric:.4g}, drop {quality.drop:.3g}{error}"
+        )
 
 
 def _plan_table(plan: RankPlan) -> Table:

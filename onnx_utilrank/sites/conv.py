@@ -59,9 +59,8 @@ class Conv:
                 width=d,
                 patches=None if patches.pointwise else patches,
             ),
-            outputs=None
-            if bias.kind == "none"
-            else RowView(tensor=node.output[0], axis=1, width=m),
+            result=RowView(tensor=node.output[0], axis=1, width=m),
+            affine=bias.kind != "none",
             bias=bias,
         )
 
@@ -79,31 +78,27 @@ class Conv:
 
     def tensors(self, use: Use, weight: np.ndarray, factors: Factors) -> tuple[np.ndarray, ...]:
         """See `SiteKind.tensors`."""
+        del use
         ones = (1,) * (weight.ndim - 2)
         return (
             factors.right.reshape(-1, *weight.shape[1:]),
-            factors.left.reshape(use.m, -1, *ones),
+            factors.left.reshape(len(factors.left), -1, *ones),
         )
 
-    def replace(
-        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
-    ) -> None:
-        """See `SiteKind.replace`."""
+    def product(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, y: gs.Variable
+    ) -> list[gs.Node]:
+        """See `SiteKind.product`."""
         node = surgeon.index.node(use.node)
-        given = attributes(node)
-        y = surgeon.tensor(node.output[0])
-        hidden = surgeon.value(f"{y.name}/hidden")
-        name = node.name or y.name
+        hidden = surgeon.value(f"{use.result.tensor}/hidden")
+        name = node.name or use.result.tensor
         weight = surgeon.index.constant_type(use.weight)
         assert weight is not None
-        biases = [surgeon.tensor(b) for b in node.input[2:3] if b]
-        if bias is not None and use.bias.kind in ("input", "new"):
-            biases = [surgeon.tensor(bias)]
-        chain = [
+        return [
             gs.Node(
                 op="Conv",
                 name=surgeon.unique(f"{name}/low_rank"),
-                attrs=given,
+                attrs=attributes(node),
                 inputs=[surgeon.tensor(node.input[0]), surgeon.tensor(first)],
                 outputs=[hidden],
             ),
@@ -111,11 +106,22 @@ class Conv:
                 op="Conv",
                 name=surgeon.unique(f"{name}/low_rank"),
                 attrs={"kernel_shape": [1] * (len(weight[0]) - 2)},
-                inputs=[hidden, surgeon.tensor(second), *biases],
+                inputs=[hidden, surgeon.tensor(second)],
                 outputs=[y],
             ),
         ]
-        surgeon.replace(use.node, chain)
+
+    def chain(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
+    ) -> list[gs.Node]:
+        """See `SiteKind.chain`."""
+        node = surgeon.index.node(use.node)
+        chain = self.product(surgeon, use, first, second, surgeon.tensor(use.result.tensor))
+        if bias is not None and use.bias.kind in ("input", "new"):
+            chain[-1].inputs.append(surgeon.tensor(bias))
+        else:
+            chain[-1].inputs.extend(surgeon.tensor(b) for b in node.input[2:3] if b)
+        return chain
 
 
 def _patches(given: dict[str, object], channels: int, kernel: tuple[int, ...]) -> Patches:

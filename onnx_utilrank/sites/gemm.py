@@ -47,7 +47,6 @@ class Gemm:
         last = (side == RIGHT) != transposed[1 - slot]
         alpha = given.get("alpha", 1.0)
         assert isinstance(alpha, float)
-        affine = alpha == 1.0 and bias.kind != "none"
         return Use(
             node=k,
             label=label,
@@ -57,9 +56,8 @@ class Gemm:
             m=m,
             d=d,
             inputs=RowView(tensor=node.input[1 - slot], axis=-1 if last else -2, width=d),
-            outputs=RowView(tensor=node.output[0], axis=-1 if side == RIGHT else -2, width=m)
-            if affine
-            else None,
+            result=RowView(tensor=node.output[0], axis=-1 if side == RIGHT else -2, width=m),
+            affine=alpha == 1.0 and bias.kind != "none",
             bias=bias,
             gain=alpha,
         )
@@ -93,19 +91,20 @@ class Gemm:
             return factors.right.T, factors.left.T
         return factors.right, factors.left
 
-    def replace(
-        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
-    ) -> None:
-        """See `SiteKind.replace`."""
+    def product(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, y: gs.Variable
+    ) -> list[gs.Node]:
+        """See `SiteKind.product`.
+
+        MatMul, not Gemm: before opset 11 a Gemm needs a C, and there is none.
+        """
         node = surgeon.index.node(use.node)
-        given = attributes(node)
         right = use.layout.startswith(RIGHT)
         x = surgeon.tensor(use.inputs.tensor)
-        y = surgeon.tensor(node.output[0])
-        hidden = surgeon.value(f"{y.name}/hidden")
-        name = node.name or y.name
+        hidden = surgeon.value(f"{use.result.tensor}/hidden")
+        name = node.name or use.result.tensor
         chain = []
-        if given.get("transA" if right else "transB", 0):
+        if attributes(node).get("transA" if right else "transB", 0):
             turned = surgeon.value(f"{x.name}/transposed")
             chain.append(
                 gs.Node(
@@ -117,36 +116,37 @@ class Gemm:
                 )
             )
             x = turned
-        operands = [x, surgeon.tensor(first)]
-        # MatMul, not Gemm: before opset 11 a Gemm needs a C, and the hidden value has none.
-        chain.append(
-            gs.Node(
-                op="MatMul",
-                name=surgeon.unique(f"{name}/low_rank"),
-                inputs=operands if right else operands[::-1],
-                outputs=[hidden],
+        for given, factor, made in ((x, first, hidden), (hidden, second, y)):
+            operands = [given, surgeon.tensor(factor)]
+            chain.append(
+                gs.Node(
+                    op="MatMul",
+                    name=surgeon.unique(f"{name}/low_rank"),
+                    inputs=operands if right else operands[::-1],
+                    outputs=[made],
+                )
             )
-        )
-        operands = [hidden, surgeon.tensor(second)]
-        inputs = operands if right else operands[::-1]
+        return chain
+
+    def chain(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
+    ) -> list[gs.Node]:
+        """See `SiteKind.chain`."""
+        node = surgeon.index.node(use.node)
+        given = attributes(node)
+        chain = self.product(surgeon, use, first, second, surgeon.tensor(use.result.tensor))
+        last = chain[-1]
         attrs = {key: given[key] for key in ("alpha", "beta") if key in given}
         if bias is not None and use.bias.kind in ("input", "new"):
-            inputs.append(surgeon.tensor(bias))
+            last.inputs.append(surgeon.tensor(bias))
             attrs.pop("beta", None)
         elif len(node.input) > 2 and node.input[2]:
-            inputs.append(surgeon.tensor(node.input[2]))
-        plain = len(inputs) == 2 and attrs.get("alpha", 1.0) == 1.0
-        assert plain or len(inputs) == 3 or surgeon.index.store.opset >= FIRST_OPSET_WITHOUT_C
-        chain.append(
-            gs.Node(
-                op="MatMul" if plain else "Gemm",
-                name=surgeon.unique(f"{name}/low_rank"),
-                attrs={} if plain else attrs,
-                inputs=inputs,
-                outputs=[y],
-            )
-        )
-        surgeon.replace(use.node, chain)
+            last.inputs.append(surgeon.tensor(node.input[2]))
+        plain = len(last.inputs) == 2 and attrs.get("alpha", 1.0) == 1.0
+        if not plain:
+            assert len(last.inputs) == 3 or surgeon.index.store.opset >= FIRST_OPSET_WITHOUT_C
+            last.op, last.attrs = "Gemm", attrs
+        return chain
 
 
 GEMM = Gemm()

@@ -51,7 +51,8 @@ class MatMul:
             m=m,
             d=d,
             inputs=RowView(tensor=node.input[1 - slot], axis=axis, width=d),
-            outputs=RowView(tensor=node.output[0], axis=axis, width=m),
+            result=RowView(tensor=node.output[0], axis=axis, width=m),
+            affine=True,
             bias=self._bias(index, node, layout, m),
         )
 
@@ -77,30 +78,35 @@ class MatMul:
             first, second = first.T, second.T
         return first.reshape(weight.shape[:-2] + first.shape), second
 
-    def replace(
-        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
-    ) -> None:
-        """See `SiteKind.replace`."""
-        node = surgeon.index.node(use.node)
+    def product(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, y: gs.Variable
+    ) -> list[gs.Node]:
+        """See `SiteKind.product`."""
+        name = surgeon.index.node(use.node).name or use.result.tensor
         x = surgeon.tensor(use.inputs.tensor)
-        y = surgeon.tensor(node.output[0])
-        hidden = surgeon.value(f"{y.name}/hidden")
-        chain = [
-            self._product(surgeon, node.name, x, first, use.layout, hidden),
-            self._product(surgeon, node.name, hidden, second, use.layout, y),
+        hidden = surgeon.value(f"{use.result.tensor}/hidden")
+        return [
+            self._product(surgeon, name, x, first, use.layout, hidden),
+            self._product(surgeon, name, hidden, second, use.layout, y),
         ]
-        if bias is not None and use.bias.kind == "new":
-            product = surgeon.value(f"{y.name}/product")
-            chain[1].outputs = [product]
-            chain.append(
-                gs.Node(
-                    op="Add",
-                    name=surgeon.unique(f"{node.name or y.name}/bias"),
-                    inputs=[product, surgeon.tensor(bias)],
-                    outputs=[y],
-                )
-            )
-        surgeon.replace(use.node, chain)
+
+    def chain(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
+    ) -> list[gs.Node]:
+        """See `SiteKind.chain`."""
+        y = surgeon.tensor(use.result.tensor)
+        if bias is None or use.bias.kind != "new":
+            return self.product(surgeon, use, first, second, y)
+        product = surgeon.value(f"{y.name}/product")
+        return [
+            *self.product(surgeon, use, first, second, product),
+            gs.Node(
+                op="Add",
+                name=surgeon.unique(f"{surgeon.index.node(use.node).name or y.name}/bias"),
+                inputs=[product, surgeon.tensor(bias)],
+                outputs=[y],
+            ),
+        ]
 
     def _product(
         self,
@@ -114,7 +120,7 @@ class MatMul:
         operands = [x, surgeon.tensor(factor)]
         return gs.Node(
             op="MatMul",
-            name=surgeon.unique(f"{name or y.name}/low_rank"),
+            name=surgeon.unique(f"{name}/low_rank"),
             inputs=operands if layout == RIGHT else operands[::-1],
             outputs=[y],
         )

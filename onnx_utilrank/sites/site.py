@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.surgeon import Surgeon
@@ -117,8 +118,9 @@ class Use:
         m: Output features.
         d: Input features.
         inputs: The rows x.
-        outputs: The rows y = W x + b, or None where the output is not that (Gemm's alpha, a
-            computed bias), so that its moments say nothing about W x.
+        result: The rows of the node's output.
+        affine: Whether those are W x + b with a constant b, and not also scaled (Gemm's alpha) or
+            with a computed bias, so that their moments say something about W x.
         bias: The slot for the lost mean.
         gain: Factor the operator applies to W x (Gemm's alpha).
     """
@@ -131,9 +133,15 @@ class Use:
     m: int
     d: int
     inputs: RowView
-    outputs: RowView | None
+    result: RowView
+    affine: bool
     bias: BiasSlot
     gain: float = 1.0
+
+    @property
+    def outputs(self) -> RowView | None:
+        """The rows y = W x + b; None where the node's output is something else."""
+        return self.result if self.affine else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +180,16 @@ class Site:
         return min(self.m, self.d)
 
     @property
+    def smaller_side(self) -> Literal["inputs", "outputs"]:
+        """Whose moment says all at the least cost; the inputs where both are equal.
+
+        Siblings share their inputs, and only W x + b with a constant b tells W x.
+        """
+        if self.m < self.d and all(use.affine for use in self.uses):
+            return "outputs"
+        return "inputs"
+
+    @property
     def break_even_rank(self) -> int:
         """The largest rank r whose factors are smaller than the weight: r (m + d) < m d."""
         return (self.m * self.d - 1) // (self.m + self.d)
@@ -200,10 +218,24 @@ class SiteKind(Protocol):
         """The factors as the operator stores them, in the order they are applied."""
         ...
 
-    def replace(
+    def product(
+        self, surgeon: Surgeon, use: Use, first: str, second: str, y: gs.Variable
+    ) -> list[gs.Node]:
+        """The two low-rank nodes without bias or gain.
+
+        Args:
+            surgeon: The graph under the knife.
+            use: The node they stand for.
+            first: Initializer applied to the node's input.
+            second: Initializer applied to the hidden value.
+            y: Output of the last of them; the node before it makes the hidden value.
+        """
+        ...
+
+    def chain(
         self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
-    ) -> None:
-        """Put the chain of two low-rank nodes in the place of the node.
+    ) -> list[gs.Node]:
+        """The nodes that take the place of the node: `product`, bias and gain.
 
         Args:
             surgeon: The graph under the knife.

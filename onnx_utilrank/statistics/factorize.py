@@ -13,12 +13,13 @@ from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
 __all__ = [
     "Decomposition",
     "Factors",
+    "Metric",
     "Utilization",
     "balanced",
     "eigenbasis",
     "energy_rank",
     "feature_scale",
-    "one_sided",
+    "optimal",
     "plain_svd",
     "utilized",
 ]
@@ -49,32 +50,33 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decomposition:
-    """The best Ŵ of every rank at once: Ŵ_r = D U_r U_r^T D^{-1} W.
+    """The best Ŵ of every rank at once: Ŵ_r = L_r K_r W, with L K the identity on the outputs.
+
+    L = R^{-T} U and K = U^T R^T for a metric ‖R^T (y − ŷ)‖² of the outputs and the orthonormal
+    directions U; a rank r takes the first r columns of L and rows of K.
 
     Attributes:
-        basis: U, orthonormal columns [m, k].
-        scale: The diagonal of D, [m]: errors are measured on outputs divided by it.
-        errors: Expected squared output error E‖D^{-1} (W − Ŵ_r) x‖² for r = 0 … k, float64
+        expand: L, [m, k].
+        reduce: K, [k, m].
+        errors: Expected squared output error E‖R^T (W − Ŵ_r) x‖² for r = 0 … k, float64
             [k + 1], non-increasing.
-        energy: Expected squared output E‖D^{-1} W x‖² that relative errors refer to.
+        energy: Expected squared output E‖R^T W x‖² that relative errors refer to.
     """
 
-    basis: np.ndarray
-    scale: np.ndarray
+    expand: np.ndarray
+    reduce: np.ndarray
     errors: np.ndarray
     energy: float
 
     def factors(self, weight: np.ndarray, rank: int) -> Factors:
         """Ŵ of one rank as balanced factors."""
-        u = self.basis[:, :rank]
-        # D U has no orthonormal columns, and `balanced` needs them.
-        left, core = np.linalg.qr(u * self.scale[:, None])
-        return balanced(left, core @ (u.T @ (weight / self.scale[:, None])))
+        # L has no orthonormal columns, and `balanced` needs them.
+        left, core = np.linalg.qr(self.expand[:, :rank])
+        return balanced(left, core @ (self.reduce[:rank] @ weight))
 
     def lost(self, output: np.ndarray, rank: int) -> np.ndarray:
         """What rank r loses of an output W x [m]: (W − Ŵ_r) x."""
-        u = self.basis[:, :rank]
-        return np.asarray(output - self.scale * (u @ (u.T @ (output / self.scale))))
+        return np.asarray(output - self.expand[:, :rank] @ (self.reduce[:rank] @ output))
 
 
 def eigenbasis(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,31 +101,55 @@ def balanced(left: np.ndarray, right: np.ndarray) -> Factors:
     return Factors(left=(left @ u) * root, right=root[:, None] * vt)
 
 
-def one_sided(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What a change δ of the outputs counts: ‖R^T δ‖² = δ^T Γ δ, Γ = R R^T [m, m].
+
+    Attributes:
+        root_t: R^T, [m, m].
+        inverse_t: R^{-T}, [m, m].
+    """
+
+    root_t: np.ndarray
+    inverse_t: np.ndarray
+
+    @classmethod
+    def diagonal(cls, scale: np.ndarray) -> "Metric":
+        """R^{-1} = D for positive entries of `scale` [m]: outputs count divided by it."""
+        return cls(root_t=np.diag(1 / scale), inverse_t=np.diag(scale))
+
+    @classmethod
+    def of(cls, gamma: np.ndarray) -> "Metric":
+        """The metric of a positive definite Γ: R is its Cholesky factor."""
+        root = np.linalg.cholesky((gamma + gamma.T) / 2)
+        return cls(root_t=root.T, inverse_t=np.linalg.inv(root.T))
+
+
+def optimal(
     weight: np.ndarray,
+    metric: Metric,
     *,
     inputs: SecondMoment | None = None,
     outputs: SecondMoment | None = None,
     centred: bool,
-    scale: np.ndarray | None = None,
 ) -> Decomposition:
-    """The optimum over all rank-r Ŵ of E‖D^{-1} (W − Ŵ)(x − μ)‖², for every r at once.
+    """The optimum over all rank-r Ŵ of E‖R^T (W − Ŵ)(x − μ)‖², for every r at once.
 
-    U are the eigenvectors of S = D^{-1} W C W^T D^{-1}, and the error is the sum of the
-    eigenvalues cut off (reduced-rank regression; Eckart-Young on D^{-1} W C^{1/2}). S needs no
-    inverse and no Cholesky factor of C, so a singular C is fine. It is had from the smaller side:
-    from the moments of the outputs directly, or from C through the SVD of D^{-1} W C^{1/2}.
+    U are the eigenvectors of S = R^T W C W^T R, and the error is the sum of the eigenvalues cut
+    off (reduced-rank regression; Eckart-Young on R^T W C^{1/2}). S needs no inverse and no
+    Cholesky factor of C, so a singular C is fine. It is had from the smaller side: from the
+    moments of the outputs directly, or from C through the SVD of R^T W C^{1/2}.
 
     With fewer than four rows a feature, C is mixed with an isotropic one of the same energy
     (`shrinkage`), as directions that were not seen are not unused.
 
     Args:
         weight: W [m, d].
+        metric: R, what a change of the outputs counts.
         inputs: Moment of x, width d. Either this or `outputs` is needed.
         outputs: Moment of W x (bias taken out), width m.
         centred: True where the lost mean goes into the bias; False where there is no bias to put
-            it in, so that E‖D^{-1} (W − Ŵ) x‖² counts.
-        scale: The diagonal of D, positive [m]; None for ones.
+            it in, so that E‖R^T (W − Ŵ) x‖² counts.
 
     Returns:
         The decomposition; `errors` hold for the shrunk C where it was shrunk.
@@ -131,27 +157,28 @@ def one_sided(
     moment = inputs if inputs is not None else outputs
     assert moment is not None
     second = moment.covariance if centred else moment.uncentred
-    if scale is None:
-        scale = np.ones(len(weight))
-    weight = weight / scale[:, None]
+    mapped = metric.root_t @ weight
     if outputs is not None:
-        second = second / np.outer(scale, scale)
+        second = metric.root_t @ second @ metric.root_t.T
     mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)
     trace = float(np.trace(second))
     if inputs is not None:
         second = (1 - mixed) * second
         second[np.diag_indices_from(second)] += mixed * trace / inputs.width
         values, vectors = eigenbasis(second)
-        u, s, _ = np.linalg.svd((weight @ vectors) * np.sqrt(values), full_matrices=False)
+        u, s, _ = np.linalg.svd((mapped @ vectors) * np.sqrt(values), full_matrices=False)
         spectrum = s * s
     else:
-        gram = weight @ weight.T
+        gram = mapped @ mapped.T
         level = trace / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
         spectrum, u = eigenbasis((1 - mixed) * second + (mixed * level) * gram)
     rank = min(weight.shape)
     u, spectrum = u[:, :rank], spectrum[:rank]
     return Decomposition(
-        basis=u, scale=scale, errors=_tails(spectrum), energy=float(spectrum.sum())
+        expand=metric.inverse_t @ u,
+        reduce=u.T @ metric.root_t,
+        errors=_tails(spectrum),
+        energy=float(spectrum.sum()),
     )
 
 
@@ -176,8 +203,7 @@ def feature_scale(variances: np.ndarray) -> np.ndarray:
 def plain_svd(weight: np.ndarray) -> Decomposition:
     """The singular value decomposition of W alone, blind to data: one_sided with C = I."""
     u, s, _ = np.linalg.svd(weight, full_matrices=False)
-    ones = np.ones(len(weight))
-    return Decomposition(basis=u, scale=ones, errors=_tails(s * s), energy=float(np.sum(s * s)))
+    return Decomposition(expand=u, reduce=u.T, errors=_tails(s * s), energy=float(np.sum(s * s)))
 
 
 def _tails(spectrum: np.ndarray) -> np.ndarray:

@@ -7,12 +7,13 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from onnx_utilrank.errors import ModelError, UtilrankError
+from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import INLINE_LIMIT, ModelStore
 from onnx_utilrank.model.surgeon import Surgeon
-from onnx_utilrank.sites.find import site_kind
-from onnx_utilrank.sites.site import Site, Use
+from onnx_utilrank.moves.low_rank import LOW_RANK
+from onnx_utilrank.moves.moves import find_move
+from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import Factors
 
 __all__ = ["Replacement", "check_contract", "rewrite"]
@@ -24,11 +25,13 @@ class Replacement:
 
     Attributes:
         site: The site.
+        move: Key of the move, which says how the factors are stored.
         factors: The factors.
         lost_mean: (W − Ŵ) E[x], float64 [m], to be added to the bias; None leaves the bias.
     """
 
     site: Site
+    move: str = LOW_RANK.key
     factors: Factors
     lost_mean: np.ndarray | None
 
@@ -43,48 +46,10 @@ def rewrite(index: GraphIndex, replacements: Sequence[Replacement]) -> ModelStor
     """
     surgeon = Surgeon(index)
     for replacement in replacements:
-        _replace(surgeon, replacement)
+        find_move(replacement.move).replace(
+            surgeon, replacement.site, replacement.factors, replacement.lost_mean
+        )
     return surgeon.finish()
-
-
-def _replace(surgeon: Surgeon, replacement: Replacement) -> None:
-    site, index = replacement.site, surgeon.index
-    kind = site_kind(site.op_type)
-    weight = index.constant(site.weight)
-    assert weight is not None
-    first, second = (
-        surgeon.constant(f"{site.weight}/{part}", _stored(index, site, values))
-        for part, values in zip(
-            ("right", "left"), kind.tensors(site.uses[0], weight, replacement.factors), strict=True
-        )
-    )
-    for use in site.uses:
-        bias = None
-        if replacement.lost_mean is not None:
-            bias = _corrected(surgeon, site, use, replacement.lost_mean)
-        kind.replace(surgeon, use, first, second, bias)
-
-
-def _corrected(surgeon: Surgeon, site: Site, use: Use, lost: np.ndarray) -> str:
-    """Add the initializer that holds bias + lost mean; wire it in where an Add holds the bias."""
-    slot = use.bias
-    values = slot.values(surgeon.index, site.m) + use.gain * lost
-    hint = slot.name if slot.name else f"{site.weight}/bias"
-    name = surgeon.constant(hint, _stored(surgeon.index, site, values.reshape(slot.shape)))
-    if slot.kind == "add":
-        surgeon.rewire(slot.node, slot.name, name)
-    return name
-
-
-def _stored(index: GraphIndex, site: Site, values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        stored = values.astype(site.dtype)
-    if not np.isfinite(stored.astype(np.float64)).all():
-        raise ModelError(
-            f"{index.store.label}: {site.uses[0].label}: a factor of weight {site.weight!r} does "
-            f"not fit {site.dtype.name}"
-        )
-    return stored
 
 
 def check_contract(source: ModelStore, result: ModelStore) -> None:

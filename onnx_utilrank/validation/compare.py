@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import onnx
 
 from onnx_utilrank.errors import DataError, ModelError
+from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import Feed, Session
 
@@ -16,7 +16,6 @@ __all__ = [
     "OutputComparison",
     "compare_outputs",
     "find_classifications",
-    "is_classification",
     "snr_db",
 ]
 
@@ -30,11 +29,6 @@ _DISCRETE = frozenset(
     {f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)}
     | {"tensor(bool)", "tensor(string)"}
 )
-
-_SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
-_LINEAR = frozenset({"Gemm", "MatMul", "Add", "Conv", "com.microsoft.FusedGemm"})
-_SAME_SHAPE = frozenset({"Identity", "Cast"})
-_LAYOUT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,72 +74,6 @@ def snr_db(relative_error: float) -> float:
     if relative_error == 0.0:
         return SNR_LIMIT_DB
     return min(-20.0 * math.log10(relative_error), SNR_LIMIT_DB)
-
-
-def is_classification(
-    model: ModelStore, output: str, shape: Sequence[int | str | None] | None = None
-) -> bool:
-    """Whether the last axis of an output holds scores of classes, so that its arg-max decides.
-
-    The rule: the output is a float tensor whose last axis is not known to be shorter than 2, and
-    the node that makes it, found in the main graph by going back over Identity, Cast, Reshape,
-    Flatten, Squeeze and Unsqueeze, is
-
-    * Softmax or LogSoftmax over the last axis, at any rank. That is an axis of -1, or of rank - 1
-      where no reshaping lies between. Over another axis it still counts where reshaping lies
-      between and the output has rank 2 (a softmax over the channels of 1 x 1 maps);
-    * or Gemm, MatMul, Add, Conv or FusedGemm (logits), and the output has rank 2. A Conv therefore
-      counts only through a Flatten or its like.
-
-    The rule cannot see what an output is for. An embedding or a regression of several targets that
-    ends in a linear layer matches too; its arg-max agreement is then reported and means little.
-
-    Args:
-        model: The model.
-        output: Name of one of its outputs.
-        shape: The output's shape where a run has shown it; default: the shape the model declares.
-            A rank that is known from neither is not taken for 2.
-
-    Returns:
-        False also where the model has no such output.
-    """
-    spec = next((o for o in model.outputs if o.name == output), None)
-    if spec is None or spec.dtype is None or spec.dtype.kind != "f":
-        return False
-    dims = spec.shape if shape is None else tuple(shape)
-    rank = None if dims is None else len(dims)
-    if dims is not None and (not dims or dims[-1] in (0, 1)):
-        return False
-    head, reshaped = _head(model.proto.graph, output)
-    if head is None:
-        return False
-    if _operator(head) in _SOFTMAX:
-        # Operator set 13 changed the default axis from 1 to the last one.
-        default = -1 if model.opset >= 13 else 1
-        axis = next((a.i for a in head.attribute if a.name == "axis"), default)
-        if reshaped:
-            return axis == -1 or rank == 2
-        return axis == -1 or (rank is not None and axis == rank - 1)
-    return _operator(head) in _LINEAR and rank == 2
-
-
-def _operator(node: onnx.NodeProto) -> str:
-    """Operator of a node, with its domain where that is not the default one."""
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-
-
-def _head(graph: onnx.GraphProto, output: str) -> tuple[onnx.NodeProto | None, bool]:
-    """The node that computes the values of `output`, and whether they are reshaped after it."""
-    producers = {name: node for node in graph.node for name in node.output}
-    name, reshaped = output, False
-    # No path is longer than the graph has nodes: a bound that holds for a broken, cyclic one too.
-    for _ in graph.node:
-        node = producers.get(name)
-        if node is None or _operator(node) not in _SAME_SHAPE | _LAYOUT:
-            return node, reshaped
-        reshaped = reshaped or _operator(node) in _LAYOUT
-        name = node.input[0]
-    return None, reshaped
 
 
 def find_classifications(model: ModelStore, session: Session, feed: Feed) -> frozenset[str]:

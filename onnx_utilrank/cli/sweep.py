@@ -1,0 +1,87 @@
+"""`onnx-utilrank sweep`: the whole trade-off between size and quality, from one calibration."""
+
+import argparse
+from typing import Any
+
+from onnx_utilrank.cli.options import (
+    add_data_options,
+    add_method_options,
+    add_output_options,
+    add_provider_option,
+    add_site_options,
+    check_outputs,
+    method_options,
+    number,
+    run_options,
+)
+from onnx_utilrank.cli.progress import ProgressBars
+from onnx_utilrank.config import CompressConfig
+from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.pipeline import SWEEP_RATIOS, sweep
+from onnx_utilrank.report.emit import emit
+from onnx_utilrank.report.plot import check_plot, plot_sweep
+from onnx_utilrank.report.tables import sweep_tables
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "sweep",
+        help="measure the trade-off between size and quality",
+        description="Calibrates once, makes a model of each size and measures size, FLOPs, "
+        "latency and quality on samples that were held back. The report holds the plan of every "
+        "point: pick one with --pick here, or later with compress --plan REPORT --point R.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
+    add_data_options(parser)
+    parser.add_argument(
+        "--ratios",
+        type=_ratios,
+        default=SWEEP_RATIOS,
+        metavar="R,R,…",
+        help="parameters to keep at each point (default: 0.9 to 0.1 in steps of 0.1)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve: .svg, .png or .pdf")
+    parser.add_argument(
+        "--pick", type=number(float, 0, 1), metavar="R", help="write the model of this point to OUT"
+    )
+    parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
+    add_method_options(parser)
+    add_site_options(parser)
+    add_provider_option(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; its exit status."""
+    if (args.pick is None) != (args.output is None):
+        raise ConfigError("--pick R and -o OUT go together")
+    check_outputs([args.model], [args.output, args.plot, args.report])
+    if args.plot:
+        check_plot(args.plot)
+    ratios = args.ratios
+    if args.pick is not None and args.pick not in ratios:
+        ratios = (*ratios, args.pick)
+    config = CompressConfig(**method_options(args), **run_options(args))
+    with ProgressBars() as progress:
+        result = sweep(
+            args.model, args.data, config, ratios=ratios, keep=args.pick, progress=progress
+        )
+    if args.output:
+        result.save(args.output)
+    if args.plot:
+        plot_sweep(result, args.plot)
+    emit(
+        result.as_dict(),
+        sweep_tables(result, args.pick, args.output),
+        as_json=args.json,
+        file=args.report,
+    )
+    return 0
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    return tuple(number(float, 0, 1)(part.strip()) for part in text.split(","))

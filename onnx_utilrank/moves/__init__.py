@@ -1,0 +1,1 @@
+"""What can be put in the place of a weight: one module a move."""

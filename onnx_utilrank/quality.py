@@ -1,0 +1,169 @@
+"""How good a candidate is, in the terms that the user asked for."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnx_utilrank.calibration.data import import_function
+from onnx_utilrank.config import CompressConfig, QualityTarget
+from onnx_utilrank.errors import ConfigError, DataError
+from onnx_utilrank.job import Job
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.sessions import Session, open_session
+from onnx_utilrank.validation.divergence import (
+    Divergence,
+    OutputRecorder,
+    find_losses,
+)
+
+__all__ = ["Judge", "Quality"]
+
+# A metric that shows no loss at all at a divergence above this (nats a decision, or ½ of the
+# relative squared error) is saturated: it cannot tell how much more would be too much.
+SATURATED = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """One candidate on one set of samples.
+
+    Attributes:
+        divergence: How far its outputs are from the original's; None where none are floating.
+        metric: The user's metric; None without one.
+        drop: How much of the metric is lost, above 0 for worse; None without one.
+        drop_error: Standard error of the drop over samples; None where the samples are the user's.
+        saturated: Whether the metric shows no loss though the outputs are far off.
+    """
+
+    divergence: Divergence | None
+    metric: float | None = None
+    drop: float | None = None
+    drop_error: float | None = None
+    saturated: bool = False
+
+    def figure(self, target: QualityTarget) -> tuple[float, float | None]:
+        """The figure that a target limits, with its standard error where it is known."""
+        found = self.divergence
+        if found is None:
+            raise ConfigError("no output of the model holds finite floating values to judge it by")
+        if target.key == "max_drop":
+            assert self.drop is not None
+            return self.drop, self.drop_error
+        if target.key == "max_divergence":
+            return found.mean, found.standard_error
+        if target.key == "min_agreement":
+            if found.agreement is None:
+                raise ConfigError("min agreement: no output of the model makes decisions")
+            return found.agreement, found.agreement_error
+        if found.snr_db is None:
+            raise ConfigError("min snr: no output of the model holds values to compare")
+        return found.snr_db, None
+
+    def meets(self, target: QualityTarget, errors: float = 0.0) -> bool:
+        """Whether the target holds, with so many standard errors of tolerance."""
+        value, error = self.figure(target)
+        room = errors * (error if error is not None and math.isfinite(error) else 0.0)
+        if target.key in ("min_agreement", "min_snr"):
+            return value >= target.limit - room
+        return value <= target.limit + room and not self.saturated
+
+
+class Judge:
+    """Measures candidates against the original on a fixed set of samples."""
+
+    def __init__(self, job: Job, samples: Sequence[int], config: CompressConfig) -> None:
+        """Run the original.
+
+        Args:
+            job: The model.
+            samples: The samples.
+            config: Says the metric, if there is one.
+
+        Raises:
+            DataError: The metric cannot be imported or gives no number.
+            ModelError: The original does not run.
+        """
+        self._job = job
+        self._feeds = job.feeds(samples)
+        self._labels = config.labels
+        given = config.evaluate
+        self._metric = import_function(given) if isinstance(given, str) else given
+        session = open_session(job.store, job.provider)
+        self.losses = find_losses(job.store, session, self._feeds)
+        if self._labels is not None and not self.losses:
+            raise ConfigError(f"{job.store.label}: no output holds scores to compare labels with")
+        self._recorder = OutputRecorder(session, self.losses, self._feeds)
+        self._right = self._correct(session)
+        self._baseline = (
+            100 * float(self._right.mean())
+            if self._right is not None
+            else self._evaluate(job.store)
+        )
+
+    def __call__(self, candidate: ModelStore) -> Quality:
+        """Measure one candidate.
+
+        Raises:
+            ModelError: It does not load or run.
+            DataError: The user's metric gives no number.
+        """
+        session = open_session(candidate, self._job.provider)
+        found = self._recorder.compare(session) if self.losses else None
+        right = self._correct(session)
+        if right is not None and self._right is not None:
+            lost = 100 * (self._right.astype(np.float64) - right)
+            drop = float(lost.mean())
+            error = float(lost.std(ddof=1) / math.sqrt(len(lost))) if len(lost) > 1 else math.inf
+            return self._quality(found, 100 * float(right.mean()), drop, error)
+        metric = self._evaluate(candidate)
+        if metric is None or self._baseline is None:
+            return Quality(divergence=found)
+        return self._quality(found, metric, self._baseline - metric, None)
+
+    @staticmethod
+    def _quality(
+        found: Divergence | None, metric: float, drop: float, error: float | None
+    ) -> Quality:
+        return Quality(
+            divergence=found,
+            metric=metric,
+            drop=drop,
+            drop_error=error,
+            saturated=drop <= 0 and found is not None and found.mean > SATURATED,
+        )
+
+    def _evaluate(self, store: ModelStore) -> float | None:
+        if self._metric is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="onnx_utilrank_") as folder:
+            path = Path(folder, "model.onnx")
+            store.save(path)
+            value = self._metric(str(path))
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as e:
+            raise DataError(f"evaluate: gave {value!r}, which is no number") from e
+        if not math.isfinite(number):
+            raise DataError(f"evaluate: gave {value!r} for {store.label}, which is not finite")
+        return number
+
+    def _correct(self, session: Session) -> np.ndarray | None:
+        """For each sample whether the first output's largest score is that of its label."""
+        if self._labels is None:
+            return None
+        output = self.losses[0].output
+        right = []
+        for feed in self._feeds:
+            scores = session.run(feed, [output])[output]
+            labels = np.asarray(feed[self._labels]).reshape(-1)
+            if scores.ndim < 2 or math.prod(scores.shape[:-1]) != len(labels):
+                raise DataError(
+                    f"labels {self._labels!r}: output {output!r} of shape {list(scores.shape)} "
+                    f"does not give one row of scores for each of {len(labels)} labels"
+                )
+            right.append(scores.reshape(len(labels), -1).argmax(-1) == labels)
+        return np.concatenate(right)

@@ -1,0 +1,228 @@
+"""Walk through the graph once, the original beside its compressed twin, and refit layer by layer.
+
+All runs are taken through one node before the next one: each node is computed once for either
+graph and run, so that the work is linear in the number of layers. What no later node reads is
+dropped at once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from onnx_utilrank.model.graph import captured_names
+from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.refit.regression import CrossMoment, regression
+from onnx_utilrank.sensitivity.rows import as_rows
+from onnx_utilrank.sites.site import Use
+from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, optimal
+from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.torch_graph.graph import TorchGraph
+
+__all__ = ["Layer", "Refitted", "propagate"]
+
+# Rows of one run that a layer is fitted to, at most.
+ROWS_OF_RUN = 4096
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One site that is to be factored.
+
+    Attributes:
+        measured: Its decomposition.
+        weight: W, float64 [m, d].
+        rank: The rank.
+        biases: What the node of each use adds to W x itself, [m], by node.
+    """
+
+    measured: TwoSidedSite
+    weight: np.ndarray
+    rank: int
+    biases: Mapping[int, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refitted:
+    """What a layer became.
+
+    Attributes:
+        factors: Its factors.
+        lost_mean: What the bias has to take, [m]; None where it can take nothing.
+        turn: A [m, m] with Ŵ = A W, where the outputs are the smaller side: the new output comes
+            from the old one, and no patch has to be unfolded.
+    """
+
+    factors: Factors
+    lost_mean: np.ndarray | None
+    turn: np.ndarray | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One feed on its way through both graphs."""
+
+    samples: int
+    mask: torch.Tensor | None
+    original: State
+    compressed: State
+
+
+def propagate(
+    graph: TorchGraph,
+    layers: Sequence[Layer],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    mask: str | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, Refitted]:
+    """Factors for every layer, fitted to what it gets from the compressed layers before it.
+
+    With x the input of a layer in the original and x' the one behind compressed layers,
+    W* = argmin E‖R^T (W x − V x')‖² is cut to its rank by the optimum of
+    `statistics.factorize.optimal` for the rows x' (Garg et al. and SVD-LLM fit to x). The smaller
+    side is used here too: where m < d, W* is M W with M a regression of W x on W x'.
+
+    Args:
+        graph: The model.
+        layers: What is to be factored. Weights with several uses, and ones whose bias cannot take
+            a mean, keep the factors they had.
+        feeds: Calibration samples.
+        mask: Graph input that is 0 at padded positions.
+        progress: Called with how many nodes are done and how many there are.
+
+    Returns:
+        By key of the site.
+
+    Raises:
+        ModelError: A node cannot be computed.
+    """
+    at = {u.result.tensor: (layer, u) for layer in layers for u in layer.measured.site.uses}
+    runs = [
+        _Run(
+            samples=samples_in(feed),
+            mask=torch.from_numpy(np.array(feed[mask]) != 0) if mask and mask in feed else None,
+            original=graph.start(feed),
+            compressed=graph.start(feed),
+        )
+        for feed in feeds
+    ]
+    done: dict[str, Refitted] = {}
+    changed: set[str] = set()
+    with torch.no_grad():
+        for k, node in enumerate(graph.nodes):
+            found = at.get(node.output[0]) if node.output else None
+            reads = {*node.input, *captured_names(node)}
+            fresh = found is not None or not changed.isdisjoint(reads)
+            for run in runs:
+                made = graph.step(k, run.original)
+                if fresh:
+                    graph.step(k, run.compressed)
+                else:
+                    run.compressed.update((name, run.original[name]) for name in made)
+                if fresh:
+                    changed.update(made)
+            if found is not None:
+                layer, use = found
+                key = layer.measured.site.key
+                if key not in done:
+                    done[key] = _refit(layer, use, runs)
+                for run in runs:
+                    _replace(layer, use, done[key], run)
+            for run in runs:
+                for name in graph.dead_after[k]:
+                    run.original.pop(name, None)
+                    run.compressed.pop(name, None)
+            progress(k + 1, len(graph.nodes))
+    return done
+
+
+def _refit(layer: Layer, use: Use, runs: Sequence[_Run]) -> Refitted:
+    measured = layer.measured
+    if not measured.centred or len(measured.site.uses) > 1:
+        lost = None
+        if measured.centred:
+            lost = measured.found.lost(measured.mean_output(layer.weight), layer.rank)
+        return Refitted(
+            factors=measured.found.factors(layer.weight, layer.rank),
+            lost_mean=lost,
+            turn=_kept(measured.found, layer.rank) if measured.side == "outputs" else None,
+        )
+    metric = Metric.of(measured.gamma)
+    outputs = measured.side == "outputs"
+    halves, shift = _moments(layer, use, runs, outputs)
+    fit = regression(halves, metric.root_t if outputs else metric.root_t @ layer.weight)
+    whole = halves[0] + halves[1]
+    mean = whole.targets / max(whole.rows, 1) + shift
+    mean_now = whole.regressors / max(whole.rows, 1) + shift
+    rows = SecondMoment(
+        total=np.zeros(len(shift)), outer=whole.centred()[1] * whole.rows, rows=whole.rows
+    )
+    if outputs:
+        rows.outer = fit @ rows.outer @ fit.T
+        best = optimal(fit @ layer.weight, metric, outputs=rows, centred=True)
+        turn = _kept(best, layer.rank) @ fit
+        return Refitted(
+            factors=best.factors(fit @ layer.weight, layer.rank),
+            lost_mean=mean - turn @ mean_now,
+            turn=turn,
+        )
+    weight = layer.weight @ fit
+    best = optimal(weight, metric, inputs=rows, centred=True)
+    factors = best.factors(weight, layer.rank)
+    lost = layer.weight @ mean - factors.product @ mean_now
+    return Refitted(factors=factors, lost_mean=lost, turn=None)
+
+
+def _kept(found: Decomposition, rank: int) -> np.ndarray:
+    """L_r K_r [m, m]."""
+    return np.asarray(found.expand[:, :rank] @ found.reduce[:rank])
+
+
+def _moments(
+    layer: Layer, use: Use, runs: Sequence[_Run], outputs: bool
+) -> tuple[tuple[CrossMoment, CrossMoment], np.ndarray]:
+    """Sums over pairs of rows, of every other run each, and the shift they are about."""
+    view = use.result if outputs else use.inputs
+    bias = torch.from_numpy(np.array(layer.biases[use.node])) if outputs else torch.zeros(1)
+    halves = (CrossMoment.zero(view.width), CrossMoment.zero(view.width))
+    shift: torch.Tensor | None = None
+    for k, run in enumerate(runs):
+        target, rows = (
+            as_rows(state[view.tensor], view, run.samples)
+            for state in (run.original, run.compressed)
+        )
+        live = torch.ones(target.shape[:2], dtype=torch.bool)
+        if run.mask is not None and run.mask.shape == live.shape:
+            live = run.mask
+        target, rows = target[live] - bias.to(target), rows[live] - bias.to(rows)
+        stride = max(1, len(rows) // ROWS_OF_RUN)
+        target, rows = target[k % stride :: stride], rows[k % stride :: stride]
+        if not len(rows):
+            continue
+        if shift is None:
+            shift = target.mean(0)
+        halves[k % 2].add((target - shift).cpu().numpy(), (rows - shift).cpu().numpy())
+    mean = np.zeros(view.width) if shift is None else shift.double().cpu().numpy()
+    return halves, mean
+
+
+def _replace(layer: Layer, use: Use, new: Refitted, run: _Run) -> None:
+    """Put the layer's new output in the place of the one that its own weight gives."""
+    y = run.compressed[use.result.tensor]
+    rows = as_rows(y, use.result, run.samples)
+    if new.turn is not None:
+        bias = torch.from_numpy(np.array(layer.biases[use.node])).to(y)
+        rows = (rows - bias) @ torch.from_numpy(new.turn.T.copy()).to(y) + bias
+    else:
+        x = as_rows(run.compressed[use.inputs.tensor], use.inputs, run.samples)
+        change = torch.from_numpy((new.factors.product - layer.weight).T.copy()).to(y)
+        rows = rows + use.gain * (x @ change).reshape(rows.shape)
+    if new.lost_mean is not None:
+        rows = rows + use.gain * torch.from_numpy(new.lost_mean).to(y)
+    if y.ndim > 1:
+        rows = rows.reshape(y.movedim(use.result.axis, -1).shape).movedim(-1, use.result.axis)
+    run.compressed[use.result.tensor] = rows.reshape(y.shape)

@@ -1,0 +1,116 @@
+"""Run the model forwards and backwards, and hand out the rows of every use of a weight."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from onnx_utilrank.sensitivity.draws import Draw
+from onnx_utilrank.sensitivity.rows import as_rows
+from onnx_utilrank.sites.site import Use
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.torch_graph.graph import TorchGraph
+
+__all__ = ["GradientPass", "UseRows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UseRows:
+    """One use in one run.
+
+    Attributes:
+        inputs: The value that holds x, as the graph has it.
+        outputs: The node's output as rows [samples, positions, m].
+        gradients: For each draw, its gradient with respect to W x, [samples, positions, m].
+        decisions: Rows of the model's outputs that directions were drawn for.
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    gradients: tuple[torch.Tensor, ...]
+    decisions: int
+
+
+class GradientPass:
+    """Gradients of random directions at the outputs with respect to the output of every use.
+
+    Attributes:
+        graph: The model in torch.
+        uses: The uses.
+        draws: How many directions are drawn for each run.
+    """
+
+    def __init__(
+        self,
+        graph: TorchGraph,
+        uses: Sequence[Use],
+        losses: Sequence[OutputLoss],
+        *,
+        draws: int,
+        smooth: bool,
+        seed: int,
+    ) -> None:
+        self.graph = graph
+        self.uses = tuple(uses)
+        self.draws = draws
+        self._smooth = smooth
+        self._heads = [Draw(graph.store, loss) for loss in losses]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def rows(self, feed: Mapping[str, np.ndarray], samples: int) -> Iterator[tuple[Use, UseRows]]:
+        """Run one feed; give each use that the outputs depend on, with its rows and gradients.
+
+        Raises:
+            ModelError: A node cannot be computed.
+        """
+        held = self._forward(feed)
+        # An output may be a constant or an input of the graph, which nothing computes.
+        heads = [h for h in self._heads if h.value in held and held[h.value].requires_grad]
+        made = list(dict.fromkeys(u.result.tensor for u in self.uses if u.result.tensor in held))
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in made}
+        decisions = 0
+        for k in range(self.draws if heads else 0):
+            drawn = [
+                h(held[h.value], feed, samples, self._generator, smooth=self._smooth) for h in heads
+            ]
+            decisions = sum(count for _, count in drawn)
+            found = torch.autograd.grad(
+                [held[h.value] for h in heads],
+                [held[name] for name in made],
+                [v for v, _ in drawn],
+                retain_graph=k + 1 < self.draws,
+                allow_unused=True,
+            )
+            for name, gradient in zip(made, found, strict=True):
+                if gradient is not None:
+                    gradients[name].append(gradient)
+        for use in self.uses:
+            of_use = gradients.get(use.result.tensor)
+            if not of_use:
+                continue
+            rows = UseRows(
+                inputs=held[use.inputs.tensor].detach(),
+                outputs=as_rows(held[use.result.tensor].detach(), use.result, samples),
+                gradients=tuple(use.gain * as_rows(g, use.result, samples) for g in of_use),
+                decisions=decisions,
+            )
+            yield use, rows
+
+    def _forward(self, feed: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """The values that rows and gradients are taken of, the outputs of uses with gradients."""
+        made = {use.result.tensor for use in self.uses}
+        wanted = made | {use.inputs.tensor for use in self.uses}
+        wanted |= {head.value for head in self._heads}
+        held: dict[str, torch.Tensor] = {}
+
+        def visit(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name in made and not value.requires_grad:
+                value = value.detach().requires_grad_()
+            if name in wanted:
+                held[name] = value
+            return value
+
+        with torch.enable_grad():
+            self.graph.run(feed, visit=visit)
+        return held

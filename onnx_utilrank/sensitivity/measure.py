@@ -1,0 +1,218 @@
+"""Measure every site of a model: gradients, decompositions and the predicted loss of each rank."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.calibration.data import Dataset
+from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.ranking.cost import bias_cost
+from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
+from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
+from onnx_utilrank.sensitivity.gradients import GradientPass
+from onnx_utilrank.sensitivity.quadratic import sample_quadratics
+from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.site import Site
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.torch_graph.footprint import Footprint
+from onnx_utilrank.torch_graph.graph import TorchGraph
+
+__all__ = ["Effort", "choose_effort", "measure_sensitivity"]
+
+logger = logging.getLogger(__name__)
+
+# Up to this many operations over all samples, about the work of a minute, nothing is spared.
+CHEAP_FLOPS = 10**12
+DRAWS = 4
+# The samples of a dear model that gradients and quadratics are taken of: shares, and at least so
+# many where a sample holds few decisions.
+GRADIENT_SHARE, QUADRATIC_SHARE = 2, 8
+LEAST_DECISIONS = 4096
+LEAST_SAMPLES = 16
+# Samples of one run, at most; smaller where the memory budget asks for it.
+BATCH = 16
+BYTES = 8  # all statistics are float64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much of the data is used, from the price of the model and never from a clock.
+
+    Attributes:
+        draws: Directions drawn at the outputs for each run.
+        gradients: Samples that Γ and Cov(x) are collected from.
+        quadratics: Samples that the losses are predicted on.
+        batch: Samples of one run.
+        statistics_bytes: What the sums of one group of sites may take.
+    """
+
+    draws: int
+    gradients: int
+    quadratics: int
+    batch: int
+    statistics_bytes: int
+
+
+def choose_effort(
+    *, samples: int, flops: int, decisions: int, footprint: Footprint, batch: int, budget: int
+) -> Effort:
+    """How many samples and draws a model is worth.
+
+    A run with gradients costs about three without. So that the whole stays within a few plain
+    runs over the samples, a model that is dear to run gets one draw, and gradients of a part of
+    its samples: half of them, or fewer where each sample makes many decisions (the pixels of an
+    image, the tokens of a text).
+
+    Args:
+        samples: Samples to calibrate with.
+        flops: Operations of one sample.
+        decisions: Rows of the outputs that one sample has.
+        footprint: Bytes that one sample takes.
+        batch: Samples that one run may take.
+        budget: Bytes that statistics and activations may take together.
+    """
+    room = max(1, budget // (4 * max(footprint.kept, 1)))
+    batch = max(1, min(batch, BATCH, room))
+    if flops * samples <= CHEAP_FLOPS:
+        draws, gradients, quadratics = DRAWS, samples, samples
+    else:
+        enough = max(LEAST_SAMPLES, -(-LEAST_DECISIONS // max(decisions, 1)))
+        draws = 1
+        gradients = min(max(samples // GRADIENT_SHARE, 1), enough)
+        quadratics = min(max(samples // QUADRATIC_SHARE, 1), enough)
+    return Effort(
+        draws=draws,
+        gradients=gradients,
+        quadratics=quadratics,
+        batch=batch,
+        statistics_bytes=budget // 2,
+    )
+
+
+def measure_sensitivity(
+    graph: TorchGraph,
+    index: GraphIndex,
+    sites: Sequence[Site],
+    losses: Sequence[OutputLoss],
+    data: Dataset,
+    samples: Sequence[int],
+    effort: Effort,
+    *,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> list[TwoSidedSite]:
+    """Decompose every site that the outputs depend on.
+
+    Sites whose sums do not fit the memory budget together are taken in groups, with a pass over
+    the samples for each.
+
+    Raises:
+        ModelError: A node cannot be computed, or a weight is not finite.
+    """
+    biases = {
+        use.node: use.bias.values(index, site.m) if use.bias.kind == "input" else np.zeros(site.m)
+        for site in sites
+        for use in site.uses
+    }
+    spread = np.random.default_rng(seed).permutation(len(samples))
+    chosen = [samples[k] for k in sorted(spread[: effort.gradients])]
+    tested = [samples[k] for k in sorted(spread[-effort.quadratics :])]
+    measured = []
+    groups = list(_groups(sites, effort.statistics_bytes))
+    if len(groups) > 1:
+        logger.warning(
+            "%s: the statistics of all weights do not fit the memory budget; %d passes over the "
+            "samples are made",
+            index.store.label,
+            len(groups),
+        )
+    for group in groups:
+        collectors = {
+            s.key: Collector(s, biases, max(ROWS_PER_FEATURE_KEPT * min(s.m, s.d), ROWS_KEPT))
+            for s in group
+        }
+        backward = GradientPass(
+            graph,
+            [use for s in group for use in s.uses],
+            losses,
+            draws=effort.draws,
+            smooth=True,
+            seed=seed,
+        )
+        collect_sensitivity(
+            backward,
+            collectors,
+            list(data.feeds(chosen, batch=effort.batch)),
+            lambda done, total: progress("calibrating", done, total),
+        )
+        found = []
+        for k, collector in enumerate(collectors.values()):
+            progress("decomposing", k, len(collectors))
+            site = collector.site
+            if collector.found.moment.rows:
+                weight = site_matrix(index, site)
+                cost = bias_cost(index, site)
+                found.append(two_sided_site(site, weight, collector.found, collector.side, cost))
+        progress("decomposing", len(collectors), len(collectors))
+        measured += _predicted(
+            graph, index, found, losses, biases, data, tested, effort, seed, progress
+        )
+    return measured
+
+
+def _predicted(
+    graph: TorchGraph,
+    index: GraphIndex,
+    found: Sequence[TwoSidedSite],
+    losses: Sequence[OutputLoss],
+    biases: Mapping[int, np.ndarray],
+    data: Dataset,
+    samples: Sequence[int],
+    effort: Effort,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> list[TwoSidedSite]:
+    """The same sites with the larger of both predictions."""
+    sites = [f.site for f in found]
+    means = {
+        f.site.key: f.site.uses[0].gain * f.mean_output(site_matrix(index, f.site))
+        + biases[f.site.uses[0].node]
+        if f.centred
+        else biases[f.site.uses[0].node]
+        for f in found
+    }
+    backward = GradientPass(
+        graph,
+        [use for s in sites for use in s.uses],
+        losses,
+        draws=min(effort.draws, 2),
+        smooth=False,
+        seed=seed + 1,  # other directions than the factors were made for
+    )
+    quadratics = sample_quadratics(
+        backward,
+        sites,
+        {f.site.key: f.found for f in found},
+        means,
+        list(data.feeds(samples, batch=effort.batch)),
+        lambda done, total: progress("predicting", done, total),
+    )
+    return [f.corrected(quadratics[f.site.key]) for f in found]
+
+
+def _groups(sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
+    """Sites in order, cut where their sums would take more than `limit` bytes."""
+    group: list[Site] = []
+    held = 0
+    for site in sites:
+        need = BYTES * (site.m**2 + min(site.m, site.d) ** 2)
+        if group and held + need > limit:
+            yield group
+            group, held = [], 0
+        group.append(site)
+        held += need
+    if group:
+        yield group

@@ -1,0 +1,69 @@
+"""See torch values as rows of features, as `RowView` describes them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from onnx_utilrank.sites.site import Patches, RowView
+
+__all__ = ["as_rows"]
+
+CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+
+
+def as_rows(value: torch.Tensor, view: RowView, samples: int) -> torch.Tensor:
+    """A value as [samples, positions, features].
+
+    Where the first axis does not count samples, all positions are those of one sample. Samples
+    only decide over which positions gradients are summed.
+
+    Args:
+        value: The value of `view.tensor`.
+        view: Where its features are.
+        samples: Samples in the run that it is of.
+    """
+    if view.patches:
+        value = _unfolded(value, view.patches)
+    rows = value.movedim(view.axis, -1) if value.ndim > 1 else value
+    first = samples if value.ndim > 1 and rows.shape[0] % samples == 0 else 1
+    return rows.reshape(first, -1, view.width)
+
+
+def _unfolded(x: torch.Tensor, patches: Patches) -> torch.Tensor:
+    """im2col as a depthwise convolution with one-hot kernels, [N, C taps, positions …]."""
+    taps = math.prod(patches.kernel)
+    kernel = torch.eye(taps, dtype=x.dtype, device=x.device).repeat(patches.channels, 1)
+    before, after = _pads(patches, x.shape[2:])
+    padded = functional.pad(
+        x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+    )
+    convolve = CONVOLUTIONS[len(patches.kernel) - 1]
+    return convolve(
+        padded,
+        kernel.reshape(-1, 1, *patches.kernel),
+        stride=patches.strides,
+        dilation=patches.dilations,
+        groups=patches.channels,
+    )
+
+
+def _pads(patches: Patches, extent: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Zeros before and after each spatial axis (ONNX operators, Conv, `auto_pad`)."""
+    spatial = len(patches.kernel)
+    if patches.auto_pad == "NOTSET":
+        return list(patches.pads[:spatial]), list(patches.pads[spatial:])
+    if patches.auto_pad == "VALID":
+        return [0] * spatial, [0] * spatial
+    before, after = [], []
+    for n, kernel, stride, dilation in zip(
+        extent, patches.kernel, patches.strides, patches.dilations, strict=True
+    ):
+        reach = dilation * (kernel - 1) + 1
+        total = max(0, (-(-n // stride) - 1) * stride + reach - n)
+        less, more = total // 2, total - total // 2
+        upper = patches.auto_pad == "SAME_UPPER"
+        before.append(less if upper else more)
+        after.append(more if upper else less)
+    return before, after

@@ -1,0 +1,156 @@
+"""How far the outputs of a candidate are from the reference's, one number a sample."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+__all__ = [
+    "WEIGHTINGS",
+    "OutputLoss",
+    "Weighting",
+    "choose_weighting",
+    "divergence",
+    "output_sharpness",
+    "output_variance",
+    "rows_of",
+    "samples_in",
+]
+
+Weighting = Literal["softmax", "logits", "values"]
+WEIGHTINGS: tuple[Weighting, ...] = ("softmax", "logits", "values")
+
+# Mean of 1 − Σ p² over the decisions below which a softmax is over-confident: its Fisher
+# information, whose trace this is, vanishes where nearly all of p lies on one class.
+OVERCONFIDENT = 1e-3
+# Share of the largest possible entropy above which scores are no logits of classes: a trained
+# classifier is surer than that on its own data, a softmax of an embedding never is.
+UNDECIDED = 0.9
+# Below the smallest normal float32, where a softmax of that type underflows.
+_LEAST = 1e-38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputLoss:
+    """What is lost when one output changes: a divergence of the candidate's from the reference's.
+
+    Attributes:
+        output: The graph output.
+        weighting: `softmax`: Kullback-Leibler divergence KL(p‖p̂), in nats a decision, of the
+            softmax over the last axis. `logits`: ½‖ẑ − z‖² of the logits less their mean over the
+            classes, over their variance. `values`: ½‖ŷ − y‖² over the variance of y.
+        probabilities: Whether the output is itself a softmax.
+        variance: What `logits` and `values` are relative to: summed over the last axis.
+        sharpness: Mean of 1 − Σ p² (`softmax`): the energy of its Fisher information.
+        mask: Graph input that is 0 at padded positions [rows, positions]; None without one.
+    """
+
+    output: str
+    weighting: Weighting
+    probabilities: bool = False
+    variance: float = 1.0
+    sharpness: float = 1.0
+    mask: str | None = None
+
+
+def samples_in(feed: Mapping[str, np.ndarray]) -> int:
+    """Samples that one run takes: the extent of the first axis that all its arrays agree on."""
+    extents = {value.shape[0] for value in feed.values() if value.ndim}
+    return extents.pop() if len(extents) == 1 else 1
+
+
+def rows_of(values: np.ndarray, samples: int) -> np.ndarray:
+    """[samples, positions, features] float64, features on the last axis.
+
+    Where the first axis is not a multiple of `samples`, all is one sample.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim == 0:
+        return values.reshape(1, 1, 1)
+    first = samples if values.ndim > 1 and values.shape[0] % samples == 0 else 1
+    if values.ndim == 1 and values.shape[0] == samples:
+        return values.reshape(samples, 1, 1)
+    return values.reshape(first, -1, values.shape[-1])
+
+
+def _log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z - z.max(-1, keepdims=True)
+    return np.asarray(z - np.log(np.exp(z).sum(-1, keepdims=True)))
+
+
+def log_probabilities(loss: OutputLoss, y: np.ndarray) -> np.ndarray:
+    """log p of an output of either kind, over the last axis."""
+    return np.log(np.maximum(y, _LEAST)) if loss.probabilities else _log_softmax(y)
+
+
+def _centred(z: np.ndarray) -> np.ndarray:
+    return np.asarray(z - z.mean(-1, keepdims=True))
+
+
+def scores(loss: OutputLoss, y: np.ndarray) -> np.ndarray:
+    """What `logits` and `values` compare: centred logits, or the values themselves."""
+    if loss.weighting == "values":
+        return y
+    return _centred(log_probabilities(loss, y) if loss.probabilities else y)
+
+
+def choose_weighting(y: np.ndarray, *, classes: bool, probabilities: bool) -> Weighting:
+    """How an output is to be weighted, from what the reference gives on some samples.
+
+    Args:
+        y: The values that the output takes, [rows, features].
+        classes: Whether the graph says that its last axis holds scores of classes.
+        probabilities: Whether it is a softmax.
+    """
+    if y.shape[-1] < 2 or not (classes or probabilities):
+        return "values"
+    loss = OutputLoss(output="", weighting="softmax", probabilities=probabilities)
+    log_p = log_probabilities(loss, y)
+    entropy = -(np.exp(log_p) * log_p).sum(-1).mean() / np.log(y.shape[-1])
+    if not probabilities and entropy > UNDECIDED:
+        return "values"
+    return "logits" if output_sharpness(loss, y) < OVERCONFIDENT else "softmax"
+
+
+def output_variance(loss: OutputLoss, y: np.ndarray) -> float:
+    """Variance of what an output's loss compares, summed over the last axis.
+
+    Args:
+        loss: The loss, of which `variance` is not read.
+        y: The reference's values on some samples, [rows, features].
+    """
+    compared = scores(loss, y)
+    about = compared.mean(0) if loss.weighting == "values" else 0.0
+    spread = float(np.square(compared - about).sum(-1).mean())
+    # One sample of a regression, or a constant output, has no variance to be relative to.
+    energy = float(np.square(compared).sum(-1).mean())
+    return spread if spread > 1e-12 * energy else energy or 1.0
+
+
+def output_sharpness(loss: OutputLoss, y: np.ndarray) -> float:
+    """Mean of 1 − Σ p², the trace of the softmax's Fisher information, over rows y."""
+    p = np.exp(log_probabilities(loss, y))
+    return float((1 - (p * p).sum(-1)).mean())
+
+
+def divergence(
+    loss: OutputLoss, expected: np.ndarray, actual: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean divergence over the positions of each sample, float64 [samples].
+
+    Args:
+        loss: What counts.
+        expected: The reference's output, [samples, positions, features].
+        actual: The candidate's.
+        weights: What each position counts, [samples, positions]; None for ones.
+    """
+    if loss.weighting == "softmax":
+        log_p, log_q = log_probabilities(loss, expected), log_probabilities(loss, actual)
+        each = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    else:
+        lost = scores(loss, actual) - scores(loss, expected)
+        each = np.square(lost).sum(-1) / (2 * loss.variance)
+    if weights is None:
+        return np.asarray(each.mean(-1))
+    return np.asarray((each * weights).sum(-1) / np.maximum(weights.sum(-1), 1))

@@ -1,0 +1,203 @@
+"""Choose what counts as a loss at each output, and measure it between two models."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.model.heads import is_classification, softmax_input
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.sessions import Feed, Session
+from onnx_utilrank.statistics.divergence import (
+    OutputLoss,
+    Weighting,
+    choose_weighting,
+    divergence,
+    output_sharpness,
+    output_variance,
+    rows_of,
+    samples_in,
+)
+
+__all__ = ["Divergence", "OutputRecorder", "find_losses", "measure_divergence"]
+
+_REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """How far a candidate's outputs are from the reference's, over all outputs that count.
+
+    Attributes:
+        mean: Mean over samples of the sum over outputs: nats for classes, ½ of the relative
+            squared error for values.
+        standard_error: Of that mean; infinite for one sample.
+        agreement: Share of decisions that are the same; None where no output makes any.
+        agreement_error: Standard error of that share, over samples.
+        snr_db: Signal-to-noise ratio of the outputs that are values, by their variance; None
+            where there are none.
+        samples: Samples it was measured on.
+    """
+
+    mean: float
+    standard_error: float
+    agreement: float | None
+    agreement_error: float | None
+    snr_db: float | None
+    samples: int
+
+
+def find_losses(
+    store: ModelStore,
+    session: Session,
+    feeds: Sequence[Feed],
+    weighting: Weighting | None = None,
+) -> tuple[OutputLoss, ...]:
+    """What counts at each floating output of a model.
+
+    Whether an output holds scores of classes is read off the graph and off the values it takes:
+    see `choose_weighting`. An input of rank 2 with "mask" in its name, whose values are 0 and 1
+    only, is taken to say which positions of outputs [rows, positions, …] are no padding.
+
+    Args:
+        store: The model.
+        session: The same, loaded.
+        feeds: Some runs to look at.
+        weighting: What the user says instead, for every output.
+
+    Raises:
+        ConfigError: The weighting that is asked for does not fit any output.
+        InferenceError: A run fails.
+    """
+    types = {o.name: o.type for o in session.raw.get_outputs()}
+    names = [o.name for o in store.outputs if types.get(o.name) in _REAL]
+    if not names:
+        return ()
+    outputs = [session.run(feed, names) for feed in feeds]
+    losses = []
+    for name in names:
+        shape = outputs[0][name].shape
+        rows = [rows_of(y[name], samples_in(feed)) for y, feed in zip(outputs, feeds, strict=True)]
+        if not all(r.size and np.isfinite(r).all() for r in rows):
+            continue
+        probabilities = softmax_input(store, name) is not None
+        # A last linear layer of a sequence may give scores of tokens: the values tell.
+        classes = is_classification(store, name, shape) or is_classification(
+            store, name, (2, shape[-1]) if shape else None
+        )
+        flat = np.concatenate([r.reshape(-1, r.shape[-1]) for r in rows])
+        chosen = weighting or choose_weighting(flat, classes=classes, probabilities=probabilities)
+        if flat.shape[-1] < 2:
+            chosen = "values"
+        loss = OutputLoss(
+            output=name,
+            weighting=chosen,
+            probabilities=probabilities,
+            mask=_mask(feeds, shape),
+        )
+        losses.append(
+            replace(
+                loss,
+                variance=output_variance(loss, flat),
+                sharpness=output_sharpness(loss, flat) if chosen == "softmax" else 1.0,
+            )
+        )
+    if weighting and losses and all(loss.weighting != weighting for loss in losses):
+        raise ConfigError(
+            f"{store.label}: output weighting {weighting!r} needs an output with classes on its "
+            "last axis, and there is none"
+        )
+    return tuple(losses)
+
+
+def _mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
+    if len(shape) < 3:
+        return None
+    for name, value in feeds[0].items():
+        if "mask" in name.lower() and value.ndim == 2 and value.shape == shape[:2]:
+            values = [np.asarray(feed[name]) for feed in feeds]
+            if all(np.isin(v, (0, 1)).all() for v in values):
+                return name
+    return None
+
+
+class OutputRecorder:
+    """The reference's outputs on some runs, kept to compare many candidates with."""
+
+    def __init__(
+        self, session: Session, losses: Sequence[OutputLoss], feeds: Sequence[Feed]
+    ) -> None:
+        self.losses = tuple(losses)
+        self.feeds = tuple(feeds)
+        names = [loss.output for loss in losses]
+        self._expected = [session.run(feed, names) for feed in feeds] if names else []
+
+    def compare(self, candidate: Session) -> Divergence:
+        """Run a candidate on the same feeds.
+
+        Raises:
+            InferenceError: A run fails.
+        """
+        return measure_divergence(self.losses, self.feeds, self._expected, candidate)
+
+
+def measure_divergence(
+    losses: Sequence[OutputLoss],
+    feeds: Sequence[Feed],
+    expected: Sequence[Mapping[str, np.ndarray]],
+    candidate: Session,
+) -> Divergence:
+    """Compare a candidate's outputs with those that were recorded."""
+    each: list[np.ndarray] = []
+    agreed: list[np.ndarray] = []
+    noise, signal = 0.0, 0.0
+    names = [loss.output for loss in losses]
+    for feed, reference in zip(feeds, expected, strict=True):
+        actual = candidate.run(feed, names) if names else {}
+        n = samples_in(feed)
+        total: np.ndarray | float = 0.0
+        for loss in losses:
+            y, z = rows_of(reference[loss.output], n), rows_of(actual[loss.output], n)
+            if y.shape != z.shape or not np.isfinite(z).all():
+                return Divergence(
+                    mean=math.inf,
+                    standard_error=0.0,
+                    agreement=0.0,
+                    agreement_error=0.0,
+                    snr_db=-math.inf,
+                    samples=n,
+                )
+            weights = None
+            mask = feed.get(loss.mask) if loss.mask else None
+            if mask is not None and mask.size == y.shape[0] * y.shape[1]:
+                weights = np.asarray(mask, dtype=np.float64).reshape(y.shape[:2])
+            lost = divergence(loss, y, z, weights)
+            total = total + lost
+            if loss.weighting == "values":
+                noise += float(lost.sum())
+                signal += len(lost) / 2
+            else:
+                agreed.append((y.argmax(-1) == z.argmax(-1)).mean(-1))
+        each.append(np.atleast_1d(np.asarray(total, dtype=np.float64)))
+    values = np.concatenate(each) if each else np.zeros(1)
+    same = np.concatenate(agreed) if agreed else None
+    return Divergence(
+        mean=float(values.mean()),
+        standard_error=_standard_error(values),
+        agreement=None if same is None else float(same.mean()),
+        agreement_error=None if same is None else _standard_error(same),
+        snr_db=None if not signal else _decibels(signal, noise),
+        samples=len(values),
+    )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return 200.0 if noise <= signal * 1e-20 else 10 * math.log10(signal / noise)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return math.inf
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
