@@ -151,9 +151,11 @@ def activation_svd(weight: np.ndarray, moment: SecondMoment) -> Decomposition:
 def _at_ratio(choice: Choice, ratio: float) -> Move:
     """The move that leaves a weight this share of its elements; dense where it saves nothing."""
     site = choice.measured.site
+    dense = next(m for m in choice.moves if m.rank is None)
+    if ratio >= 1:
+        return dense
     share = ratio * site.m * site.d / (site.m + site.d)
     rank = max(1, math.floor(share + 1e-9))
-    dense = next(m for m in choice.moves if m.rank is None)
     move = next((m for m in choice.moves if m.rank == rank), dense)
     return move if move.cost < dense.cost else dense
 
@@ -223,8 +225,9 @@ def measure_rival(job: Job, rival: UniformRatio, samples: Sequence[int]) -> Meas
 def ratio_at(lost: np.ndarray, allowed: float) -> float:
     """The least ratio at which a weight alone costs the model no more than `allowed`.
 
-    Straight lines join the candidates, and the last of them the weight as it is, which costs
-    nothing. (AIMET takes the next candidate itself; its steps of 0.1 are finer than ours.)
+    Straight lines join the candidates. (AIMET takes the next candidate itself; its steps of 0.1
+    are finer than ours.) Where the largest costs more, the weight stays as it is, as in AIMET:
+    that is no limit of larger ratios, for the rank that just saves nothing is far below full.
 
     Args:
         lost: Divergence at each of `CANDIDATES`, non-increasing.
@@ -232,8 +235,8 @@ def ratio_at(lost: np.ndarray, allowed: float) -> float:
     """
     ratios, curve = (*CANDIDATES, 1.0), (*map(float, lost), 0.0)
     k = next(k for k, value in enumerate(curve) if value <= allowed)
-    if k == 0:
-        return ratios[0]
+    if k in (0, len(CANDIDATES)):
+        return ratios[k]
     share = (allowed - curve[k]) / (curve[k - 1] - curve[k])
     return ratios[k] - share * (ratios[k] - ratios[k - 1])
 

@@ -1,0 +1,441 @@
+"""Gradients against closed forms, and the predicted loss against the one that is measured."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from builders import Feed, activations, index, model, noise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_utilrank import CompressConfig, compress
+from onnx_utilrank.calibration.data import open_data
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
+from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.runtime.sessions import open_session
+from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
+from onnx_utilrank.sensitivity.gradients import GradientPass
+from onnx_utilrank.sensitivity.measure import Effort, choose_effort, measure_sensitivity
+from onnx_utilrank.sensitivity.quadratic import sample_quadratics
+from onnx_utilrank.sites.find import find_sites, site_matrix
+from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
+from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.sensitivity import Sensitivity
+from onnx_utilrank.surgery.rewrite import Replacement, rewrite
+from onnx_utilrank.torch_graph.footprint import Footprint
+from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
+
+# A shared machine may stall for longer than any deadline.
+law = settings(deadline=None, max_examples=60)
+
+D, H, C, P = 5, 4, 3, 6  # inputs, hidden values, outputs, positions
+FIRST, SECOND = noise(1, H, D) / math.sqrt(D), noise(2, C, H) / math.sqrt(H)
+BODY = "h = MatMul(x, W) z = MatMul(h, V) {}"
+HEADS = {
+    "softmax": ("y = Identity(z)", {"weighting": "softmax", "sharpness": 0.4}),
+    "probabilities": (
+        "flat = Reshape(z, rows) y = Softmax(flat)",
+        {"weighting": "softmax", "sharpness": 0.4, "probabilities": True},
+    ),
+    "logits": ("y = Identity(z)", {"weighting": "logits", "variance": 0.7}),
+    "values": ("y = Identity(z)", {"weighting": "values", "variance": 2.5}),
+}
+
+
+def quiet(*progress: object) -> None:
+    del progress
+
+
+def two_layers(tail: str = "y = Identity(z)", inputs: str = "") -> onnx.ModelProto:
+    rows = "Reshape" in tail
+    signature = f"(float[n,p,{D}] x{inputs}) => (float[{'k' if rows else 'n,p'},{C}] y)"
+    weights = {"W": FIRST.T.astype(np.float32), "V": SECOND.T.astype(np.float32)}
+    if rows:
+        weights["rows"] = np.array([-1, C])
+    return model(signature, BODY.format(tail), **weights)
+
+
+def feeds(count: int, samples: int = 3) -> list[Feed]:
+    return [{"x": activations(k, samples, P, D).astype(np.float32)} for k in range(count)]
+
+
+def collected(
+    proto: onnx.ModelProto,
+    losses: list[OutputLoss],
+    runs: list[Feed],
+    *,
+    draws: int = 1,
+    smooth: bool = False,
+) -> dict[str, Sensitivity]:
+    """What is known of each site, by the name of its weight."""
+    graph = index(proto)
+    sites, _ = find_sites(graph)
+    biases = {use.node: np.zeros(site.m) for site in sites for use in site.uses}
+    collectors = {site.key: Collector(site, biases, 10**6) for site in sites}
+    uses = [use for site in sites for use in site.uses]
+    torch_graph = TorchGraph.build(graph.store)
+    backward = GradientPass(torch_graph, uses, losses, draws=draws, smooth=smooth, seed=3)
+    collect_sensitivity(backward, collectors, runs, quiet)
+    return {site.weight: collectors[site.key].found for site in sites}
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def curvature(loss: OutputLoss, z: np.ndarray, *, smooth: bool) -> np.ndarray:
+    """The Hessian [C, C] of the loss of one position at its logits z."""
+    centring = np.eye(C) - 1 / C
+    if loss.weighting == "values":
+        return np.eye(C) / loss.variance
+    if loss.weighting == "logits":
+        return centring / loss.variance
+    p = softmax(z)
+    fisher = np.diag(p) - np.outer(p, p)
+    return (fisher + loss.sharpness / (C - 1) * centring) / 2 if smooth else fisher
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_gamma_is_the_curvature_pulled_back_through_the_layers(head: str, smooth: bool):
+    tail, options = HEADS[head]
+    loss = OutputLoss(output="y", **options)
+    proto, runs, draws = two_layers(tail), feeds(4), 400
+    found = collected(proto, [loss], runs, draws=draws, smooth=smooth)
+    x = np.concatenate([f["x"] for f in runs]).astype(np.float64)
+    logits = x @ FIRST.T @ SECOND.T
+    each = np.array([[curvature(loss, z, smooth=smooth) for z in sample] for sample in logits])
+    for name, back in (("V", np.eye(C)), ("W", SECOND)):
+        # The loss of a sample is the mean over its positions.
+        here = np.einsum("ci,npcd,dj->npij", back, each, back) / P
+        expected = here.sum(1).mean(0)
+        made = found[name]
+        assert made.samples == len(x) * draws
+        assert made.decisions == len(x) * P
+        # g is normal: Var(g_i g_j) = Γ_ii Γ_jj + Γ_ij², and positions are independent.
+        diagonal = np.einsum("npii->npi", here)
+        variances = diagonal[..., :, None] * diagonal[..., None, :] + here**2
+        error = np.sqrt(variances.sum(1).mean(0) / made.samples)
+        assert (np.abs(made.gamma / made.samples - expected) < 5 * error).all()
+        assert (5 * error < 0.2 * np.abs(np.diag(expected)).max()).all()
+
+
+def test_moments_are_those_of_the_rows():
+    runs = feeds(4)
+    found = collected(two_layers(), [OutputLoss(output="y", weighting="values")], runs)
+    x = np.concatenate([f["x"] for f in runs]).reshape(-1, D).astype(np.float64)
+    # Wide weights are known by their outputs.
+    for name, rows in (("W", x @ FIRST.T), ("V", x @ FIRST.T @ SECOND.T)):
+        moment, expected = found[name].moment, SecondMoment.of(rows)
+        assert moment.rows == len(rows)
+        atol = 8 * math.sqrt(D + H) * float(np.finfo(np.float32).eps) * np.abs(rows).max() ** 2
+        np.testing.assert_allclose(moment.mean, expected.mean, rtol=0, atol=atol)
+        np.testing.assert_allclose(moment.uncentred, expected.uncentred, rtol=0, atol=atol)
+
+
+def test_gain_of_a_gemm_counts():
+    """Γ is of W x: an alpha in front of it takes its square."""
+    body = "y = Gemm<alpha={}>(x, W)"
+    weight = FIRST.T.astype(np.float32)
+    runs = [{"x": activations(1, 12, D).astype(np.float32)}]
+    loss = OutputLoss(output="y", weighting="values")
+    found = [
+        collected(
+            model(f"(float[n,{D}] x) => (float[n,{H}] y)", body.format(a), W=weight), [loss], runs
+        )
+        for a in ("1.0", "3.0")
+    ]
+    np.testing.assert_allclose(found[1]["W"].gamma, 9 * found[0]["W"].gamma, rtol=1e-5)
+
+
+IDLE = {
+    "a result that nothing reads": "lost = MatMul(x, U) y = MatMul(x, W)",
+    "a shape": "t = MatMul(x, U) s = Shape(t) h = MatMul(x, W) k = Cast<to=1>(s) "
+    "e = ReduceSum<keepdims=0>(k) y = Add(h, e)",
+    "a decision": "t = MatMul(x, U) a = ArgMax<axis=1>(t) f = Cast<to=1>(a) h = MatMul(x, W) "
+    "y = Add(h, f)",
+    "a factor of zero": "t = MatMul(x, U) f = Mul(t, zero) h = MatMul(x, W) y = Add(h, f)",
+}
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_weights_without_influence_have_no_gradient(what: str):
+    weight = noise(4, 6, 6).astype(np.float32)
+    zero = {"zero": np.float32(0)} if "zero" in IDLE[what] else {}
+    proto = model("(float[n,6] x) => (float[n,6] y)", IDLE[what], U=weight, W=weight.T, **zero)
+    runs = [{"x": activations(k, 8, 6).astype(np.float32)} for k in range(20)]
+    found = collected(proto, [OutputLoss(output="y", weighting="values")], runs)
+    assert not found["U"].gamma.any()
+    assert found["U"].moment.rows == 0
+    assert found["W"].gamma.any()
+    config = CompressConfig(param_ratio=1.0, method="two-sided")
+    plan = compress(proto, runs, config, dry_run=True).plan
+    assert [e.site for e in plan.entries] == ["W"]
+    (skipped,) = plan.skipped
+    assert "its gradient is zero" in skipped.reason
+
+
+def test_padded_positions_do_not_count():
+    proto = two_layers(inputs=", int64[n,p] attention_mask")
+    mask = (np.arange(P) < np.array([[6], [3], [1]])).astype(np.int64)
+    (feed,) = feeds(1)
+    feed["attention_mask"] = mask
+    (loss,) = find_losses(ModelStore.load(proto), open_session(ModelStore.load(proto), CPU), [feed])
+    assert loss.mask == "attention_mask"
+    other = feed | {"x": np.where(mask[..., None] == 1, feed["x"], np.float32(7))}
+    first, second = (collected(proto, [loss], [f]) for f in (feed, other))
+    bare = collected(proto, [replace(loss, mask=None)], [feed])
+    for name in ("W", "V"):
+        assert first[name].moment.rows == first[name].decisions == mask.sum()
+        assert bare[name].moment.rows == bare[name].decisions == mask.size
+        np.testing.assert_array_equal(first[name].gamma, second[name].gamma)
+        np.testing.assert_array_equal(first[name].moment.outer, second[name].moment.outer)
+    y = rows_of(noise(1, 3, P, C), 3)
+    z = y + noise(2, 3, P, C)
+    each = divergence(loss, y, z, mask.astype(np.float64))
+    for k, kept in enumerate(mask.sum(1)):
+        expected = divergence(loss, y[k : k + 1, :kept], z[k : k + 1, :kept])
+        np.testing.assert_allclose(each[k], expected[0], rtol=1e-12)
+
+
+def test_padded_positions_are_told_by_zeros_and_ones_only():
+    proto = two_layers(inputs=", int64[n,p] attention_mask")
+    (feed,) = feeds(1)
+    store = ModelStore.load(proto)
+    feed["attention_mask"] = np.full((3, P), 2)
+    (loss,) = find_losses(store, open_session(store, CPU), [feed])
+    assert loss.mask is None
+
+
+def test_gamma_of_few_decisions_is_shrunk_towards_its_mean():
+    g = noise(1, 3, 8)
+    few = Sensitivity(moment=SecondMoment.zero(8), gamma=g.T @ g, samples=3, decisions=3)
+    many = replace(few, decisions=10**9)
+    found = few.gamma / 3
+    assert np.linalg.matrix_rank(found) == 3
+    for made in (few, many):
+        assert np.trace(made.fisher) == pytest.approx(np.trace(found))
+        assert np.linalg.eigvalsh(made.fisher)[0] > 0
+    lowest, sure = (np.linalg.eigvalsh(made.fisher)[0] for made in (few, many))
+    assert lowest > 10 * sure
+    none = replace(few, gamma=np.zeros((8, 8)))
+    np.testing.assert_array_equal(none.fisher, np.eye(8))
+
+
+# --- the predicted loss -------------------------------------------------------------------------
+
+
+def measured_site(proto: onnx.ModelProto, runs: list[Feed], pulled: np.ndarray) -> TwoSidedSite:
+    """The first site, decomposed for an exact Γ."""
+    graph = index(proto)
+    site = find_sites(graph)[0][0]
+    weight = site_matrix(graph, site)
+    x = np.concatenate([f["x"] for f in runs]).reshape(-1, site.d).astype(np.float64)
+    moment = SecondMoment.of(x if site.smaller_side == "inputs" else x @ weight.T)
+    known = Sensitivity(moment=moment, gamma=pulled, samples=1, decisions=10**9)
+    return two_sided_site(site, weight, known, site.smaller_side, 0)
+
+
+def cut(graph: GraphIndex, found: TwoSidedSite, rank: int) -> ModelStore:
+    weight = site_matrix(graph, found.site)
+    factors = found.found.factors(weight, rank)
+    lost = found.found.lost(found.mean_output(weight), rank) if found.centred else None
+    return rewrite(graph, [Replacement(site=found.site, factors=factors, lost_mean=lost)])
+
+
+def judged(proto: onnx.ModelProto, runs: list[Feed]) -> tuple[OutputLoss, OutputRecorder]:
+    store = ModelStore.load(proto)
+    session = open_session(store, CPU)
+    losses = find_losses(store, session, runs, "values")
+    return losses[0], OutputRecorder(session, losses, runs)
+
+
+ONE = {
+    "inputs": ("[n,p,4] x) => (float[n,p,7] y)", "y = MatMul(x, W)", (4, 7)),
+    "outputs": ("[n,p,7] x) => (float[n,p,4] y)", "y = MatMul(x, W)", (7, 4)),
+    "no bias": ("[n,7,6] x) => (float[n,5,6] y)", "y = MatMul(W, x)", (5, 7)),
+}
+
+
+@pytest.mark.parametrize("what", ONE)
+def test_predicted_loss_of_a_linear_model_is_the_measured_one(what: str):
+    signature, body, shape = ONE[what]
+    proto = model(f"(float{signature}", body, W=noise(5, *shape).astype(np.float32))
+    left = what == "no bias"
+    x_shape = (4, 7, 6) if left else (4, P, shape[0])
+    runs = [{"x": activations(k, *x_shape).astype(np.float32)} for k in range(6)]
+    loss, recorder = judged(proto, runs)
+    graph = index(proto)
+    if left:
+        # The loss is the mean over 5 rows of 6 values; the site has 6 rows of 5, which add up.
+        rows = [{"x": np.moveaxis(f["x"], -2, -1)} for f in runs]
+        found = measured_site(proto, rows, np.eye(5) * (6 / 5) / loss.variance)
+        assert not found.centred
+    else:
+        found = measured_site(proto, runs, np.eye(shape[1]) / loss.variance)
+    rounding = 1e3 * float(np.finfo(np.float32).eps) ** 2
+    for rank in range(1, found.site.full_rank + 1):
+        session = open_session(cut(graph, found, rank), CPU)
+        lost = recorder.compare(session).mean
+        assert lost == pytest.approx(found.errors[rank], rel=1e-4, abs=rounding)
+    assert found.errors[1] > 1e-3
+
+
+def pooled(spread: float) -> tuple[onnx.ModelProto, list[Feed]]:
+    """y is the mean over positions of W x, whose x differ by `spread` within a sample."""
+    body = "h = MatMul(x, W) y = ReduceMean<axes=[1], keepdims=0>(h)"
+    weight = noise(6, 8, 6).astype(np.float32)
+    proto = model("(float[n,p,8] x) => (float[n,6] y)", body, W=weight)
+    runs = []
+    for k in range(25):
+        x = noise(k, 8, 1, 8) + spread * noise(k + 100, 8, P, 8)
+        runs.append({"x": x.astype(np.float32)})
+    return proto, runs
+
+
+def predictions(
+    proto: onnx.ModelProto, runs: list[Feed], loss: OutputLoss, found: TwoSidedSite, draws: int
+) -> np.ndarray:
+    graph = TorchGraph.build(ModelStore.load(proto))
+    uses = found.site.uses
+    backward = GradientPass(graph, uses, [loss], draws=draws, smooth=False, seed=11)
+    weight = site_matrix(index(proto), found.site)
+    key = found.site.key
+    return sample_quadratics(
+        backward,
+        [found.site],
+        {key: found.found},
+        {key: found.mean_output(weight)},
+        runs,
+        quiet,
+    )[key]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_errors_that_agree_over_positions_are_seen(spread: float):
+    proto, runs = pooled(spread)
+    loss, recorder = judged(proto, runs)
+    draws, samples = 40, 200
+    found = measured_site(proto, runs, np.eye(6) / (P * loss.variance))
+    quadratic = predictions(proto, runs, loss, found, draws)
+    assert quadratic[-1] == 0
+    for rank in range(1, 6):
+        lost = recorder.compare(open_session(cut(index(proto), found, rank), CPU))
+        # A square of a normal coefficient has twice its square for a variance; the loss of the
+        # very samples is what is predicted, so that their spread does not count.
+        size = lost.mean**2 + samples * lost.standard_error**2
+        error = math.sqrt(2 * size / (draws * samples))
+        assert abs(quadratic[rank] - lost.mean) < 5 * error
+        assert 5 * error < lost.mean / 2
+        corrected = found.corrected(quadratic).errors[rank]
+        assert corrected >= lost.mean - 5 * error
+        # Blind to it, the product alone would see a part only: 1 / P where all rows agree.
+        share = (1 + spread**2) / (P * (1 + spread**2 / P))
+        assert found.errors[rank] / lost.mean == pytest.approx(share, rel=0.35)
+
+
+def test_whole_measurement_predicts_the_loss_of_each_layer():
+    """Through a nonlinear model, one layer cut at a time, small losses."""
+    body = "h = MatMul(x, W) t = Tanh(h) z = MatMul(t, V) y = Identity(z)"
+    first, second = noise(7, 12, 8) / 6, noise(8, 8, 10)
+    proto = model(
+        "(float[n,12] x) => (float[n,10] y)",
+        body,
+        W=first.astype(np.float32),
+        V=second.astype(np.float32),
+    )
+    runs = [{"x": activations(k, 16, 12).astype(np.float32)} for k in range(16)]
+    graph = index(proto)
+    sites, _ = find_sites(graph)
+    loss, recorder = judged(proto, runs)
+    data = open_data(runs, graph.store.inputs)
+    effort = Effort(draws=8, gradients=len(data), quadratics=len(data), batch=1, statistics_bytes=1)
+    made = measure_sensitivity(
+        TorchGraph.build(graph.store),
+        graph,
+        sites,
+        [loss],
+        data,
+        range(len(data)),
+        effort,
+        seed=0,
+        progress=quiet,
+    )
+    assert [m.site.key for m in made] == [s.key for s in sites]
+    for found in made:
+        assert (np.diff(found.errors) <= 0).all()
+        assert found.errors[-1] == pytest.approx(0, abs=1e-6 * found.errors[0])
+        full = found.site.full_rank
+        for rank in range(full // 2, full):
+            lost = recorder.compare(open_session(cut(graph, found, rank), CPU)).mean
+            assert found.errors[rank] == pytest.approx(lost, rel=0.35)
+
+
+@law
+@given(
+    errors=st.lists(st.floats(0, 10), min_size=1, max_size=9),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_larger_prediction_counts_and_never_rises_with_rank(errors, seed):
+    proto, _ = pooled(1.0)
+    falling = np.sort(errors)[::-1]
+    quadratic = np.random.default_rng(seed).random(len(falling)) * 10
+    site = TwoSidedSite(
+        site=find_sites(index(proto))[0][0],
+        moment=SecondMoment.zero(1),
+        side="inputs",
+        found=None,  # type: ignore[arg-type]
+        gamma=np.eye(1),
+        errors=falling,
+        bias_cost=0,
+    )
+    made = site.corrected(quadratic).errors
+    assert (np.diff(made) <= 0).all()
+    assert (made >= np.maximum(falling, quadratic)).all()
+    assert made.max() == max(falling.max(), quadratic.max())
+
+
+# --- effort -------------------------------------------------------------------------------------
+
+SMALL = Footprint(live=10**6, kept=10**6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "flops", "decisions", "expected"),
+    [
+        (100, 10**9, 1, (4, 100, 100)),  # cheap: all there is
+        (1000, 10**11, 1, (1, 500, 125)),
+        (1000, 10**11, 1024, (1, 16, 16)),
+        (4, 10**13, 1024, (1, 2, 1)),
+        (1, 10**13, 1, (1, 1, 1)),
+    ],
+)
+def test_dear_models_get_less_effort(samples, flops, decisions, expected):
+    made = choose_effort(
+        samples=samples,
+        flops=flops,
+        decisions=decisions,
+        footprint=SMALL,
+        batch=32,
+        budget=2**32,
+    )
+    assert (made.draws, made.gradients, made.quadratics) == expected
+    assert made.batch == 16
+    tight = choose_effort(
+        samples=samples,
+        flops=flops,
+        decisions=decisions,
+        footprint=SMALL,
+        batch=32,
+        budget=12 * 10**6,
+    )
+    assert tight.batch == 3

@@ -1,0 +1,256 @@
+"""Ratios of bytes and of operations, and what is done where gradients cannot be had."""
+
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import activations, model, noise
+
+from onnx_utilrank import CompressConfig, ConfigError, ModelError, TargetMissedError, compress
+from onnx_utilrank.cli.main import main
+from onnx_utilrank.torch_graph.graph import UnsupportedOperatorError
+
+METHODS = ("two-sided", "one-sided", "svd")
+
+
+def classifier() -> onnx.ModelProto:
+    """A Conv whose weight is small and busy, and a MatMul that is large and idle."""
+    body = """
+        h = Conv<pads=[1, 1, 1, 1]>(x, K, k)
+        r = Relu(h)
+        f = Flatten(r)
+        y = MatMul(f, W)
+    """
+    weights = {
+        "K": noise(1, 32, 16, 3, 3) / 12,
+        "k": noise(2, 32),
+        "W": noise(3, 32 * 36, 40) / 34,
+    }
+    cast = {name: value.astype(np.float32) for name, value in weights.items()}
+    return model("(float[n,16,6,6] x) => (float[n,40] y)", body, **cast)
+
+
+DATA = {"x": activations(4, 60, 16, 6, 6).astype(np.float32)}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "source.onnx"
+    path.write_bytes(classifier().SerializeToString())
+    return path
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ratio", [0.9, 0.5, 0.25])
+def test_file_has_at_most_the_bytes_asked_for(saved: Path, method: str, ratio: float):
+    result = compress(saved, DATA, CompressConfig(size_ratio=ratio, method=method))
+    made = saved.with_name("made.onnx")
+    result.save(made)
+    before, after = saved.stat().st_size, made.stat().st_size
+    assert after <= ratio * before
+    # What names and nodes take is known to some hundred bytes, and a rank takes a thousand.
+    assert after > ratio * before - 8000
+    figures = result.validation
+    assert (figures.reference.file_bytes, figures.candidate.file_bytes) == (before, after)
+    assert result.plan.target == {"size_ratio": ratio}
+
+
+def test_few_bytes_are_corrected_for(tmp_path: Path):
+    """Names much longer than the plan reckons with: the file has to be seen to be measured."""
+    proto = classifier()
+    for node in proto.graph.node:
+        node.name = f"{node.op_type}_{'x' * 2000}"
+    path = tmp_path / "long.onnx"
+    path.write_bytes(proto.SerializeToString())
+    for ratio in (0.8, 0.4):
+        result = compress(path, DATA, CompressConfig(size_ratio=ratio))
+        result.save(tmp_path / "made.onnx")
+        assert (tmp_path / "made.onnx").stat().st_size <= ratio * path.stat().st_size
+
+
+def test_external_data_are_bytes_too(tmp_path: Path):
+    path = tmp_path / "outside.onnx"
+    onnx.save_model(classifier(), path, save_as_external_data=True, location="outside.data")
+    total = sum(p.stat().st_size for p in tmp_path.iterdir())
+    result = compress(path, DATA, CompressConfig(size_ratio=0.5))
+    folder = tmp_path / "made"
+    folder.mkdir()
+    result.save(folder / "made.onnx")
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 0.5 * total
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def operations(proto: onnx.ModelProto) -> int:
+    """Multiply-accumulates of its Conv and MatMul on one sample, from their weights alone."""
+    held = {t.name: math.prod(t.dims) for t in proto.graph.initializer}
+    positions = {"Conv": 36, "MatMul": 1}
+    return sum(
+        positions[node.op_type] * held[node.input[1]]
+        for node in proto.graph.node
+        if node.op_type in positions
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ratio", [0.9, 0.6, 0.4])
+def test_model_does_at_most_the_operations_asked_for(method: str, ratio: float):
+    proto = classifier()
+    result = compress(proto, DATA, CompressConfig(flop_ratio=ratio, method=method))
+    figures = result.validation
+    assert figures.reference.flops == 2 * operations(proto)
+    assert figures.candidate.flops == 2 * operations(result.model)
+    assert figures.candidate.flops <= ratio * figures.reference.flops
+    # A rank of the Conv is 36 positions times 32 + 144.
+    assert figures.candidate.flops > (ratio - 0.1) * figures.reference.flops
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.5])
+@pytest.mark.parametrize("name", ["param_ratio", "size_ratio", "flop_ratio"])
+def test_pivots_keep_every_kind_of_ratio(name: str, ratio: float):
+    config = CompressConfig(moves=("pivot",), **{name: ratio})
+    result = compress(classifier(), DATA, config)
+    assert {e.move for e in result.plan.factored} == {"pivot"}
+    figures = (result.validation.candidate, result.validation.reference)
+    field = {"param_ratio": "parameters", "size_ratio": "file_bytes", "flop_ratio": "flops"}[name]
+    after, before = (getattr(f, field) for f in figures)
+    assert (ratio - 0.1) * before < after <= ratio * before
+
+
+def test_operations_and_parameters_are_saved_in_different_places():
+    """The Conv does three quarters of the work with a tenth of the weights."""
+    kept = {}
+    for name in ("param_ratio", "flop_ratio"):
+        plan = compress(
+            classifier(), DATA, CompressConfig(method="svd", **{name: 0.5}), dry_run=True
+        ).plan
+        ranks = {e.op_type: (e.rank or min(e.m, e.d)) / min(e.m, e.d) for e in plan.entries}
+        kept[name] = ranks["Conv"], ranks["MatMul"]
+    assert kept["flop_ratio"][0] < kept["param_ratio"][0]
+    assert kept["flop_ratio"][1] > kept["param_ratio"][1]
+
+
+@pytest.mark.parametrize("name", ["size_ratio", "flop_ratio"])
+def test_ratios_out_of_reach_are_refused(name: str):
+    what = {"size_ratio": "bytes", "flop_ratio": "operations"}[name]
+    with pytest.raises(TargetMissedError, match=f"ratio of 0.001 of its {what} cannot be reached"):
+        compress(classifier(), DATA, CompressConfig(**{name: 0.001}))
+    for ratio in (0.0, 1.1):
+        with pytest.raises(ConfigError, match=r"is not in \(0, 1\]"):
+            CompressConfig(**{name: ratio})
+    with pytest.raises(ConfigError, match="exclude each other"):
+        CompressConfig(param_ratio=0.5, **{name: 0.5})
+
+
+@pytest.mark.parametrize("name", ["size_ratio", "flop_ratio", "param_ratio"])
+def test_whole_models_are_kept_where_all_may_stay(name: str):
+    proto = classifier()
+    result = compress(proto, DATA, CompressConfig(**{name: 1.0}))
+    assert result.verdict == "unchanged"
+    assert result.model.SerializeToString() == proto.SerializeToString()
+
+
+def test_command_line_takes_both(saved: Path, tmp_path: Path, capsys):
+    np.savez(tmp_path / "d.npz", **DATA)
+    given = ["compress", str(saved), "--data", str(tmp_path / "d.npz"), "--json"]
+    made = tmp_path / "made.onnx"
+    for option, figure in (("--size-ratio", "file_bytes"), ("--flop-ratio", "flops")):
+        assert main([*given, "-o", str(made), option, "0.5"]) == 0
+        figures = json.loads(capsys.readouterr().out)["validation"]
+        assert figures["candidate"][figure] <= 0.5 * figures["reference"][figure]
+
+
+# --- operators that torch does not know ---------------------------------------------------------
+
+
+def foreign() -> onnx.ModelProto:
+    """MatMul, an operator of ONNX Runtime that gradients are not known of, and MatMul."""
+    body = """
+        h = MatMul(x, W)
+        [odd_one] t = com.microsoft.NGramRepeatBlock<ngram_size=3>(tokens, h)
+        y = MatMul(t, V)
+    """
+    weights = {"W": noise(1, 24, 24), "V": noise(2, 24, 24)}
+    cast = {name: value.astype(np.float32) for name, value in weights.items()}
+    return model(
+        "(float[n,24] x, int64[n,4] tokens) => (float[n,24] y)",
+        body,
+        domains=', "com.microsoft" : 1',
+        **cast,
+    )
+
+
+TOKENS = {
+    "x": noise(3, 200, 24).astype(np.float32),
+    "tokens": np.arange(800).reshape(200, 4) % 24,
+}
+
+
+def test_gradients_that_cannot_be_had_name_node_and_operator():
+    config = CompressConfig(param_ratio=0.6, method="two-sided")
+    with pytest.raises(UnsupportedOperatorError) as raised:
+        compress(foreign(), TOKENS, config)
+    assert isinstance(raised.value, ModelError)
+    message = str(raised.value)
+    assert "odd_one" in message
+    assert "NGramRepeatBlock" in message
+    assert "\n" not in message
+
+
+def test_one_sided_factors_are_the_fallback(caplog):
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = compress(foreign(), TOKENS, CompressConfig(param_ratio=0.6))
+    (warning,) = (r.getMessage() for r in caplog.records if "gradients" in r.getMessage())
+    (note,) = (n for n in result.notes if "gradients" in n)
+    for text in (warning, note):
+        assert "odd_one" in text
+        assert "NGramRepeatBlock" in text
+        assert "one-sided" in text
+    assert result.plan.method == "one-sided"
+    assert not result.plan.refit
+    assert result.plan.predicted_divergence is None
+    assert result.plan.param_ratio <= 0.6
+    asked = compress(foreign(), TOKENS, CompressConfig(param_ratio=0.6, method="one-sided"))
+    assert asked.model.SerializeToString() == result.model.SerializeToString()
+    assert not [n for n in asked.notes if "gradients" in n]
+
+
+def test_fallback_of_the_command_line_is_one_warning(tmp_path: Path, capsys):
+    path, data = tmp_path / "foreign.onnx", tmp_path / "d.npz"
+    path.write_bytes(foreign().SerializeToString())
+    np.savez(data, **TOKENS)
+    given = ["compress", str(path), "--data", str(data), "--param-ratio", "0.6", "--dry-run"]
+    assert main([*given, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["plan"]["method"] == "one-sided"
+    (line,) = (line for line in err.splitlines() if "gradients cannot be had" in line)
+    assert "odd_one" in line
+    assert main([*given, "--method", "two-sided"]) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = (line for line in err.splitlines() if "error:" in line)
+    assert "NGramRepeatBlock" in line
+
+
+def test_values_that_do_not_fit_the_memory_are_the_fallback_too():
+    wide = model(
+        "(float[n,512,8] x) => (float[n,512,600] y)",
+        "h = MatMul(x, W) y = Relu(h)",
+        W=noise(1, 8, 600).astype(np.float32),
+    )
+    data = {"x": noise(2, 6, 512, 8).astype(np.float32)}
+    config = CompressConfig(param_ratio=0.9, memory_budget=2**20, force=True)
+    result = compress(wide, data, config)
+    (note,) = (n for n in result.notes if "memory budget" in n)
+    assert "gradients cannot be had" in note
+    assert result.plan.method == "one-sided"
