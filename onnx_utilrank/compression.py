@@ -1,22 +1,25 @@
 """From decompositions to a model: plan, refit, rewrite."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
-from onnx_utilrank.job import Gradients, Job, Measurement
+from onnx_utilrank.job import Job, Measurement
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.moves.shrink import Basis, Shrinking
 from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
 from onnx_utilrank.ranking.decide import Offers, planned_moves
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
-from onnx_utilrank.refit.propagate import Layer, propagate
+from onnx_utilrank.refit.propagate import Layer, Refitted, as_measured, propagate
+from onnx_utilrank.sensitivity.measure import behind
 from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 
 __all__ = ["build", "fit", "make_offers", "stamp"]
@@ -39,7 +42,7 @@ def make_offers(
         unit = "operations"
     ledger = job.ledger(unit, [m.site for m in found.sites], samples)
     skips = (*job.skips, *found.skips)
-    return Offers.of(job.index, found.sites, skips, found.method, config, ledger)
+    return Offers.of(job.index, found.sites, found.hidden, skips, found.method, config, ledger)
 
 
 def fit(
@@ -82,17 +85,27 @@ def build(
     Raises:
         TargetMissedError: Nothing can be factored, or the result would be larger.
     """
-    if not plan.factored:
+    if not plan.changes:
         return _unchanged(job, plan)
+    made = _layers(job, plan, measurement, samples, config)
     moves = planned_moves(plan)
-    planned = [m for m in measurement.sites if m.site.key in moves]
-    replacements = (
-        _refitted(job, plan, planned, measurement.gradients, samples, config)
-        if plan.refit and measurement.gradients is not None
-        else [_factored(job, found, moves[found.site.key]) for found in planned]
-    )
+    sites = {m.site.key: m for m in measurement.sites}
+    replacements = [
+        Replacement(
+            site=sites[key].site,
+            move=moves[key].kind,
+            factors=new.factors,
+            lost_mean=new.lost_mean if moves[key].bias else None,
+        )
+        for key, new in made.items()
+        if new.factors is not None
+    ]
+    hidden = {h.key: h for h in measurement.hidden}
+    shrinkings = [
+        _shrinking(job, hidden[entry.hidden], entry.kept or 0, sites, made) for entry in plan.shrunk
+    ]
     job.progress("rewriting", 0, 0)
-    store = rewrite(job.index, replacements)
+    store = rewrite(job.index, replacements, shrinkings)
     check_contract(job.store, store)
     entry = stamp(store) or store.proto.metadata_props.add(key=PLAN_KEY)
     entry.value = plan.fingerprint()
@@ -105,56 +118,122 @@ def build(
     return store
 
 
-def _factored(job: Job, found: Measured, move: Move) -> Replacement:
-    weight = site_matrix(job.index, found.site)
-    factors = found.factors(weight, move)
-    lost = found.lost_mean(weight, factors, move) if move.bias else None
-    return Replacement(site=found.site, move=move.kind, factors=factors, lost_mean=lost)
-
-
-def _refitted(
+def _layers(
     job: Job,
     plan: RankPlan,
-    planned: Sequence[Measured],
-    gradients: Gradients,
+    measurement: Measurement,
     samples: Sequence[int],
     config: CompressConfig,
-) -> list[Replacement]:
+) -> dict[str, Refitted]:
+    """What becomes of every weight that changes, refitted where the plan says so."""
     moves = planned_moves(plan)
+    gradients = measurement.gradients
+    if gradients is None:
+        return {
+            m.site.key: _factored(job, m, moves[m.site.key])
+            for m in measurement.sites
+            if m.site.key in moves
+        }
+    hidden = {h.key: h for h in measurement.hidden}
+    kept = {key: (hidden[e.hidden], e.kept or 0) for e in plan.shrunk for key in e.sites}
     layers = []
-    for found in planned:
+    for found in measurement.sites:
+        key = found.site.key
+        if key not in moves and key not in kept:
+            continue
         assert isinstance(found, TwoSidedSite)
-        rank = moves[found.site.key].rank
-        assert rank is not None
+        groups, features = (kept[key][0].makers(key), kept[key][1]) if key in kept else ((), 0)
         layers.append(
             Layer(
                 measured=found,
                 weight=site_matrix(job.index, found.site),
-                rank=rank,
+                rank=moves[key].rank if key in moves else None,
                 biases=job.own_biases(found.site),
+                behind=behind(job.index, found.site),
+                kept=features * len(groups) if groups else None,
             )
         )
+    if not plan.refit:
+        return {layer.measured.site.key: as_measured(layer) for layer in layers}
     # Both graphs hold the live values of all samples at once.
     room = max(2, config.memory_budget // (4 * gradients.footprint.live))
     picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
     feeds = list(job.data.feeds([samples[k] for k in sorted(picked)], batch=gradients.effort.batch))
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
-    made = propagate(
+    return propagate(
         gradients.graph,
         layers,
         feeds,
         mask,
         lambda done, total: job.progress("refitting", done, total),
     )
-    return [
-        Replacement(
-            site=found.site,
-            move=moves[found.site.key].kind,
-            factors=made[found.site.key].factors,
-            lost_mean=made[found.site.key].lost_mean,
+
+
+def _factored(job: Job, found: Measured, move: Move) -> Refitted:
+    weight = site_matrix(job.index, found.site)
+    factors = found.factors(weight, move)
+    lost = found.lost_mean(weight, factors, move) if move.bias else None
+    return Refitted(weight=factors.product, lost_mean=lost, turn=None, factors=factors)
+
+
+def _shrinking(
+    job: Job,
+    hidden: Hidden,
+    kept: int,
+    sites: Mapping[str, Measured],
+    made: Mapping[str, Refitted],
+) -> Shrinking:
+    """How hidden features shrink, with the weights that were fitted for it."""
+    bases, lost = [], {key: made[key].lost_mean for key in hidden.sites}
+    n = hidden.size
+    for group in hidden.groups:
+        found = made[group.made.site].heads
+        assert found is not None
+        makers = hidden.makers(group.made.site)
+        every, k = len(makers), makers.index(group)
+        rows = slice(group.made.start, group.made.start + n)
+        basis = Basis(
+            expand=found.expand[rows, k::every][:, :kept],
+            reduce=found.reduce[k::every, rows][:kept],
         )
-        for found in planned
-    ]
+        bases.append(basis)
+        reader = sites[group.met.site].site
+        takes = group.met.side == "columns" and reader.bias in ("input", "add")
+        if takes and made[reader.key].lost_mean is None:  # a refit has it in its own
+            before = lost[reader.key]
+            part = _lost(made, sites, group, basis, n)
+            lost[reader.key] = part if before is None else before + part
+    biases = {}
+    for key in hidden.sites:
+        site = sites[key].site
+        shift = made[key].lost_mean
+        if hidden.rows(key, site.m, kept) < site.m and shift is not None:
+            (own,) = job.own_biases(site).values()
+            biases[key] = own + behind(job.index, site) + shift
+    return Shrinking(
+        hidden=hidden,
+        sites={key: sites[key].site for key in hidden.sites},
+        bases=bases,
+        weights={key: made[key].weight for key in hidden.sites},
+        biases=biases,
+        lost={key: None if key in biases else lost[key] for key in hidden.sites},
+    )
+
+
+def _lost(
+    made: Mapping[str, Refitted],
+    sites: Mapping[str, Measured],
+    group: Group,
+    basis: Basis,
+    n: int,
+) -> np.ndarray:
+    """What the weight that reads a group loses of its mean output, [m]."""
+    maker = sites[group.made.site]
+    assert isinstance(maker, TwoSidedSite)
+    assert maker.heads is not None
+    mean = maker.heads.mean[group.made.start : group.made.start + n]
+    columns = made[group.met.site].weight[:, group.met.start : group.met.start + n]
+    return np.asarray(columns @ (mean - basis.expand @ (basis.reduce @ mean)))
 
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:

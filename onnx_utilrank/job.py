@@ -15,6 +15,7 @@ from onnx_utilrank.config import CompressConfig, SiteFilter, ValidateConfig
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
+from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.cost import Ledger, Unit, bias_cost, count_parameters
 from onnx_utilrank.ranking.method import Measured, Method, MomentMethod, site_moment, use_view
 from onnx_utilrank.ranking.methods import find_method
@@ -24,6 +25,8 @@ from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
 from onnx_utilrank.sensitivity.measure import Effort, choose_effort, measure_sensitivity
 from onnx_utilrank.sites.find import find_sites, site_matrix
+from onnx_utilrank.sites.follow import find_hidden, values_followed
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 from onnx_utilrank.statistics.divergence import OutputLoss, rows_of
 from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE
@@ -65,6 +68,7 @@ class Measurement:
     Attributes:
         method: The method that did it.
         sites: The sites, in graph order.
+        hidden: Features between them that may shrink.
         skips: Sites that nothing could be measured for.
         notes: Sentences on what the statistics rest on.
         gradients: Where the method uses them.
@@ -72,6 +76,7 @@ class Measurement:
 
     method: Method
     sites: list[Measured]
+    hidden: tuple[Hidden, ...] = ()
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     gradients: Gradients | None = None
@@ -188,10 +193,14 @@ class Job:
             return Measurement(
                 method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
             )
+        hidden: tuple[Hidden, ...] = ()
+        if config.moves is None or SHRINK in config.moves:
+            hidden = self.hidden(sites, samples)
         measured = measure_sensitivity(
             gradients.graph,
             self.index,
             sites,
+            hidden,
             gradients.losses,
             self.data,
             samples,
@@ -214,10 +223,17 @@ class Job:
         return Measurement(
             method=TWO_SIDED,
             sites=list(measured),
+            hidden=hidden,
             skips=skips,
             notes=_rows_notes(rows),
             gradients=gradients,
         )
+
+    def hidden(self, sites: Sequence[Site], samples: Sequence[int]) -> tuple[Hidden, ...]:
+        """Features between sites that may shrink."""
+        single = next(self.data.feeds(samples, batch=1))
+        values = survey(self.store, values_followed(self.index), single, self.provider)
+        return find_hidden(self.index, sites, values)
 
     def _gradients(self, samples: Sequence[int], config: CompressConfig) -> Gradients:
         session = open_session(self.store, self.provider)

@@ -14,7 +14,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
 from onnx_utilrank.ranking.cost import count_parameters
-from onnx_utilrank.ranking.decide import check_plan, planned_moves, skipped_nodes
+from onnx_utilrank.ranking.decide import check_hidden, check_plan, planned_moves, skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.results import (
@@ -133,7 +133,10 @@ def compress(
     sites = job.sites
     if plan is not None:
         check_plan(plan, job.index, sites)
-        sites = tuple(s for s in sites if s.key in planned_moves(plan))
+        if plan.shrunk:
+            check_hidden(plan, job.index, job.hidden(sites, calibration))
+        changed = {*planned_moves(plan), *(key for h in plan.shrunk for key in h.sites)}
+        sites = tuple(s for s in sites if s.key in changed)
         config = replace(config, method=plan.method, weighting=plan.weighting)
     searched: Sequence[int] = ()
     if config.quality is not None:

@@ -78,7 +78,7 @@ def search(
             break
         ratio = _next_ratio(offers, low, high, target, factor)
         plan = offers.plan(ratio)
-        if not plan.factored:
+        if not plan.changes:
             low = ratio
             break
         store = build(job, plan, found, samples, config)

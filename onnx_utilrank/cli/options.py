@@ -8,7 +8,7 @@ from typing import Any
 
 from onnx_utilrank.config import DEFAULT_MEMORY
 from onnx_utilrank.errors import ConfigError
-from onnx_utilrank.moves.moves import MOVES
+from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
 from onnx_utilrank.runtime.providers import PROVIDERS
 from onnx_utilrank.sites.find import SITE_KINDS
@@ -119,7 +119,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--moves",
         type=_words,
         metavar="MOVES",
-        help=f"comma-separated ways to store factors: {','.join(m.key for m in MOVES)}; those "
+        help=f"comma-separated ways to store factors: {','.join(MOVE_KEYS)}; those "
         "named are used wherever they are smaller (default: all, where they should be faster too)",
     )
     parser.add_argument(

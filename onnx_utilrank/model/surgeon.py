@@ -49,6 +49,7 @@ class Surgeon:
             for node in source.node
         ]
         self._chains: dict[int, list[gs.Node]] = {}
+        self._before: dict[int, list[gs.Node]] = {}
         self._new: dict[str, onnx.TensorProto] = {}
 
     def tensor(self, name: str) -> gs.Variable:
@@ -85,6 +86,10 @@ class Surgeon:
         old.outputs.clear()
         self._chains[k] = chain
 
+    def insert(self, k: int, node: gs.Node) -> None:
+        """Put a node before node `k` of the source."""
+        self._before.setdefault(k, []).append(node)
+
     def rewire(self, k: int, old: str, new: str) -> None:
         """Let node `k` read `new` where it reads `old`."""
         node = self._nodes[k]
@@ -102,6 +107,7 @@ class Surgeon:
         source = self.index.store.proto
         nodes: list[onnx.NodeProto] = []
         for k, node in enumerate(self._nodes):
+            nodes.extend(OnnxExporter.export_node(new) for new in self._before.get(k, ()))
             if k in self._chains:
                 nodes.extend(OnnxExporter.export_node(new) for new in self._chains[k])
             elif any(t.name in dead for t in node.outputs):
@@ -140,7 +146,7 @@ class Surgeon:
         before = Counter({name: len(ks) for name, ks in self.index.consumers.items()})
         now: Counter[str] = Counter()
         for k, node in enumerate(self._nodes):
-            for each in self._chains.get(k, [node]):
+            for each in (*self._before.get(k, ()), *self._chains.get(k, [node])):
                 now.update(t.name for t in each.inputs if t.name)
         dead: set[str] = set()
         suspects = [name for name in before if not now[name]]

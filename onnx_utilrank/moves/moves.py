@@ -4,11 +4,14 @@ from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.pivot import PIVOT
+from onnx_utilrank.moves.shrink import SHRINK
 
-__all__ = ["MOVES", "find_move"]
+__all__ = ["MOVES", "MOVE_KEYS", "find_move"]
 
 # Adding a move is one file beside this one and one entry here.
 MOVES: tuple[MoveKind, ...] = (LOW_RANK, PIVOT)
+# What users name; the last is made by several weights together.
+MOVE_KEYS = (*(move.key for move in MOVES), SHRINK)
 
 
 def find_move(key: str) -> MoveKind:
@@ -19,7 +22,5 @@ def find_move(key: str) -> MoveKind:
     """
     found = next((m for m in MOVES if m.key == key), None)
     if found is None:
-        raise ConfigError(
-            f"move {key!r} is not known; choose from: {', '.join(m.key for m in MOVES)}"
-        )
+        raise ConfigError(f"move {key!r} is not known; choose from: {', '.join(MOVE_KEYS)}")
     return found

@@ -1,17 +1,36 @@
 """Spend one budget over all sites: the Lagrangian allocation."""
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
-
-from onnx_utilrank.ranking.method import Choice, Move
 
 __all__ = ["allocate"]
 
 BISECTIONS = 100
 
 
-def allocate(choices: Sequence[Choice], budget: float) -> list[Move] | None:
+class _Priced(Protocol):
+    """A move, of one site or of several together."""
+
+    @property
+    def cost(self) -> float: ...
+
+    @property
+    def error(self) -> float: ...
+
+
+P_co = TypeVar("P_co", bound=_Priced, covariant=True)
+
+
+class _Offer(Protocol[P_co]):
+    """What one of them is chosen from."""
+
+    @property
+    def moves(self) -> Sequence[P_co]: ...
+
+
+def allocate(choices: Sequence[_Offer[P_co]], budget: float) -> list[P_co] | None:
     """Least total error within a budget of whatever costs are counted in.
 
     Each site takes the move with the least error + λ·cost; λ is bisected until the budget

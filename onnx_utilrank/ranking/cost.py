@@ -17,6 +17,8 @@ Unit = Literal["parameters", "bytes", "operations"]
 # Bytes that a node with its names takes in a file, about: the plan is made with it and corrected
 # by what the file then has.
 NODE_BYTES = 160
+# Numbers of shapes that a weight of shrunk features adds to a model, at most.
+SHAPE_ELEMENTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,16 @@ class Ledger:
         # A weight that stays whatever happens to this site is none of its cost.
         kept = site.parameters if site.freed else 0
         return float(kept * site.dtype.itemsize) if self.unit == "bytes" else float(kept)
+
+    def shrunk(self, site: Site, rows: int, columns: int) -> float:
+        """What it costs with fewer rows and columns."""
+        if self.unit == "operations":
+            return self.rows[site.key] * rows * columns
+        # A rewritten bias, and the extents that are stated anew.
+        parameters = rows * columns + rows + SHAPE_ELEMENTS
+        if self.unit == "bytes":
+            return float(parameters * site.dtype.itemsize + NODE_BYTES)
+        return float(parameters)
 
     def factored(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> float:
         """What it costs after a move that stores so many parameters."""

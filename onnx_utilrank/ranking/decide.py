@@ -9,16 +9,40 @@ from onnx_utilrank.errors import ModelError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import MOVES, find_move
-from onnx_utilrank.ranking.cost import Ledger, count_parameters
+from onnx_utilrank.moves.shrink import SHRINK
+from onnx_utilrank.ranking.budget import allocate
+from onnx_utilrank.ranking.cost import Ledger, bias_cost, count_parameters
+from onnx_utilrank.ranking.joint import Bundle, Option, bundled
 from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
 from onnx_utilrank.ranking.methods import find_method
-from onnx_utilrank.ranking.plan import PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.ranking.utilized_rank import at_energy
 from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
-__all__ = ["Offers", "check_plan", "planned_moves", "skipped_nodes"]
+__all__ = ["Decision", "Offers", "check_hidden", "check_plan", "planned_moves", "skipped_nodes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What is done to every site.
+
+    Attributes:
+        moves: One a site.
+        shrunk: What is done to hidden features, by key, where they shrink.
+        error: What is lost, all together.
+    """
+
+    moves: list[Move]
+    shrunk: Mapping[str, Option]
+    error: float
+
+    @classmethod
+    def of(cls, moves: list[Move]) -> "Decision":
+        """Moves that sites make by themselves."""
+        return cls(moves=moves, shrunk={}, error=sum(m.error for m in moves))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +53,7 @@ class Offers:
         index: The model.
         fingerprint: Its fingerprint.
         choices: The sites with their moves.
+        bundles: The same, those around hidden features joined; empty where none may shrink.
         skips: Nodes that are no sites.
         method: What measured them, and allocates.
         config: The options.
@@ -38,6 +63,7 @@ class Offers:
     index: GraphIndex
     fingerprint: str
     choices: tuple[Choice, ...]
+    bundles: tuple[Bundle, ...]
     skips: tuple[Skip, ...]
     method: Method
     config: CompressConfig
@@ -48,6 +74,7 @@ class Offers:
         cls,
         index: GraphIndex,
         measured: Sequence[Measured],
+        hidden: Sequence[Hidden],
         skips: Sequence[Skip],
         method: Method,
         config: CompressConfig,
@@ -59,11 +86,18 @@ class Offers:
             ConfigError: The options name a move that there is not.
         """
         for key in config.moves or ():
-            find_move(key)
+            if key != SHRINK:
+                find_move(key)
+        choices = tuple(_choice(index, m, method, config, ledger) for m in measured)
+
+        def shrunk(each: Hidden, choice: Choice, kept: int) -> Move:
+            return _shrunk(index, each, choice, kept, ledger)
+
         return cls(
             index=index,
             fingerprint=index.store.fingerprint(),
-            choices=tuple(_choice(index, m, method, config, ledger) for m in measured),
+            choices=choices,
+            bundles=tuple(bundled(choices, hidden, shrunk)) if hidden else (),
             skips=tuple(skips),
             method=method,
             config=config,
@@ -78,21 +112,39 @@ class Offers:
     @property
     def least(self) -> float:
         """The least share of its cost that can be kept, every site at its cheapest."""
-        cheapest = sum(min(m.cost for m in c.moves) for c in self.choices)
+        offered: Sequence[Bundle | Choice] = self.bundles or self.choices
+        cheapest = sum(min(m.cost for m in offer.moves) for offer in offered)
         return (self.rest + cheapest) / max(self.ledger.total, 1)
 
-    def allocate(self, ratio: float) -> list[Move] | None:
+    def allocate(self, ratio: float) -> Decision | None:
         """One move a site for a share of the cost to keep; None where it cannot be reached."""
         # The room is for the binary fraction of a ratio such as 0.7.
         budget = math.floor(self.ledger.total * ratio + 1e-6) - self.rest
-        return self.method.allocate(self.choices, budget)
+        if not self.bundles:
+            moves = self.method.allocate(self.choices, budget)
+            return None if moves is None else Decision.of(moves)
+        options = allocate(self.bundles, budget)
+        if options is None:
+            return None
+        taken: dict[int, Move] = {}
+        kept = {}
+        for bundle, option in zip(self.bundles, options, strict=True):
+            taken.update(zip(bundle.members, option.moves, strict=True))
+            if option.kept is not None:
+                assert bundle.hidden is not None
+                kept[bundle.hidden.key] = option
+        return Decision(
+            moves=[taken[k] for k in range(len(self.choices))],
+            shrunk=kept,
+            error=sum(option.error for option in options),
+        )
 
     def predicted(self, ratio: float) -> float | None:
         """The loss that is expected at a ratio; None where the method does not know, or it cannot
         be reached.
         """
-        moves = self.allocate(ratio) if self.method is TWO_SIDED else None
-        return None if moves is None else sum(m.error for m in moves)
+        decided = self.allocate(ratio) if self.method is TWO_SIDED else None
+        return None if decided is None else decided.error
 
     def plan(self, ratio: float | None) -> RankPlan:
         """Choose a move for every site.
@@ -105,10 +157,10 @@ class Offers:
         """
         if ratio is None:
             assert self.config.energy is not None
-            moves: list[Move] | None = at_energy(self.choices, self.config.energy)
+            decided: Decision | None = Decision.of(at_energy(self.choices, self.config.energy))
         else:
-            moves = self.allocate(ratio)
-        if moves is None:
+            decided = self.allocate(ratio)
+        if decided is None:
             outside = self.rest / max(self.ledger.total, 1)
             raise TargetMissedError(
                 f"{self.index.store.label}: a ratio of {ratio:g} of its {self.ledger.unit} cannot "
@@ -116,7 +168,8 @@ class Offers:
                 f"({outside:.4f} lies outside the {len(self.choices)} weights that can be factored)"
             )
         entries = tuple(
-            _entry(self.index, c.measured, m) for c, m in zip(self.choices, moves, strict=True)
+            _entry(self.index, c.measured, m)
+            for c, m in zip(self.choices, decided.moves, strict=True)
         )
         parameters = count_parameters(self.index.store)
         saved = sum(e.parameters_before - e.parameters_after for e in entries)
@@ -127,10 +180,15 @@ class Offers:
             target=self.config.target,
             parameters_before=parameters,
             parameters_after=parameters - saved,
-            predicted_divergence=sum(m.error for m in moves) if two_sided else None,
+            predicted_divergence=decided.error if two_sided else None,
             weighting=self.config.weighting,
             refit=self.config.refit and two_sided,
             entries=entries,
+            hidden=tuple(
+                _hidden_entry(b, decided.shrunk.get(b.hidden.key))
+                for b in self.bundles
+                if b.hidden is not None
+            ),
             skipped=skipped_nodes(self.skips),
         )
 
@@ -182,6 +240,38 @@ def _choice(
     return Choice(measured=measured, moves=tuple(moves))
 
 
+def _shrunk(index: GraphIndex, hidden: Hidden, choice: Choice, kept: int, ledger: Ledger) -> Move:
+    """A site whose hidden features shrink: no rank, and fewer rows or columns."""
+    site = choice.measured.site
+    rows, columns = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
+    return Move(
+        rank=None,
+        bias=False,
+        parameters=rows * columns,
+        error=0.0,
+        kind=SHRINK,
+        cost=ledger.shrunk(site, rows, columns) + bias_cost(index, site),
+    )
+
+
+def _hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
+    hidden = bundle.hidden
+    assert hidden is not None
+    n, kept = hidden.size, None if option is None else option.kept
+    reason = "its weights do as well by themselves at this target"
+    if kept is not None:
+        reason = f"{kept} of {n} features in each of {len(hidden.groups)} groups"
+    return HiddenEntry(
+        hidden=hidden.key,
+        sites=hidden.sites,
+        groups=len(hidden.groups),
+        size=n,
+        kept=kept,
+        predicted_error=0.0 if option is None else option.error,
+        reason=reason,
+    )
+
+
 def _entry(index: GraphIndex, measured: Measured, move: Move) -> PlanEntry:
     site, moment = measured.site, measured.moment
     error = 0.0
@@ -207,6 +297,8 @@ def _entry(index: GraphIndex, measured: Measured, move: Move) -> PlanEntry:
 
 
 def _reason(site: Site, move: Move) -> str:
+    if move.kind == SHRINK:
+        return "it shrinks with the features it makes or reads: see hidden"
     if move.rank is not None:
         return f"rank {move.rank} of {site.full_rank}"
     if not site.freed:
@@ -244,6 +336,22 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
         if entry.bias and (blind or site.bias == "none"):
             raise ModelError(
                 f"{label}: the plan corrects the bias of {entry.site!r}, which cannot be"
+            )
+
+
+def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) -> None:
+    """Check that the features which a plan shrinks are those of this model.
+
+    Raises:
+        ModelError: They are not.
+    """
+    known = {each.key: each for each in hidden}
+    for entry in plan.shrunk:
+        found = known.get(entry.hidden)
+        if found is None or (found.sites, found.size) != (entry.sites, entry.size):
+            raise ModelError(
+                f"{index.store.label}: the plan shrinks the features of {entry.hidden!r}, which "
+                "the model does not have that way"
             )
 
 

@@ -15,7 +15,7 @@ from onnx_utilrank.model.store import atomic_write
 from onnx_utilrank.moves.moves import MOVES
 from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
-__all__ = ["PlanEntry", "RankPlan", "SkippedNode"]
+__all__ = ["HiddenEntry", "PlanEntry", "RankPlan", "SkippedNode"]
 
 SCHEMA = 2
 
@@ -62,6 +62,29 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenEntry:
+    """What is decided for features that lie between weights, such as those of attention heads.
+
+    Attributes:
+        hidden: What they are called.
+        sites: Keys of all weights that make or read them.
+        groups: Groups, such as heads.
+        size: Features in each.
+        kept: Features that each keeps; None for all.
+        predicted_error: The rise of the model's divergence.
+        reason: Why, in words.
+    """
+
+    hidden: str
+    sites: tuple[str, ...]
+    groups: int
+    size: int
+    kept: int | None
+    predicted_error: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedNode:
     """A node that is no site, and why."""
 
@@ -85,6 +108,7 @@ class RankPlan:
         weighting: What counted at the outputs, where the user said so.
         refit: Whether layers are fitted anew to what they get behind compressed ones.
         entries: One a site, in graph order.
+        hidden: Features between sites that could shrink.
         skipped: Nodes that are not sites.
         schema: Version of this format.
     """
@@ -98,6 +122,7 @@ class RankPlan:
     weighting: Weighting | None
     refit: bool
     entries: tuple[PlanEntry, ...]
+    hidden: tuple[HiddenEntry, ...]
     skipped: tuple[SkippedNode, ...]
     schema: int = SCHEMA
 
@@ -105,6 +130,16 @@ class RankPlan:
     def factored(self) -> tuple[PlanEntry, ...]:
         """The entries that change something."""
         return tuple(e for e in self.entries if e.rank is not None)
+
+    @property
+    def shrunk(self) -> tuple[HiddenEntry, ...]:
+        """The hidden features that lose some."""
+        return tuple(h for h in self.hidden if h.kept is not None)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.factored or self.shrunk)
 
     @property
     def param_ratio(self) -> float:
@@ -119,7 +154,8 @@ class RankPlan:
     def fingerprint(self) -> str:
         """SHA-256 of what is decided, for which model; predictions and reasons do not count."""
         decided = [(e.site, e.rank, e.bias, e.subspaces, e.move) for e in self.factored]
-        text = json.dumps([self.model_sha256, self.method, self.refit, decided])
+        shrunk = [(h.hidden, h.kept) for h in self.shrunk]
+        text = json.dumps([self.model_sha256, self.method, self.refit, decided, shrunk])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -198,7 +234,14 @@ class RankPlan:
             SkippedNode(**_fields(s, SkippedNode, f"{label}: skipped {k}"))
             for k, s in enumerate(top["skipped"])
         ]
-        return cls(**top | {"entries": tuple(entries), "skipped": tuple(skipped)})
+        hidden = [
+            HiddenEntry(**_fields(h, HiddenEntry, f"{label}: hidden {k}"))
+            for k, h in enumerate(top["hidden"])
+        ]
+        for k, each in enumerate(hidden):
+            _check_hidden(each, f"{label}: hidden {k} ({each.hidden!r})")
+        parts = {"entries": tuple(entries), "hidden": tuple(hidden), "skipped": tuple(skipped)}
+        return cls(**top | parts)
 
 
 def _of_point(text: str, point: float, label: str) -> str:
@@ -222,10 +265,12 @@ TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "bool": (bool,),
     "int | None": (int, type(None)),
+    "float": (float, int),
     "float | None": (float, int, type(None)),
     "tuple[int, int] | None": (list, type(None)),
     "tuple[str, ...]": (list,),
     "tuple[PlanEntry, ...]": (list,),
+    "tuple[HiddenEntry, ...]": (list,),
     "tuple[SkippedNode, ...]": (list,),
     "dict[str, float]": (dict,),
 }
@@ -281,6 +326,15 @@ def _check_entry(entry: PlanEntry, place: str) -> None:
     if (entry.move is None) != (entry.rank is None):
         raise ModelError(f"{place}: 'move' and 'rank' have to be given together")
     if entry.predicted_error is not None and not _is_finite(entry.predicted_error):
+        raise ModelError(f"{place}: 'predicted_error' is not a finite number")
+
+
+def _check_hidden(entry: HiddenEntry, place: str) -> None:
+    if entry.kept is not None and not 1 <= entry.kept < entry.size:
+        raise ModelError(f"{place}: {entry.kept} kept features are not between 1 and {entry.size}")
+    if not all(isinstance(key, str) for key in entry.sites):
+        raise ModelError(f"{place}: 'sites' holds something that is not a name")
+    if not _is_finite(entry.predicted_error):
         raise ModelError(f"{place}: 'predicted_error' is not a finite number")
 
 

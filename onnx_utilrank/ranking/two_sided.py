@@ -8,11 +8,47 @@ import numpy as np
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.method import Choice, Move, Side
 from onnx_utilrank.sites.site import Site
-from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, optimal
+from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, grouped, optimal
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
-__all__ = ["TWO_SIDED", "TwoSided", "TwoSidedSite", "two_sided_site"]
+__all__ = [
+    "TWO_SIDED",
+    "Heads",
+    "TwoSided",
+    "TwoSidedSite",
+    "forgiven",
+    "two_sided_site",
+    "with_heads",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Hidden features that a site makes, decomposed.
+
+    Attributes:
+        groups: Rows of each group, and whether the mean of what they lose is made up for by the
+            bias of the weight that reads them.
+        found: The decomposition, see `statistics.factorize.grouped`.
+        errors: Predicted loss of the model at each rank of it.
+        mean: E[W x + b], [m].
+        behind: What of b an Add behind the node adds, [m].
+    """
+
+    groups: tuple[tuple[slice, bool], ...]
+    found: Decomposition
+    errors: np.ndarray
+    mean: np.ndarray
+    behind: np.ndarray
+
+    @property
+    def met(self) -> np.ndarray:
+        """1 for the rows that are in none of the groups and only meet them, else 0, [m]."""
+        others = np.ones(len(self.mean))
+        for rows, _ in self.groups:
+            others[rows] = 0.0
+        return others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +63,8 @@ class TwoSidedSite:
         gamma: Γ [m, m], what a change of the site's output counts.
         errors: Predicted loss of the model at each rank, in nats or relative squared error.
         bias_cost: Elements that correcting the bias adds.
+        heads: Where the outputs are hidden features that may shrink: the decomposition by groups
+            of W x + b, every G columns one direction of each of its G groups. None elsewhere.
     """
 
     site: Site
@@ -36,6 +74,7 @@ class TwoSidedSite:
     gamma: np.ndarray
     errors: np.ndarray
     bias_cost: int
+    heads: Heads | None = None
 
     @property
     def centred(self) -> bool:
@@ -47,14 +86,24 @@ class TwoSidedSite:
         mean = self.moment.mean
         return np.asarray(mean if self.side == "outputs" else weight @ mean)
 
-    def corrected(self, quadratic: np.ndarray) -> "TwoSidedSite":
+    def corrected(self, quadratics: Sequence[np.ndarray]) -> "TwoSidedSite":
         """The same with the larger of two predictions of the loss at each rank.
 
         The product of Cov(x) and Γ is blind to errors that agree over positions; the sum over
         whole samples sees those, but rests on few of them.
+
+        Args:
+            quadratics: Of `found`, and of `heads` if there are any.
         """
-        rising = np.maximum.accumulate(quadratic[::-1])[::-1]  # no rank is worse than a lower one
-        return replace(self, errors=np.maximum(self.errors, rising))
+        heads = self.heads
+        if heads is not None:
+            heads = replace(heads, errors=_larger(heads.errors, quadratics[1]))
+        return replace(self, errors=_larger(self.errors, quadratics[0]), heads=heads)
+
+    def shrunk_error(self, rank: int) -> float:
+        """What the model is predicted to lose where so many columns of `heads` are kept."""
+        assert self.heads is not None
+        return float(self.heads.errors[rank])
 
     def moves(self, ranks: Sequence[int]) -> list[Move]:
         """See `Measured.moves`."""
@@ -111,6 +160,47 @@ def two_sided_site(
         errors=decomposition.errors / 2,
         bias_cost=bias_cost,
     )
+
+
+def with_heads(
+    site: TwoSidedSite,
+    weight: np.ndarray,
+    groups: Sequence[tuple[slice, bool]],
+    own: np.ndarray,
+    behind: np.ndarray,
+) -> TwoSidedSite:
+    """The site with its outputs decomposed by groups too.
+
+    Args:
+        site: The site.
+        weight: W [m, d].
+        groups: Rows of each group, and whether their lost mean is made up for.
+        own: What the node itself adds to W x, [m].
+        behind: What an Add behind it adds, [m].
+    """
+    covariance = site.moment.covariance
+    if site.side == "inputs":
+        covariance = weight @ covariance @ weight.T
+    mean = site.mean_output(weight) + own + behind
+    rest = mean - forgiven(groups, mean)
+    found = grouped(site.gamma, covariance + np.outer(rest, rest), [rows for rows, _ in groups])
+    heads = Heads(
+        groups=tuple(groups), found=found, errors=found.errors / 2, mean=mean, behind=behind
+    )
+    return replace(site, heads=heads)
+
+
+def forgiven(groups: Sequence[tuple[slice, bool]], mean: np.ndarray) -> np.ndarray:
+    """The part of a mean output [m] that may be lost, as the bias of the next weight takes it."""
+    part = np.zeros(len(mean))
+    for rows, centred in groups:
+        part[rows] = mean[rows] * centred
+    return part
+
+
+def _larger(errors: np.ndarray, quadratic: np.ndarray) -> np.ndarray:
+    rising = np.maximum.accumulate(quadratic[::-1])[::-1]  # no rank is worse than a lower one
+    return np.asarray(np.maximum(errors, rising))
 
 
 class TwoSided:

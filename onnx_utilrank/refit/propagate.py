@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from onnx_utilrank.model.graph import captured_names
-from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.ranking.two_sided import TwoSidedSite, forgiven
 from onnx_utilrank.refit.regression import CrossMoment, regression
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
-from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, optimal
+from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, grouped, optimal
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Layer", "Refitted", "propagate"]
+__all__ = ["Layer", "Refitted", "as_measured", "propagate"]
 
 # Rows of one run that a layer is fitted to, at most.
 ROWS_OF_RUN = 4096
@@ -31,19 +31,24 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One site that is to be factored.
+    """One site that is to be factored, or that shrinks with hidden features.
 
     Attributes:
         measured: Its decomposition.
         weight: W, float64 [m, d].
-        rank: The rank.
+        rank: The rank of its factors; None where it shrinks.
         biases: What the node of each use adds to W x itself, [m], by node.
+        behind: What an Add behind it adds, [m] (of a site that shrinks).
+        kept: Columns of `measured.heads` that are kept; None where it makes no hidden features
+            that shrink, and only meets or reads them.
     """
 
     measured: TwoSidedSite
     weight: np.ndarray
-    rank: int
+    rank: int | None
     biases: Mapping[int, np.ndarray]
+    behind: np.ndarray
+    kept: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +56,19 @@ class Refitted:
     """What a layer became.
 
     Attributes:
-        factors: Its factors.
+        weight: What takes the place of W, [m, d], hidden features as they were.
         lost_mean: What the bias has to take, [m]; None where it can take nothing.
         turn: A [m, m] with Ŵ = A W, where the outputs are the smaller side: the new output comes
             from the old one, and no patch has to be unfolded.
+        factors: Of `weight`, where it is factored.
+        heads: How the hidden features that it makes are to shrink.
     """
 
-    factors: Factors
+    weight: np.ndarray
     lost_mean: np.ndarray | None
     turn: np.ndarray | None
+    factors: Factors | None = None
+    heads: Decomposition | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,8 +97,8 @@ def propagate(
 
     Args:
         graph: The model.
-        layers: What is to be factored. Weights with several uses, and ones whose bias cannot take
-            a mean, keep the factors they had.
+        layers: What is to be factored or shrinks. Weights with several uses, and ones whose bias
+            cannot take a mean, stay as they were measured.
         feeds: Calibration samples.
         mask: Graph input that is 0 at padded positions.
         progress: Called with how many nodes are done and how many there are.
@@ -141,40 +150,73 @@ def propagate(
 
 
 def _refit(layer: Layer, use: Use, runs: Sequence[_Run]) -> Refitted:
-    measured = layer.measured
-    if not measured.centred or len(measured.site.uses) > 1:
-        lost = None
-        if measured.centred:
-            lost = measured.found.lost(measured.mean_output(layer.weight), layer.rank)
-        return Refitted(
-            factors=measured.found.factors(layer.weight, layer.rank),
-            lost_mean=lost,
-            turn=_kept(measured.found, layer.rank) if measured.side == "outputs" else None,
-        )
+    measured, weight = layer.measured, layer.weight
+    # A new bias can be added to factors; a weight that only shrinks keeps the nodes it has.
+    fitted = ("input", "add") if layer.rank is None else ("input", "add", "new")
+    if measured.site.bias not in fitted or len(measured.site.uses) > 1:
+        return as_measured(layer)
     metric = Metric.of(measured.gamma)
     outputs = measured.side == "outputs"
     halves, shift = _moments(layer, use, runs, outputs)
-    fit = regression(halves, metric.root_t if outputs else metric.root_t @ layer.weight)
+    fit = regression(halves, metric.root_t if outputs else metric.root_t @ weight)
     whole = halves[0] + halves[1]
     mean = whole.targets / max(whole.rows, 1) + shift
     mean_now = whole.regressors / max(whole.rows, 1) + shift
-    rows = SecondMoment(
-        total=np.zeros(len(shift)), outer=whole.centred()[1] * whole.rows, rows=whole.rows
-    )
+    covariance = whole.centred()[1]
     if outputs:
-        rows.outer = fit @ rows.outer @ fit.T
-        best = optimal(fit @ layer.weight, metric, outputs=rows, centred=True)
-        turn = _kept(best, layer.rank) @ fit
+        weight, covariance = fit @ weight, fit @ covariance @ fit.T
+    else:
+        weight, mean = weight @ fit, layer.weight @ mean
+    if layer.rank is None:
+        heads = None
+        if layer.kept is not None:
+            heads = _heads(layer, mean, covariance if outputs else weight @ covariance @ weight.T)
+        now = fit @ mean_now if outputs else weight @ mean_now
         return Refitted(
-            factors=best.factors(fit @ layer.weight, layer.rank),
-            lost_mean=mean - turn @ mean_now,
-            turn=turn,
+            weight=weight, lost_mean=mean - now, turn=fit if outputs else None, heads=heads
         )
-    weight = layer.weight @ fit
-    best = optimal(weight, metric, inputs=rows, centred=True)
+    rows = SecondMoment(total=np.zeros(len(shift)), outer=covariance * whole.rows, rows=whole.rows)
+    best = optimal(
+        weight,
+        metric,
+        inputs=None if outputs else rows,
+        outputs=rows if outputs else None,
+        centred=True,
+    )
     factors = best.factors(weight, layer.rank)
-    lost = layer.weight @ mean - factors.product @ mean_now
-    return Refitted(factors=factors, lost_mean=lost, turn=None)
+    turn = _kept(best, layer.rank) @ fit if outputs else None
+    now = turn @ mean_now if turn is not None else factors.product @ mean_now
+    return Refitted(weight=factors.product, lost_mean=mean - now, turn=turn, factors=factors)
+
+
+def as_measured(layer: Layer) -> Refitted:
+    """The layer as it is without a refit."""
+    measured = layer.measured
+    if layer.rank is None:
+        heads = None if measured.heads is None or layer.kept is None else measured.heads.found
+        return Refitted(weight=layer.weight, lost_mean=None, turn=None, heads=heads)
+    lost = None
+    if measured.centred:
+        lost = measured.found.lost(measured.mean_output(layer.weight), layer.rank)
+    factors = measured.found.factors(layer.weight, layer.rank)
+    return Refitted(
+        weight=factors.product,
+        lost_mean=lost,
+        turn=_kept(measured.found, layer.rank) if measured.side == "outputs" else None,
+        factors=factors,
+    )
+
+
+def _heads(layer: Layer, mean: np.ndarray, covariance: np.ndarray) -> Decomposition:
+    """The hidden features of a fitted weight, whose W x has this mean and covariance."""
+    heads = layer.measured.heads
+    assert heads is not None
+    (own,) = layer.biases.values()
+    total = mean + own + layer.behind
+    rest = total - forgiven(heads.groups, total)
+    return grouped(
+        layer.measured.gamma, covariance + np.outer(rest, rest), [rows for rows, _ in heads.groups]
+    )
 
 
 def _kept(found: Decomposition, rank: int) -> np.ndarray:
@@ -214,15 +256,24 @@ def _replace(layer: Layer, use: Use, new: Refitted, run: _Run) -> None:
     """Put the layer's new output in the place of the one that its own weight gives."""
     y = run.compressed[use.result.tensor]
     rows = as_rows(y, use.result, run.samples)
+    own = torch.from_numpy(np.array(layer.biases[use.node])).to(y)
     if new.turn is not None:
-        bias = torch.from_numpy(np.array(layer.biases[use.node])).to(y)
-        rows = (rows - bias) @ torch.from_numpy(new.turn.T.copy()).to(y) + bias
+        rows = (rows - own) @ torch.from_numpy(new.turn.T.copy()).to(y) + own
     else:
         x = as_rows(run.compressed[use.inputs.tensor], use.inputs, run.samples)
-        change = torch.from_numpy((new.factors.product - layer.weight).T.copy()).to(y)
+        change = torch.from_numpy((new.weight - layer.weight).T.copy()).to(y)
         rows = rows + use.gain * (x @ change).reshape(rows.shape)
     if new.lost_mean is not None:
         rows = rows + use.gain * torch.from_numpy(new.lost_mean).to(y)
+    if new.heads is not None:
+        # The bias behind the node shrinks with the features.
+        assert layer.kept is not None
+        assert layer.measured.heads is not None
+        projection = _kept(new.heads, layer.kept)
+        projection += np.diag(layer.measured.heads.met)
+        kept = torch.from_numpy(projection.T.copy()).to(y)
+        behind = torch.from_numpy(np.array(layer.behind)).to(y)
+        rows = (rows + behind) @ kept - behind
     if y.ndim > 1:
         rows = rows.reshape(y.movedim(use.result.axis, -1).shape).movedim(-1, use.result.axis)
     run.compressed[use.result.tensor] = rows.reshape(y.shape)

@@ -10,17 +10,23 @@ from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.ranking.cost import bias_cost
-from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
+from onnx_utilrank.ranking.two_sided import (
+    TwoSidedSite,
+    forgiven,
+    two_sided_site,
+    with_heads,
+)
 from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.quadratic import sample_quadratics
 from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.footprint import Footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Effort", "choose_effort", "measure_sensitivity"]
+__all__ = ["Effort", "behind", "choose_effort", "measure_sensitivity"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +102,7 @@ def measure_sensitivity(
     graph: TorchGraph,
     index: GraphIndex,
     sites: Sequence[Site],
+    hidden: Sequence[Hidden],
     losses: Sequence[OutputLoss],
     data: Dataset,
     samples: Sequence[int],
@@ -120,16 +127,17 @@ def measure_sensitivity(
     spread = np.random.default_rng(seed).permutation(len(samples))
     chosen = [samples[k] for k in sorted(spread[: effort.gradients])]
     tested = [samples[k] for k in sorted(spread[-effort.quadratics :])]
+    heads_of = _heads(sites, hidden)
     measured = []
-    groups = list(_groups(sites, effort.statistics_bytes))
-    if len(groups) > 1:
+    passes = list(_groups(sites, effort.statistics_bytes))
+    if len(passes) > 1:
         logger.warning(
             "%s: the statistics of all weights do not fit the memory budget; %d passes over the "
             "samples are made",
             index.store.label,
-            len(groups),
+            len(passes),
         )
-    for group in groups:
+    for group in passes:
         collectors = {
             s.key: Collector(s, biases, max(ROWS_PER_FEATURE_KEPT * min(s.m, s.d), ROWS_KEPT))
             for s in group
@@ -155,7 +163,12 @@ def measure_sensitivity(
             if collector.found.moment.rows:
                 weight = site_matrix(index, site)
                 cost = bias_cost(index, site)
-                found.append(two_sided_site(site, weight, collector.found, collector.side, cost))
+                one = two_sided_site(site, weight, collector.found, collector.side, cost)
+                groups = heads_of.get(site.key)
+                if groups:
+                    own = biases[site.uses[0].node]
+                    one = with_heads(one, weight, groups, own, behind(index, site))
+                found.append(one)
         progress("decomposing", len(collectors), len(collectors))
         measured += _predicted(
             graph, index, found, losses, biases, data, tested, effort, seed, progress
@@ -177,13 +190,16 @@ def _predicted(
 ) -> list[TwoSidedSite]:
     """The same sites with the larger of both predictions."""
     sites = [f.site for f in found]
-    means = {
-        f.site.key: f.site.uses[0].gain * f.mean_output(site_matrix(index, f.site))
-        + biases[f.site.uses[0].node]
-        if f.centred
-        else biases[f.site.uses[0].node]
-        for f in found
-    }
+    decompositions = {}
+    for f in found:
+        use = f.site.uses[0]
+        mean = biases[use.node]
+        if f.centred:
+            mean = mean + use.gain * f.mean_output(site_matrix(index, f.site))
+        decompositions[f.site.key] = [(f.found, mean)]
+        if f.heads is not None:
+            lost = forgiven(f.heads.groups, f.heads.mean)
+            decompositions[f.site.key].append((f.heads.found, lost - f.heads.behind))
     backward = GradientPass(
         graph,
         [use for s in sites for use in s.uses],
@@ -195,12 +211,29 @@ def _predicted(
     quadratics = sample_quadratics(
         backward,
         sites,
-        {f.site.key: f.found for f in found},
-        means,
+        decompositions,
         list(data.feeds(samples, batch=effort.batch)),
         lambda done, total: progress("predicting", done, total),
     )
     return [f.corrected(quadratics[f.site.key]) for f in found]
+
+
+def behind(index: GraphIndex, site: Site) -> np.ndarray:
+    """What an Add behind the node of a site adds to its output, [m]."""
+    slot = site.uses[0].bias
+    return slot.values(index, site.m) if slot.kind == "add" else np.zeros(site.m)
+
+
+def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tuple[slice, bool]]]:
+    """By key of the site that makes them: rows of each group, and whether their mean may go."""
+    takes = {s.key: s.bias in ("input", "add") for s in sites}
+    found: dict[str, list[tuple[slice, bool]]] = {}
+    for each in hidden:
+        for group in each.groups:
+            rows = slice(group.made.start, group.made.start + each.size)
+            centred = group.met.side == "columns" and takes.get(group.met.site, False)
+            found.setdefault(group.made.site, []).append((rows, centred))
+    return found
 
 
 def _groups(sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:

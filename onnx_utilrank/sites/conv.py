@@ -76,6 +76,11 @@ class Conv:
         """See `SiteKind.matrix`."""
         return weight.reshape(use.m, use.d)
 
+    def stored(self, use: Use, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """See `SiteKind.stored`."""
+        del use
+        return matrix.reshape(len(matrix), -1, *weight.shape[2:])
+
     def tensors(self, use: Use, weight: np.ndarray, factors: Factors) -> tuple[np.ndarray, ...]:
         """See `SiteKind.tensors`."""
         del use

@@ -84,6 +84,11 @@ class Gemm:
         """See `SiteKind.matrix`."""
         return weight.T if use.layout in (RIGHT, f"{LEFT}-transposed") else weight
 
+    def stored(self, use: Use, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """See `SiteKind.stored`."""
+        del weight
+        return self.matrix(use, matrix)  # the transposition, if any, undoes itself
+
     def tensors(self, use: Use, weight: np.ndarray, factors: Factors) -> tuple[np.ndarray, ...]:
         """See `SiteKind.tensors`."""
         del weight

@@ -71,6 +71,11 @@ class MatMul:
         matrix = weight.reshape(weight.shape[-2:])
         return matrix.T if use.layout == RIGHT else matrix
 
+    def stored(self, use: Use, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """See `SiteKind.stored`."""
+        matrix = matrix.T if use.layout == RIGHT else matrix
+        return matrix.reshape(weight.shape[:-2] + matrix.shape)
+
     def tensors(self, use: Use, weight: np.ndarray, factors: Factors) -> tuple[np.ndarray, ...]:
         """See `SiteKind.tensors`; the first factor keeps leading dimensions of 1."""
         first, second = factors.right, factors.left

@@ -214,6 +214,10 @@ class SiteKind(Protocol):
         """The weight as W [m, d], in its own dtype."""
         ...
 
+    def stored(self, use: Use, weight: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """A matrix [m', d'] in the place of W as the operator stores it: undoes `matrix`."""
+        ...
+
     def tensors(self, use: Use, weight: np.ndarray, factors: Factors) -> tuple[np.ndarray, ...]:
         """The factors as the operator stores them, in the order they are applied."""
         ...

@@ -4,6 +4,7 @@ Throughout, a node computes y = W x + b with W [m, d], and Ŵ is what replaces W
 float64. Eigenvalues and singular values are in descending order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "eigenbasis",
     "energy_rank",
     "feature_scale",
+    "grouped",
     "optimal",
     "plain_svd",
     "utilized",
@@ -178,6 +180,35 @@ def optimal(
         expand=metric.inverse_t @ u,
         reduce=u.T @ metric.root_t,
         errors=_tails(spectrum),
+        energy=float(spectrum.sum()),
+    )
+
+
+def grouped(gamma: np.ndarray, second: np.ndarray, groups: Sequence[slice]) -> Decomposition:
+    """The optimum where features may be mixed within groups only: L and K have their blocks.
+
+    Each group is cut by itself, by the eigenvectors of R^T C R of its own blocks of Γ = R R^T
+    and C. The columns of L hold the first direction of every group, then the second of each: with
+    G groups, rank k G keeps k directions a group.
+
+    Args:
+        gamma: Γ [m, m], positive definite.
+        second: C [m, m], the second moment of the features.
+        groups: Rows of each group, equally many.
+    """
+    m, n, count = len(gamma), groups[0].stop - groups[0].start, len(groups)
+    expand, reduce = np.zeros((m, n, count)), np.zeros((n, count, m))
+    spectrum = np.zeros((n, count))
+    for k, rows in enumerate(groups):
+        metric = Metric.of(gamma[rows, rows])
+        values, u = eigenbasis(metric.root_t @ second[rows, rows] @ metric.root_t.T)
+        spectrum[:, k] = values
+        expand[rows, :, k] = metric.inverse_t @ u
+        reduce[:, k, rows] = u.T @ metric.root_t
+    return Decomposition(
+        expand=expand.reshape(m, -1),
+        reduce=reduce.reshape(-1, m),
+        errors=_tails(spectrum.ravel()),
         energy=float(spectrum.sum()),
     )
 

@@ -13,6 +13,7 @@ from onnx_utilrank.model.store import INLINE_LIMIT, ModelStore
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import find_move
+from onnx_utilrank.moves.shrink import Shrinking, shrink
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import Factors
 
@@ -36,10 +37,19 @@ class Replacement:
     lost_mean: np.ndarray | None
 
 
-def rewrite(index: GraphIndex, replacements: Sequence[Replacement]) -> ModelStore:
+def rewrite(
+    index: GraphIndex,
+    replacements: Sequence[Replacement],
+    shrinkings: Sequence[Shrinking] = (),
+) -> ModelStore:
     """A new model with every replacement made; the source is not changed.
 
     Factors and biases are stored in the dtype of the weight.
+
+    Args:
+        index: The source.
+        replacements: Weights that are factored.
+        shrinkings: Features between other weights that shrink.
 
     Raises:
         ModelError: A factor does not fit the dtype of its weight.
@@ -49,6 +59,8 @@ def rewrite(index: GraphIndex, replacements: Sequence[Replacement]) -> ModelStor
         find_move(replacement.move).replace(
             surgeon, replacement.site, replacement.factors, replacement.lost_mean
         )
+    for shrinking in shrinkings:
+        shrink(surgeon, shrinking)
     return surgeon.finish()
 
 

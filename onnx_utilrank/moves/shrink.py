@@ -1,0 +1,202 @@
+"""Shrink features that lie between weights: every matrix gets smaller in its place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_utilrank.model.graph import attributes
+from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.moves.stored import corrected_bias, store
+from onnx_utilrank.sites.find import site_kind
+from onnx_utilrank.sites.hidden import Hidden, Part, Repair
+from onnx_utilrank.sites.site import Site
+
+__all__ = ["SHRINK", "Basis", "Shrinking", "shrink"]
+
+SHRINK = "shrink"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Basis:
+    """y ≈ L K y for the n features of one group.
+
+    Attributes:
+        expand: L, float64 [n, k].
+        reduce: K, float64 [k, n].
+    """
+
+    expand: np.ndarray
+    reduce: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrinking:
+    """What takes the place of the weights around some hidden features.
+
+    Attributes:
+        hidden: The features.
+        sites: Its weights, by key.
+        bases: One for each of its groups.
+        weights: W [m, d] of each site, before it loses rows or columns.
+        biases: What is added to the features that each maker makes, [m], in the place of what is;
+            sites that are not in it keep their bias, in its new basis.
+        lost: What the bias of each reader has to take, [m]; None or absent leaves it.
+    """
+
+    hidden: Hidden
+    sites: Mapping[str, Site]
+    bases: Sequence[Basis]
+    weights: Mapping[str, np.ndarray]
+    biases: Mapping[str, np.ndarray]
+    lost: Mapping[str, np.ndarray | None]
+
+
+def shrink(surgeon: Surgeon, what: Shrinking) -> None:
+    """Rewrite the weights, the constants between them and the nodes that name their extents.
+
+    Raises:
+        ModelError: A weight does not fit its dtype.
+    """
+    hidden = what.hidden
+    kept = len(what.bases[0].reduce)
+    maps = _row_maps(what)
+    for key, site in what.sites.items():
+        _rewrite_site(surgeon, what, site, maps.get(key))
+    for vector in hidden.vectors:
+        _rewrite_vector(surgeon, what, vector.node, vector.name, vector.parts, maps)
+    for repair in hidden.reshapes:
+        _restate(surgeon, repair, hidden.size, kept)
+    for repair in hidden.shapes:
+        _show_as_before(surgeon, repair, hidden.size, kept)
+
+
+def _row_maps(what: Shrinking) -> dict[str, dict[int, np.ndarray]]:
+    """For each site, [k, n] by the start of its rows: K where it makes them, L^T where it meets."""
+    maps: dict[str, dict[int, np.ndarray]] = {}
+    for group, basis in zip(what.hidden.groups, what.bases, strict=True):
+        maps.setdefault(group.made.site, {})[group.made.start] = basis.reduce
+        if group.met.side == "rows":
+            maps.setdefault(group.met.site, {})[group.met.start] = basis.expand.T
+    return maps
+
+
+def _rewrite_site(
+    surgeon: Surgeon, what: Shrinking, site: Site, maps: Mapping[int, np.ndarray] | None
+) -> None:
+    (use,) = site.uses
+    matrix, n = what.weights[site.key], what.hidden.size
+    if maps is not None:
+        matrix = np.concatenate([maps[at] @ matrix[at : at + n] for at in sorted(maps)])
+    columns = {
+        g.met.start: b.expand
+        for g, b in zip(what.hidden.groups, what.bases, strict=True)
+        if g.met.side == "columns" and g.met.site == site.key
+    }
+    if columns:
+        matrix = np.concatenate(
+            [matrix[:, at : at + n] @ columns[at] for at in sorted(columns)], axis=1
+        )
+    old = surgeon.index.constant(use.weight)
+    assert old is not None
+    kind = site_kind(site.op_type)
+    new = store(surgeon, site, f"{site.weight}/shrunk", kind.stored(use, old, matrix))
+    surgeon.rewire(use.node, use.weight, new)
+    if maps is not None and use.bias.kind == "input":
+        bias = what.biases.get(site.key, use.bias.values(surgeon.index, site.m))
+        bias = np.concatenate([maps[at] @ bias[at : at + n] for at in sorted(maps)])
+        shape = tuple(len(bias) if extent == site.m else extent for extent in use.bias.shape)
+        values = bias.reshape(shape) / use.bias.scale
+        surgeon.rewire(
+            use.node, use.bias.name, store(surgeon, site, f"{use.bias.name}/shrunk", values)
+        )
+    lost = what.lost.get(site.key)
+    if lost is not None:
+        _add_to_bias(surgeon, site, lost)
+
+
+def _add_to_bias(surgeon: Surgeon, site: Site, lost: np.ndarray) -> None:
+    """Correct the bias of a reader, which keeps its rows."""
+    (use,) = site.uses
+    if use.bias.kind == "add":
+        corrected_bias(surgeon, site, use, lost)
+    elif use.bias.kind == "input":
+        values = use.bias.values(surgeon.index, site.m) + lost
+        name = store(
+            surgeon, site, use.bias.name, (values / use.bias.scale).reshape(use.bias.shape)
+        )
+        surgeon.rewire(use.node, use.bias.name, name)
+
+
+def _rewrite_vector(
+    surgeon: Surgeon,
+    what: Shrinking,
+    node: int,
+    name: str,
+    parts: Sequence[Part],
+    maps: Mapping[str, Mapping[int, np.ndarray]],
+) -> None:
+    n = what.hidden.size
+    held = surgeon.index.constant(name)
+    assert held is not None
+    flat = held.astype(np.float64).reshape(-1)
+    pieces = []
+    for k, part in enumerate(parts):
+        site = what.sites[part.site]
+        slot = site.uses[0].bias
+        piece = flat[k * n : (k + 1) * n]
+        if slot.kind == "add" and slot.node == node and part.site in what.biases:
+            piece = what.biases[part.site][part.start : part.start + n]
+        pieces.append(maps[part.site][part.start] @ piece)
+    values = np.concatenate(pieces)
+    shape = tuple(len(values) if extent == len(flat) else extent for extent in held.shape)
+    new = store(surgeon, what.sites[parts[0].site], f"{name}/shrunk", values.reshape(shape))
+    surgeon.rewire(node, name, new)
+
+
+def _restate(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
+    """Change the target of a Reshape, or what computes it."""
+    name = surgeon.index.node(repair.node).input[1]
+    change = repair.extent // size * (kept - size)
+    held = surgeon.index.constant(name)
+    if held is not None:
+        target = held.copy()
+        target[repair.place] += change
+        surgeon.rewire(repair.node, name, surgeon.constant(f"{name}/shrunk", target))
+        return
+    made = surgeon.value(f"{name}/shrunk")
+    surgeon.insert(repair.node, _added(surgeon, surgeon.tensor(name), repair, change, made))
+    surgeon.rewire(repair.node, name, made.name)
+
+
+def _show_as_before(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
+    """Let those who read a shape compute with the extents that were: scales hang on them."""
+    node = surgeon.index.node(repair.node)
+    (shape,) = node.output
+    now = surgeon.value(f"{shape}/shrunk")
+    change = repair.extent // size * (size - kept)
+    copy = gs.Node(
+        op="Shape",
+        name=surgeon.unique(node.name or shape),
+        attrs=attributes(node),
+        inputs=[surgeon.tensor(node.input[0])],
+        outputs=[now],
+    )
+    surgeon.replace(
+        repair.node, [copy, _added(surgeon, now, repair, change, surgeon.tensor(shape))]
+    )
+
+
+def _added(
+    surgeon: Surgeon, shape: gs.Variable, repair: Repair, change: int, made: gs.Variable
+) -> gs.Node:
+    """A node that adds to one number of a shape."""
+    difference = np.zeros(repair.length, dtype=np.int64)
+    difference[repair.place] = change
+    return gs.Node(
+        op="Add",
+        name=surgeon.unique(f"{made.name}/extent"),
+        inputs=[shape, surgeon.tensor(surgeon.constant(f"{made.name}/change", difference))],
+        outputs=[made],
+    )

@@ -1,0 +1,132 @@
+"""Choices that several weights make together, because the features between them may shrink."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from onnx_utilrank.ranking.method import Choice, Move
+from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.sites.hidden import Hidden
+
+__all__ = ["Bundle", "Option", "bundled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One thing that can be done to the weights of a bundle.
+
+    Attributes:
+        cost: What they take then, in the unit of the budget.
+        error: What they lose, all together.
+        moves: One a weight.
+        kept: Features that each group of the hidden ones keeps; None leaves those as they are.
+    """
+
+    cost: float
+    error: float
+    moves: tuple[Move, ...]
+    kept: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Weights that are decided on together.
+
+    Attributes:
+        members: Which of the choices they are.
+        hidden: The features between them; None for a weight by itself.
+        moves: What can be done.
+    """
+
+    members: tuple[int, ...]
+    hidden: Hidden | None
+    moves: tuple[Option, ...]
+
+
+def bundled(
+    choices: Sequence[Choice],
+    hidden: Sequence[Hidden],
+    shrunk: Callable[[Hidden, Choice, int], Move],
+) -> list[Bundle]:
+    """The choices, those around hidden features joined.
+
+    Either each of the weights makes a move of its own, or all lose what the hidden features lose.
+
+    Args:
+        choices: One a site.
+        hidden: Features between sites; those of which a weight was not measured are left out.
+        shrunk: The move of a site of a hidden of which so many features a group are kept.
+    """
+    place = {c.measured.site.key: k for k, c in enumerate(choices)}
+    bundles: list[Bundle] = []
+    taken: set[int] = set()
+    for each in hidden:
+        if not all(key in place for key in each.sites):
+            continue
+        members = tuple(place[key] for key in each.sites)
+        taken.update(members)
+        own = [choices[k] for k in members]
+        makers = [c.measured for c in own if each.makers(c.measured.site.key)]
+        options = _separately(own)
+        for kept in range(1, each.size):
+            moves = tuple(shrunk(each, c, kept) for c in own)
+            lost = 0.0
+            for maker in makers:
+                assert isinstance(maker, TwoSidedSite)
+                lost += maker.shrunk_error(kept * len(each.makers(maker.site.key)))
+            options.append(
+                Option(cost=sum(m.cost for m in moves), error=lost, moves=moves, kept=kept)
+            )
+        bundles.append(Bundle(members=members, hidden=each, moves=tuple(options)))
+    for k, choice in enumerate(choices):
+        if k not in taken:
+            alone = [Option(cost=m.cost, error=m.error, moves=(m,)) for m in choice.moves]
+            bundles.append(Bundle(members=(k,), hidden=None, moves=tuple(alone)))
+    return bundles
+
+
+def _separately(choices: Sequence[Choice]) -> list[Option]:
+    """Moves of several sites that a price can bring about: the lower hull of all combinations.
+
+    It is walked from the cheapest combination by the step, of any of the sites, that gains most
+    for what it costs.
+    """
+    hulls = [_hull(c.moves) for c in choices]
+    steps = sorted(
+        (
+            ((a.error - b.error) / (b.cost - a.cost), site, k + 1)
+            for site, hull in enumerate(hulls)
+            for k, (a, b) in enumerate(itertools.pairwise(hull))
+        ),
+        key=lambda step: (-step[0], step[1], step[2]),
+    )
+    at = [0] * len(hulls)
+    options = [_together(hulls, at)]
+    for _, site, k in steps:
+        at[site] = k
+        options.append(_together(hulls, at))
+    return options
+
+
+def _together(hulls: Sequence[Sequence[Move]], at: Sequence[int]) -> Option:
+    moves = tuple(hull[k] for hull, k in zip(hulls, at, strict=True))
+    return Option(cost=sum(m.cost for m in moves), error=sum(m.error for m in moves), moves=moves)
+
+
+def _hull(moves: Sequence[Move]) -> list[Move]:
+    """Moves on the lower convex hull of error over cost, by rising cost and falling error."""
+    hull: list[Move] = []
+    for move in sorted(moves, key=lambda m: (m.cost, m.error)):
+        if hull and move.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], move):
+            hull.pop()
+        if hull and move.cost == hull[-1].cost:
+            continue
+        hull.append(move)
+    return hull
+
+
+def _above(a: Move, b: Move, c: Move) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b.error - a.error) * (c.cost - a.cost) >= (c.error - a.error) * (b.cost - a.cost)

@@ -1,0 +1,113 @@
+"""Features that lie between weights: heads of attention, which can lose dimensions in all at once.
+
+The features of a *hidden* are made by the rows of some weights and read by the columns of others,
+or met by the rows of others in a product (queries and keys). What lies between treats the n
+features of a group alike, so that any basis of them will do: y ≈ L K y, with K [k, n] applied to
+the weights that make them and L [n, k] to those that read them. No node is added, every matrix
+shrinks in its place, and there is no rank at which that does not yet pay.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Group", "Hidden", "Part", "Repair", "Vector"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows or columns of one weight that belong to a group.
+
+    Attributes:
+        site: Key of the site.
+        side: `rows` are outputs of the weight, `columns` inputs.
+        start: The first of them; the others follow.
+    """
+
+    site: str
+    side: Literal["rows", "columns"]
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """n features that may be mixed with each other and with no others.
+
+    Attributes:
+        made: The rows that make them: they get K.
+        met: What reads them or meets them: columns get L, rows L^T.
+    """
+
+    made: Part
+    met: Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """A node that states the extent of an axis along which the features lie.
+
+    Attributes:
+        node: Its index.
+        place: Where the extent stands in the vector that a Reshape reads or a Shape makes.
+        length: Of that vector.
+        extent: The extent as it was.
+    """
+
+    node: int
+    place: int
+    length: int
+    extent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vector:
+    """A constant that is added to the features on their way.
+
+    Attributes:
+        node: The node that adds it.
+        name: The constant.
+        parts: Which rows made the features it is added to, one part for every n of them.
+    """
+
+    node: int
+    name: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hidden:
+    """Features between weights that can shrink together.
+
+    Attributes:
+        key: What plans and reports call it: the key of the first weight that makes them.
+        sites: Keys of all its weights, in graph order.
+        size: Features n in a group.
+        groups: The groups.
+        reshapes: Reshape nodes whose targets name the features.
+        shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
+        vectors: Constants that are added to them.
+    """
+
+    key: str
+    sites: tuple[str, ...]
+    size: int
+    groups: tuple[Group, ...]
+    reshapes: tuple[Repair, ...]
+    shapes: tuple[Repair, ...]
+    vectors: tuple[Vector, ...]
+
+    def makers(self, site: str) -> tuple[Group, ...]:
+        """The groups whose features a site makes."""
+        return tuple(g for g in self.groups if g.made.site == site)
+
+    def rows(self, site: str, m: int, kept: int) -> int:
+        """Rows of a site of m once every group keeps so many features."""
+        count = sum(
+            (g.made.site == site) + (g.met.site == site and g.met.side == "rows")
+            for g in self.groups
+        )
+        return m - count * (self.size - kept)
+
+    def columns(self, site: str, d: int, kept: int) -> int:
+        """Columns of a site of d once every group keeps so many features."""
+        count = sum(g.met.site == site and g.met.side == "columns" for g in self.groups)
+        return d - count * (self.size - kept)
