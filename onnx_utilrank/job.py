@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from onnx import TensorProto
 
 from onnx_utilrank.calibration.collect import Collected, Progress, collect, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
@@ -80,6 +81,11 @@ class Measurement:
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     gradients: Gradients | None = None
+
+    @property
+    def losses(self) -> tuple[OutputLoss, ...]:
+        """What counts at the outputs, where gradients had to know."""
+        return self.gradients.losses if self.gradients else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,10 +248,12 @@ class Job:
         if not losses:
             raise ModelError(f"{self.store.label}: no output holds floating values to follow")
         single = next(self.data.feeds(samples, batch=1))
-        graph = TorchGraph.build(self.store, device=_device(self.provider), dtype=None)
+        graph = TorchGraph.build(
+            self.store, device=_device(self.provider), dtype=_gradient_type(self.store)
+        )
         taken = footprint(graph, single)
         shown = session.run(single, [loss.output for loss in losses])
-        decisions = sum(rows_of(y, 1).shape[1] for y in shown.values())
+        decisions = sum(rows_of(shown[o.output], 1, o.axis).shape[1] for o in losses)
         room = config.memory_budget
         if taken.kept > room:
             raise ModelError(
@@ -376,6 +384,12 @@ def _rows_notes(
             f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
         )
     return tuple(notes)
+
+
+def _gradient_type(store: ModelStore) -> torch.dtype | None:
+    """Float32 for models in half precision, whose gradients and sums would leave its range."""
+    half = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return torch.float32 if any(t.data_type in half for t in store.tensors()) else None
 
 
 def _device(provider: Provider) -> str:

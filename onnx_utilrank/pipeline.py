@@ -149,7 +149,7 @@ def compress(
     else:
         offers = make_offers(job, found, calibration, config)
         if config.quality is not None:
-            judge = Judge(job, searched, config)
+            judge = Judge(job, searched, config, found.losses)
             best = search(job, found, offers, calibration, judge, config.quality, config)
             plan, store = best.plan, None if dry_run else best.store
         elif dry_run:
@@ -167,7 +167,7 @@ def compress(
             f"{job.store.label}: none of its outputs can be compared, so that no result could be "
             f"validated ({' '.join(report.notes)})"
         )
-    quality = Judge(job, held, config)(store)
+    quality = Judge(job, held, config, found.losses)(store)
     if config.quality is not None and best is not None:
         _check_held(job, config.quality, best, quality)
     return CompressResult(
@@ -217,7 +217,7 @@ def sweep(
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     found = job.measure(config.method_key, job.sites, calibration, config)
     offers = make_offers(job, found, calibration, config)
-    judge = Judge(job, held, config)
+    judge = Judge(job, held, config, found.losses)
     points, notes, kept = [], list(found.notes), None
     for ratio in sorted(set(ratios), reverse=True):
         try:

@@ -14,11 +14,8 @@ from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import Session, open_session
-from onnx_utilrank.validation.divergence import (
-    Divergence,
-    OutputRecorder,
-    find_losses,
-)
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.validation.divergence import Divergence, OutputRecorder, find_losses
 
 __all__ = ["Judge", "Quality"]
 
@@ -47,12 +44,12 @@ class Quality:
 
     def figure(self, target: QualityTarget) -> tuple[float, float | None]:
         """The figure that a target limits, with its standard error where it is known."""
-        found = self.divergence
-        if found is None:
-            raise ConfigError("no output of the model holds finite floating values to judge it by")
         if target.key == "max_drop":
             assert self.drop is not None
             return self.drop, self.drop_error
+        found = self.divergence
+        if found is None:
+            raise ConfigError("no output of the model holds finite floating values to judge it by")
         if target.key == "max_divergence":
             return found.mean, found.standard_error
         if target.key == "min_agreement":
@@ -61,27 +58,37 @@ class Quality:
             return found.agreement, found.agreement_error
         if found.snr_db is None:
             raise ConfigError("min snr: no output of the model holds values to compare")
-        return found.snr_db, None
+        return found.snr_db, found.snr_error
 
     def meets(self, target: QualityTarget, errors: float = 0.0) -> bool:
-        """Whether the target holds, with so many standard errors of tolerance."""
+        """Whether the target holds, with so many standard errors of tolerance.
+
+        Without tolerance, as a search asks, a saturated metric does not count as met.
+        """
         value, error = self.figure(target)
         room = errors * (error if error is not None and math.isfinite(error) else 0.0)
         if target.key in ("min_agreement", "min_snr"):
             return value >= target.limit - room
-        return value <= target.limit + room and not self.saturated
+        return value <= target.limit + room and not (self.saturated and not errors)
 
 
 class Judge:
     """Measures candidates against the original on a fixed set of samples."""
 
-    def __init__(self, job: Job, samples: Sequence[int], config: CompressConfig) -> None:
+    def __init__(
+        self,
+        job: Job,
+        samples: Sequence[int],
+        config: CompressConfig,
+        losses: Sequence[OutputLoss] = (),
+    ) -> None:
         """Run the original.
 
         Args:
             job: The model.
             samples: The samples.
-            config: Says the metric, if there is one.
+            config: Says the metric, if there is one, and the weighting of outputs.
+            losses: What counts at the outputs; told from the samples where there are none.
 
         Raises:
             DataError: The metric cannot be imported or gives no number.
@@ -93,7 +100,9 @@ class Judge:
         given = config.evaluate
         self._metric = import_function(given) if isinstance(given, str) else given
         session = open_session(job.store, job.provider)
-        self.losses = find_losses(job.store, session, self._feeds)
+        self.losses = tuple(losses) or find_losses(
+            job.store, session, self._feeds, config.weighting
+        )
         if self._labels is not None and not self.losses:
             raise ConfigError(f"{job.store.label}: no output holds scores to compare labels with")
         self._recorder = OutputRecorder(session, self.losses, self._feeds)

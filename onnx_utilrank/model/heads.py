@@ -1,12 +1,13 @@
 """What the outputs of a model are, read off the nodes that make them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx
 
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["is_classification", "softmax_input"]
+__all__ = ["SoftmaxHead", "is_classification", "softmax_head"]
 
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
 _LINEAR = frozenset({"Gemm", "MatMul", "Add", "Conv", "com.microsoft.FusedGemm"})
@@ -52,9 +53,7 @@ def is_classification(
     if head is None:
         return False
     if _operator(head) in _SOFTMAX:
-        # Operator set 13 changed the default axis from 1 to the last one.
-        default = -1 if model.opset >= 13 else 1
-        axis = next((a.i for a in head.attribute if a.name == "axis"), default)
+        axis = _axis(model, head)
         if reshaped:
             return axis == -1 or rank == 2
         return axis == -1 or (rank is not None and axis == rank - 1)
@@ -80,9 +79,30 @@ def _head(graph: onnx.GraphProto, output: str) -> tuple[onnx.NodeProto | None, b
     return None, reshaped
 
 
-def softmax_input(model: ModelStore, output: str) -> str | None:
-    """The logits behind an output of probabilities: what its Softmax reads, None without one."""
-    head, _ = _head(model.proto.graph, output)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftmaxHead:
+    """The Softmax that an output of probabilities comes from.
+
+    Attributes:
+        logits: What it reads.
+        axis: Its axis, of the logits.
+        reshaped: Whether the output has another shape than the logits.
+    """
+
+    logits: str
+    axis: int
+    reshaped: bool
+
+
+def softmax_head(model: ModelStore, output: str) -> SoftmaxHead | None:
+    """The Softmax behind an output, None without one."""
+    head, reshaped = _head(model.proto.graph, output)
     if head is None or _operator(head) != "Softmax":
         return None
-    return str(head.input[0])
+    return SoftmaxHead(logits=str(head.input[0]), axis=_axis(model, head), reshaped=reshaped)
+
+
+def _axis(model: ModelStore, softmax: onnx.NodeProto) -> int:
+    # Operator set 13 changed the default axis from 1 to the last one.
+    default = -1 if model.opset >= 13 else 1
+    return int(next((a.i for a in softmax.attribute if a.name == "axis"), default))

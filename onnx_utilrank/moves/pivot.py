@@ -79,11 +79,13 @@ class Pivot:
         places = np.empty(site.m, dtype=np.int32)
         places[np.concatenate([pivots, rest])] = np.arange(site.m, dtype=np.int32)
         order = surgeon.constant(f"{site.weight}/order", places)
-        lost = np.zeros(site.m) if lost_mean is None else lost_mean
         for use in site.uses:
+            bias = None
             if use.bias.kind == "add":
-                bias = corrected_bias(surgeon, site, use, lost)
-            else:
+                if lost_mean is not None:
+                    corrected_bias(surgeon, site, use, lost_mean)
+            elif lost_mean is not None or use.bias.kind == "input":
+                lost = 0.0 if lost_mean is None else lost_mean
                 values = use.bias.values(surgeon.index, site.m) + lost
                 axis = use.result.axis
                 behind = -axis - 1 if axis < 0 else weight.ndim - 2  # a Conv's spatial axes
@@ -93,7 +95,7 @@ class Pivot:
             self._replace(surgeon, use, first, second, order, bias)
 
     def _replace(
-        self, surgeon: Surgeon, use: Use, first: str, second: str, order: str, bias: str
+        self, surgeon: Surgeon, use: Use, first: str, second: str, order: str, bias: str | None
     ) -> None:
         kind = site_kind(use.op_type)
         y = surgeon.tensor(use.result.tensor)
@@ -101,7 +103,7 @@ class Pivot:
         rest, joined = surgeon.value(f"{y.name}/rest"), surgeon.value(f"{y.name}/joined")
         chain = kind.product(surgeon, use, first, second, rest)
         hidden = chain[-2].outputs[0]
-        ordered = y if use.bias.kind == "add" else surgeon.value(f"{y.name}/ordered")
+        ordered = y if bias is None else surgeon.value(f"{y.name}/ordered")
         chain += [
             gs.Node(
                 op="Concat",
@@ -118,7 +120,7 @@ class Pivot:
                 outputs=[ordered],
             ),
         ]
-        if use.bias.kind != "add":
+        if bias is not None:
             chain.append(
                 gs.Node(
                     op="Add",

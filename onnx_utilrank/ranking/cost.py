@@ -8,17 +8,16 @@ from typing import Literal
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.move import MoveKind
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["Ledger", "Unit", "bias_cost", "count_parameters"]
+__all__ = ["Ledger", "Unit", "bias_cost", "count_parameters", "hidden_cost"]
 
 Unit = Literal["parameters", "bytes", "operations"]
 
 # Bytes that a node with its names takes in a file, about: the plan is made with it and corrected
 # by what the file then has.
 NODE_BYTES = 160
-# Numbers of shapes that a weight of shrunk features adds to a model, at most.
-SHAPE_ELEMENTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +44,11 @@ class Ledger:
         kept = site.parameters if site.freed else 0
         return float(kept * site.dtype.itemsize) if self.unit == "bytes" else float(kept)
 
-    def shrunk(self, site: Site, rows: int, columns: int) -> float:
-        """What it costs with fewer rows and columns."""
+    def shrunk(self, site: Site, rows: int, columns: int, extra: int) -> float:
+        """What it costs with fewer rows and columns, and so many elements elsewhere."""
         if self.unit == "operations":
             return self.rows[site.key] * rows * columns
-        # A rewritten bias, and the extents that are stated anew.
-        parameters = rows * columns + rows + SHAPE_ELEMENTS
+        parameters = rows * columns + extra
         if self.unit == "bytes":
             return float(parameters * site.dtype.itemsize + NODE_BYTES)
         return float(parameters)
@@ -67,6 +65,31 @@ class Ledger:
 def count_parameters(store: ModelStore) -> int:
     """Elements of every initializer and every constant tensor of the model, in all its graphs."""
     return sum(math.prod(tensor.dims) for tensor in store.tensors())
+
+
+def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], kept: int) -> int:
+    """Elements that shrinking hidden features adds to the model beside its weights.
+
+    Biases and other constants shrink with the features, which may well make it negative; shapes
+    are stated anew.
+    """
+    total = 0
+    for vector in hidden.vectors:
+        held = hidden.size * len(vector.parts)
+        total += held * kept // hidden.size
+        total -= held if index.freed_by(vector.name, frozenset({vector.node})) else 0
+    for repair in (*hidden.reshapes, *hidden.shapes):
+        total += repair.length
+    for key in hidden.sites:
+        site = sites[key]
+        (use,) = site.uses
+        rows = hidden.rows(key, site.m, kept)
+        if rows == site.m:
+            total += bias_cost(index, site)
+        elif use.bias.kind == "input":
+            total += rows
+            total -= site.m if index.freed_by(use.bias.name, frozenset({use.node})) else 0
+    return total
 
 
 def bias_cost(index: GraphIndex, site: Site) -> int:

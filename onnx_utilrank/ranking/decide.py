@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_utilrank.config import CompressConfig
-from onnx_utilrank.errors import ModelError, TargetMissedError
+from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.cost import Ledger, bias_cost, count_parameters
+from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
 from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
 from onnx_utilrank.ranking.methods import find_method
@@ -83,15 +83,23 @@ class Offers:
         """Collect the moves of all sites.
 
         Raises:
-            ConfigError: The options name a move that there is not.
+            ConfigError: The options name a move that there is not, or none of the method's.
         """
         for key in config.moves or ():
             if key != SHRINK:
                 find_move(key)
+        own = method.moves
+        if config.moves is not None and own is not None and not set(own) & set(config.moves):
+            raise ConfigError(
+                f"method {method.key} makes none of the moves {', '.join(config.moves)}; it has "
+                f"{', '.join(own)}"
+            )
         choices = tuple(_choice(index, m, method, config, ledger) for m in measured)
 
+        sites = {m.site.key: m.site for m in measured}
+
         def shrunk(each: Hidden, choice: Choice, kept: int) -> Move:
-            return _shrunk(index, each, choice, kept, ledger)
+            return _shrunk(index, each, sites, choice.measured.site, kept, ledger)
 
         return cls(
             index=index,
@@ -240,17 +248,26 @@ def _choice(
     return Choice(measured=measured, moves=tuple(moves))
 
 
-def _shrunk(index: GraphIndex, hidden: Hidden, choice: Choice, kept: int, ledger: Ledger) -> Move:
+def _shrunk(
+    index: GraphIndex,
+    hidden: Hidden,
+    sites: Mapping[str, Site],
+    site: Site,
+    kept: int,
+    ledger: Ledger,
+) -> Move:
     """A site whose hidden features shrink: no rank, and fewer rows or columns."""
-    site = choice.measured.site
     rows, columns = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
+    # What comes with the features is put down to the first of their weights.
+    first = site.key == hidden.sites[0]
+    extra = hidden_cost(index, hidden, sites, kept) if first else 0
     return Move(
         rank=None,
         bias=False,
-        parameters=rows * columns,
+        parameters=rows * columns + extra,
         error=0.0,
         kind=SHRINK,
-        cost=ledger.shrunk(site, rows, columns) + bias_cost(index, site),
+        cost=ledger.shrunk(site, rows, columns, extra),
     )
 
 

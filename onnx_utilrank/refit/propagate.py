@@ -227,11 +227,12 @@ def _kept(found: Decomposition, rank: int) -> np.ndarray:
 def _moments(
     layer: Layer, use: Use, runs: Sequence[_Run], outputs: bool
 ) -> tuple[tuple[CrossMoment, CrossMoment], np.ndarray]:
-    """Sums over pairs of rows, of every other run each, and the shift they are about."""
+    """Sums over pairs of rows, of every other sample each, and the shift they are about."""
     view = use.result if outputs else use.inputs
     bias = torch.from_numpy(np.array(layer.biases[use.node])) if outputs else torch.zeros(1)
     halves = (CrossMoment.zero(view.width), CrossMoment.zero(view.width))
     shift: torch.Tensor | None = None
+    samples = 0
     for k, run in enumerate(runs):
         target, rows = (
             as_rows(state[view.tensor], view, run.samples)
@@ -240,14 +241,19 @@ def _moments(
         live = torch.ones(target.shape[:2], dtype=torch.bool)
         if run.mask is not None and run.mask.shape == live.shape:
             live = run.mask
-        target, rows = target[live] - bias.to(target), rows[live] - bias.to(rows)
-        stride = max(1, len(rows) // ROWS_OF_RUN)
-        target, rows = target[k % stride :: stride], rows[k % stride :: stride]
-        if not len(rows):
-            continue
-        if shift is None:
-            shift = target.mean(0)
-        halves[k % 2].add((target - shift).cpu().numpy(), (rows - shift).cpu().numpy())
+        stride = max(1, int(live.sum()) // ROWS_OF_RUN)
+        # Every other sample: rows of one sample are too alike to predict each other.
+        for half in range(2):
+            chosen = live.clone()
+            chosen[(half + samples) % 2 :: 2] = False
+            y, x = target[chosen] - bias.to(target), rows[chosen] - bias.to(rows)
+            y, x = y[k % stride :: stride], x[k % stride :: stride]
+            if not len(x):
+                continue
+            if shift is None:
+                shift = y.mean(0)
+            halves[half].add((y - shift).cpu().numpy(), (x - shift).cpu().numpy())
+        samples += len(target)
     mean = np.zeros(view.width) if shift is None else shift.double().cpu().numpy()
     return halves, mean
 

@@ -45,7 +45,8 @@ class CrossMoment:
         )
 
     def add(self, y: np.ndarray, x: np.ndarray) -> None:
-        """Add pairs of rows, [n, p] both; products are formed in their own type."""
+        """Add pairs of rows, [n, p] both; products are formed in float32 or wider."""
+        y, x = (v.astype(np.promote_types(v.dtype, np.float32), copy=False) for v in (y, x))
         self.targets += y.sum(0, dtype=np.float64)
         self.regressors += x.sum(0, dtype=np.float64)
         self.cross += y.T @ x
@@ -78,12 +79,14 @@ def regression(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> n
     """M = argmin E‖y − M x‖² + ρ‖M − I‖², with the ridge ρ that predicts best.
 
     Each half of the rows predicts the other: where rows are too few to learn from, the largest
-    ridge wins and M is the identity.
+    ridge wins and M is the identity; so it is where a half has no rows at all.
 
     Args:
         halves: Sums over two disjoint sets of rows.
         metric: G [q, p] that errors are measured through, ‖G (y − M x)‖².
     """
+    if min(half.rows for half in halves) < 2:
+        return np.eye(metric.shape[1])
     scores = np.zeros(len(RIDGES))
     for fit, test in (halves, halves[::-1]):
         cross, square, _ = fit.centred()
@@ -101,7 +104,8 @@ def regression(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> n
     cross, square, _ = whole.centred()
     level = float(np.trace(square)) / max(len(square), 1)
     values, vectors = eigenbasis(square)
-    return _solve(cross, values, vectors, RIDGES[int(scores.argmin())] * level)
+    best = max(k for k in range(len(RIDGES)) if scores[k] == scores.min())
+    return _solve(cross, values, vectors, RIDGES[best] * level)
 
 
 def _solve(cross: np.ndarray, values: np.ndarray, vectors: np.ndarray, ridge: float) -> np.ndarray:

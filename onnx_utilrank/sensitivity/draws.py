@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from onnx_utilrank.model.heads import softmax_input
+from onnx_utilrank.model.heads import softmax_head
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.statistics.divergence import OutputLoss
 
@@ -24,12 +24,14 @@ class Draw:
     Attributes:
         loss: The loss.
         value: Name of the value that v belongs to: the logits where the output is a softmax.
+        axis: Where its classes or features lie.
     """
 
     def __init__(self, store: ModelStore, loss: OutputLoss) -> None:
         self.loss = loss
-        logits = softmax_input(store, loss.output) if loss.probabilities else None
-        self.value = logits or loss.output
+        head = softmax_head(store, loss.output) if loss.probabilities else None
+        self.value = head.logits if head else loss.output
+        self.axis = head.axis if head else loss.axis
 
     def __call__(
         self,
@@ -53,11 +55,10 @@ class Draw:
                 held back.
         """
         z = z.detach()
-        width = z.shape[-1] if z.ndim else 1
-        if self.value != self.loss.output and z.ndim > 2:
-            width = z.shape[1]  # a softmax over the channels of 1 x 1 maps
+        lined = z.movedim(self.axis, -1) if z.ndim > 1 else z
+        width = lined.shape[-1] if z.ndim else 1
         first = samples if z.ndim > 1 and z.shape[0] % samples == 0 else 1
-        rows = z.reshape(first, -1, width)
+        rows = lined.reshape(first, -1, width)
         noise = self._noise(rows, generator)
         if self.loss.weighting == "softmax":
             p = rows.softmax(-1)
@@ -77,7 +78,8 @@ class Draw:
             kept = torch.from_numpy(np.ascontiguousarray(mask != 0)).reshape(weights.shape)
             weights = kept.to(weights)
         share = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        return (v * share.sqrt()[..., None]).reshape(z.shape), int(weights.sum())
+        v = (v * share.sqrt()[..., None]).reshape(lined.shape)
+        return v.movedim(-1, self.axis) if z.ndim > 1 else v, int(weights.sum())
 
     @staticmethod
     def _noise(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -38,9 +38,10 @@ class OutputLoss:
     Attributes:
         output: The graph output.
         weighting: `softmax`: Kullback-Leibler divergence KL(p‖p̂), in nats a decision, of the
-            softmax over the last axis. `logits`: ½‖ẑ − z‖² of the logits less their mean over the
+            softmax over the classes. `logits`: ½‖ẑ − z‖² of the logits less their mean over the
             classes, over their variance. `values`: ½‖ŷ − y‖² over the variance of y.
         probabilities: Whether the output is itself a softmax.
+        axis: Where its classes or features lie; counted from the end.
         variance: What `logits` and `values` are relative to: summed over the last axis.
         sharpness: Mean of 1 − Σ p² (`softmax`): the energy of its Fisher information.
         mask: Graph input that is 0 at padded positions [rows, positions]; None without one.
@@ -49,6 +50,7 @@ class OutputLoss:
     output: str
     weighting: Weighting
     probabilities: bool = False
+    axis: int = -1
     variance: float = 1.0
     sharpness: float = 1.0
     mask: str | None = None
@@ -60,14 +62,15 @@ def samples_in(feed: Mapping[str, np.ndarray]) -> int:
     return extents.pop() if len(extents) == 1 else 1
 
 
-def rows_of(values: np.ndarray, samples: int) -> np.ndarray:
-    """[samples, positions, features] float64, features on the last axis.
+def rows_of(values: np.ndarray, samples: int, axis: int = -1) -> np.ndarray:
+    """[samples, positions, features] float64, features from the axis that is named.
 
     Where the first axis is not a multiple of `samples`, all is one sample.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0:
         return values.reshape(1, 1, 1)
+    values = np.moveaxis(values, axis, -1)
     first = samples if values.ndim > 1 and values.shape[0] % samples == 0 else 1
     if values.ndim == 1 and values.shape[0] == samples:
         return values.reshape(samples, 1, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_utilrank.errors import ConfigError
-from onnx_utilrank.model.heads import is_classification, softmax_input
+from onnx_utilrank.model.heads import is_classification, softmax_head
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import Feed, Session
 from onnx_utilrank.statistics.divergence import (
@@ -38,6 +38,7 @@ class Divergence:
         agreement_error: Standard error of that share, over samples.
         snr_db: Signal-to-noise ratio of the outputs that are values, by their variance; None
             where there are none.
+        snr_error: Its standard error, in dB.
         samples: Samples it was measured on.
     """
 
@@ -46,6 +47,7 @@ class Divergence:
     agreement: float | None
     agreement_error: float | None
     snr_db: float | None
+    snr_error: float | None
     samples: int
 
 
@@ -79,29 +81,28 @@ def find_losses(
     losses = []
     for name in names:
         shape = outputs[0][name].shape
-        rows = [rows_of(y[name], samples_in(feed)) for y, feed in zip(outputs, feeds, strict=True)]
-        if not all(r.size and np.isfinite(r).all() for r in rows):
-            continue
-        probabilities = softmax_input(store, name) is not None
-        # A last linear layer of a sequence may give scores of tokens: the values tell.
-        classes = is_classification(store, name, shape) or is_classification(
-            store, name, (2, shape[-1]) if shape else None
-        )
-        flat = np.concatenate([r.reshape(-1, r.shape[-1]) for r in rows])
-        chosen = weighting or choose_weighting(flat, classes=classes, probabilities=probabilities)
-        if flat.shape[-1] < 2:
-            chosen = "values"
+        classes, probabilities, axis = _classes(store, name, shape)
         loss = OutputLoss(
             output=name,
-            weighting=chosen,
+            weighting="values",
             probabilities=probabilities,
+            axis=axis,
             mask=_mask(feeds, shape),
         )
+        rows = []
+        for feed, y in zip(feeds, outputs, strict=True):
+            values = rows_of(y[name], samples_in(feed), axis)
+            rows.append(values[_weights(loss, feed, values) > 0])
+        flat = np.concatenate(rows)
+        if not flat.size or not np.isfinite(flat).all():
+            continue
+        chosen = weighting or choose_weighting(flat, classes=classes, probabilities=probabilities)
+        loss = replace(loss, weighting="values" if flat.shape[-1] < 2 else chosen)
         losses.append(
             replace(
                 loss,
                 variance=output_variance(loss, flat),
-                sharpness=output_sharpness(loss, flat) if chosen == "softmax" else 1.0,
+                sharpness=output_sharpness(loss, flat) if loss.weighting == "softmax" else 1.0,
             )
         )
     if weighting and losses and all(loss.weighting != weighting for loss in losses):
@@ -110,6 +111,22 @@ def find_losses(
             "last axis, and there is none"
         )
     return tuple(losses)
+
+
+def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool, bool, int]:
+    """Whether an output holds scores of classes, whether those are probabilities, and the axis."""
+    # A last linear layer of a sequence may give scores of tokens: the values tell.
+    classes = is_classification(store, name, shape) or is_classification(
+        store, name, (2, shape[-1]) if shape else None
+    )
+    head = softmax_head(store, name)
+    if head is None:
+        return classes, False, -1
+    # Before opset 13 a softmax ran over all axes from its own on.
+    exact = store.opset >= 13 or head.axis in (-1, len(shape) - 1)
+    if not head.reshaped and shape and exact:
+        return True, True, head.axis if head.axis < 0 else head.axis - len(shape)
+    return classes, classes, -1
 
 
 def _mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
@@ -152,14 +169,14 @@ def measure_divergence(
     """Compare a candidate's outputs with those that were recorded."""
     each: list[np.ndarray] = []
     agreed: list[np.ndarray] = []
-    noise, signal = 0.0, 0.0
+    noise: list[np.ndarray] = []
     names = [loss.output for loss in losses]
     for feed, reference in zip(feeds, expected, strict=True):
         actual = candidate.run(feed, names) if names else {}
         n = samples_in(feed)
         total: np.ndarray | float = 0.0
         for loss in losses:
-            y, z = rows_of(reference[loss.output], n), rows_of(actual[loss.output], n)
+            y, z = (rows_of(v[loss.output], n, loss.axis) for v in (reference, actual))
             if y.shape != z.shape or not np.isfinite(z).all():
                 return Divergence(
                     mean=math.inf,
@@ -167,34 +184,48 @@ def measure_divergence(
                     agreement=0.0,
                     agreement_error=0.0,
                     snr_db=-math.inf,
+                    snr_error=0.0,
                     samples=n,
                 )
-            weights = None
-            mask = feed.get(loss.mask) if loss.mask else None
-            if mask is not None and mask.size == y.shape[0] * y.shape[1]:
-                weights = np.asarray(mask, dtype=np.float64).reshape(y.shape[:2])
+            weights = _weights(loss, feed, y)
             lost = divergence(loss, y, z, weights)
             total = total + lost
             if loss.weighting == "values":
-                noise += float(lost.sum())
-                signal += len(lost) / 2
+                noise.append(2 * lost)
             else:
-                agreed.append((y.argmax(-1) == z.argmax(-1)).mean(-1))
+                same = (y.argmax(-1) == z.argmax(-1)) * weights
+                agreed.append(same.sum(-1) / np.maximum(weights.sum(-1), 1))
         each.append(np.atleast_1d(np.asarray(total, dtype=np.float64)))
     values = np.concatenate(each) if each else np.zeros(1)
     same = np.concatenate(agreed) if agreed else None
+    relative = np.concatenate(noise) if noise else None
     return Divergence(
         mean=float(values.mean()),
         standard_error=_standard_error(values),
         agreement=None if same is None else float(same.mean()),
         agreement_error=None if same is None else _standard_error(same),
-        snr_db=None if not signal else _decibels(signal, noise),
+        snr_db=None if relative is None else _decibels(float(relative.mean())),
+        snr_error=None if relative is None else _decibels_error(relative),
         samples=len(values),
     )
 
 
-def _decibels(signal: float, noise: float) -> float:
-    return 200.0 if noise <= signal * 1e-20 else 10 * math.log10(signal / noise)
+def _weights(loss: OutputLoss, feed: Feed, y: np.ndarray) -> np.ndarray:
+    """1 for each position [samples, positions] that counts, 0 for padding."""
+    mask = feed.get(loss.mask) if loss.mask else None
+    if mask is None or mask.size != y.shape[0] * y.shape[1]:
+        return np.ones(y.shape[:2])
+    return np.asarray(mask, dtype=np.float64).reshape(y.shape[:2])
+
+
+def _decibels(noise: float) -> float:
+    return 200.0 if noise <= 1e-20 else -10 * math.log10(noise)
+
+
+def _decibels_error(noise: np.ndarray) -> float:
+    """Of the decibels of a mean, by its relative standard error."""
+    mean = float(noise.mean())
+    return 0.0 if mean <= 1e-20 else 10 / math.log(10) * _standard_error(noise) / mean
 
 
 def _standard_error(values: np.ndarray) -> float:
