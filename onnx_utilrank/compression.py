@@ -10,7 +10,7 @@ from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.job import Job, Measurement
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.moves.shrink import Basis, Shrinking
+from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
 from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
 from onnx_utilrank.ranking.decide import Offers, planned_moves
 from onnx_utilrank.ranking.method import Measured, Move
@@ -42,7 +42,8 @@ def make_offers(
         unit = "operations"
     ledger = job.ledger(unit, [m.site for m in found.sites], samples)
     skips = (*job.skips, *found.skips)
-    return Offers.of(job.index, found.sites, found.hidden, skips, found.method, config, ledger)
+    hidden = found.hidden if config.moves is None or SHRINK in config.moves else ()
+    return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)
 
 
 def fit(

@@ -33,7 +33,7 @@ from onnx_utilrank.compression import build, make_offers
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError, UtilrankError
 from onnx_utilrank.job import SAMPLES_LOOKED_AT, Job, Measurement
-from onnx_utilrank.moves.moves import MOVES
+from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.quality import Judge
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.report.plot import check_plot
@@ -55,7 +55,7 @@ DEFAULT = "default"
 PAPER = "utilized-rank"
 BASELINES = ("svd", PAPER, WHITENED_SVD.key, ACTIVATION_SVD.key, GREEDY_SVD.key)
 _LOW = CompressConfig(moves=("low-rank",), refit=False)
-_ALL = replace(_LOW, moves=tuple(kind.key for kind in MOVES))
+_ALL = replace(_LOW, moves=MOVE_KEYS)
 # For each row: what measures the model, once for all rows that name it, and the options.
 CONTENDERS: dict[str, tuple[str, CompressConfig]] = {
     **{key: (key, _LOW) for key in (*BASELINES, "one-sided")},

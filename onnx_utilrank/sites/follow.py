@@ -1,12 +1,12 @@
-"""Find features that can shrink between weights, by following each one through the graph.
+"""Follow the output features of every weight through the graph.
 
-Every output feature of every weight gets a number, and the numbers are moved through the graph as
-the nodes move values: reshaped, transposed, split. So no exporter's way to write attention has to
-be known; where heads lie, and which columns of the next weight read which feature, is read off the
-numbers that arrive. A feature that meets a node which would mix it with others stays as it is.
+Each feature gets a number, and the numbers are moved through the graph as the nodes move values:
+reshaped, transposed, split. So no exporter's way to write attention has to be known; where heads
+lie, and which columns of the next weight read which feature, is read off the numbers that arrive.
+A feature that meets a node which would mix it with others goes no further.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +14,9 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from onnx_utilrank.model.graph import GraphIndex, attributes, captured_names
-from onnx_utilrank.sites.hidden import Group, Hidden, Part, Repair, Vector
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["find_hidden", "values_followed"]
+__all__ = ["Meeting", "Trace", "Values", "moves_within", "values_followed"]
 
 # What moves features about and changes nothing else; what reshapes them too by a shape it is told.
 _LAYOUT = frozenset({"Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Gather", "Slice"})
@@ -38,27 +37,8 @@ def values_followed(index: GraphIndex) -> set[str]:
     return {name for name in names if name not in index.constants}
 
 
-def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tuple[Hidden, ...]:
-    """Features between weights that can shrink, each weight in one set of them at most.
-
-    Args:
-        index: The model.
-        sites: Its sites.
-        values: What `values_followed` names, on one sample.
-    """
-    walk = _Walk(index, sites, values)
-    walk.run()
-    taken: set[str] = set()
-    found = []
-    for hidden in walk.hidden():
-        if taken.isdisjoint(hidden.sites):
-            taken.update(hidden.sites)
-            found.append(hidden)
-    return tuple(found)
-
-
 @dataclass(slots=True)
-class _Meeting:
+class Meeting:
     """Features [groups, n] on the one side, and what they meet on the other."""
 
     made: np.ndarray
@@ -67,7 +47,7 @@ class _Meeting:
 
 
 @dataclass(slots=True)
-class _Walk:
+class Trace:
     """Numbers on their way: `numbers[value]` has the value's shape, -1 nowhere."""
 
     index: GraphIndex
@@ -77,7 +57,7 @@ class _Walk:
     heads: dict[str, np.ndarray] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
     stuck: set[int] = field(default_factory=set)
-    meetings: list[_Meeting] = field(default_factory=list)
+    meetings: list[Meeting] = field(default_factory=list)
     seen: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
     vectors: list[tuple[int, str, np.ndarray]] = field(default_factory=list)
 
@@ -157,7 +137,7 @@ class _Walk:
             starts[k] = start
         if len(lines[0]) != groups.size:
             return False
-        self.meetings.append(_Meeting(made=groups, columns=(site, starts)))
+        self.meetings.append(Meeting(made=groups, columns=(site, starts)))
         return True
 
     def _multiply(self, node: onnx.NodeProto) -> bool:
@@ -172,7 +152,7 @@ class _Walk:
             rows = np.broadcast_to(left[..., 0, :], (*batch, n)).reshape(-1, n)
             others = np.broadcast_to(right[..., :, 0], (*batch, n)).reshape(-1, n)
             pairs = np.unique(np.concatenate([rows, others], axis=1), axis=0)
-            self.meetings.append(_Meeting(made=pairs[:, :n], rows=pairs[:, n:]))
+            self.meetings.append(Meeting(made=pairs[:, :n], rows=pairs[:, n:]))
             return True
         if right is None or right.ndim < 2 or _varies(right, -2) or not _varies(right, -1):
             return False
@@ -244,134 +224,6 @@ class _Walk:
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
             return []  # a form of the node that the evaluator does not know: nothing is followed
 
-    def hidden(self) -> Iterable[Hidden]:
-        """The meetings of features that nothing stopped, joined where they share a weight."""
-        good = [m for m in self.meetings if not self._lost(m)]
-        for joined in _joined(good, self._sites_of):
-            made = self._assemble(joined)
-            if made is not None:
-                yield made
-
-    def _lost(self, meeting: _Meeting) -> bool:
-        features = set(meeting.made.ravel().tolist())
-        if meeting.rows is not None:
-            features |= set(meeting.rows.ravel().tolist())
-        return not self.stuck.isdisjoint(features)
-
-    def _owner(self, feature: int) -> Site:
-        return max(
-            (s for s in self.sites if self.first[s.key] <= feature), key=lambda s: self.first[s.key]
-        )
-
-    def _sites_of(self, meeting: _Meeting) -> set[str]:
-        found = {self._owner(int(f)).key for f in meeting.made[:, 0]}
-        if meeting.rows is not None:
-            found |= {self._owner(int(f)).key for f in meeting.rows[:, 0]}
-        if meeting.columns is not None:
-            found.add(meeting.columns[0].key)
-        return found
-
-    def _assemble(self, meetings: Sequence[_Meeting]) -> Hidden | None:
-        """One set of features of all its weights; None where a feature of them is left over."""
-        sizes = {m.made.shape[1] for m in meetings}
-        size = min(sizes)
-        if len(sizes) > 1 or size < 2:
-            return None
-        groups, covered = [], []
-        for meeting in meetings:
-            for k, features in enumerate(meeting.made):
-                if meeting.rows is not None:
-                    met = self._part(meeting.rows[k])
-                    covered.append(meeting.rows[k])
-                else:
-                    assert meeting.columns is not None
-                    site, starts = meeting.columns
-                    met = Part(site=site.key, side="columns", start=int(starts[k]))
-                made = self._part(features)
-                covered.append(features)
-                if made is None or met is None:
-                    return None
-                groups.append(Group(made=made, met=met))
-        every = np.sort(np.concatenate(covered))
-        makers = {self._owner(int(f)).key for f in every}
-        wanted = [
-            self.first[s.key] + np.arange(s.m, dtype=np.int32)
-            for s in self.sites
-            if s.key in makers
-        ]
-        if not np.array_equal(every, np.concatenate(wanted)):
-            return None
-        keys = set().union(*(self._sites_of(m) for m in meetings))
-        ordered = tuple(s.key for s in self.sites if s.key in keys)
-        repairs = self._repairs(set(every.tolist()), size)
-        vectors = self._vectors(set(every.tolist()), size)
-        if repairs is None or vectors is None:
-            return None
-        return Hidden(
-            key=groups[0].made.site,
-            sites=ordered,
-            size=size,
-            groups=tuple(groups),
-            reshapes=tuple(r for op, r in repairs if op == "Reshape"),
-            shapes=tuple(r for op, r in repairs if op == "Shape"),
-            vectors=vectors,
-        )
-
-    def _part(self, features: np.ndarray) -> Part | None:
-        """Rows that follow each other in one weight."""
-        site = self._owner(int(features[0]))
-        start = int(features[0]) - self.first[site.key]
-        if not np.array_equal(features, features[0] + np.arange(len(features))):
-            return None
-        return (
-            Part(site=site.key, side="rows", start=start)
-            if start + len(features) <= site.m
-            else None
-        )
-
-    def _repairs(self, features: set[int], size: int) -> list[tuple[str, Repair]] | None:
-        """Nodes that name the extents of these features; None where those do not lie in runs."""
-        found = []
-        for op, k, numbers in self.seen:
-            if int(numbers.flat[0]) not in features:
-                continue
-            axes = [a for a in range(numbers.ndim) if _moves_within(numbers, a)]
-            if len(axes) != 1:
-                return None
-            extent = numbers.shape[axes[0]]
-            runs = np.moveaxis(numbers, axes[0], -1).reshape(-1, extent)
-            if extent % size or not _in_runs(np.unique(runs, axis=0).reshape(-1, size)):
-                return None
-            place, length = axes[0], numbers.ndim
-            if op == "Shape":
-                shown = _shown(self.index.node(k), length)
-                if place not in shown:
-                    continue
-                place, length = shown.index(place), len(shown)
-            elif self._target(k)[place] <= 0:
-                continue  # the extent follows from others
-            found.append((op, Repair(node=k, place=place, length=length, extent=extent)))
-        return found
-
-    def _target(self, k: int) -> np.ndarray:
-        name = self.index.node(k).input[1]
-        held = self.index.constant(name)
-        return self.values[name] if held is None else held
-
-    def _vectors(self, features: set[int], size: int) -> tuple[Vector, ...] | None:
-        found = []
-        for k, name, line in self.vectors:
-            if int(line[0]) not in features:
-                continue
-            if len(line) % size:
-                return None
-            parts = [self._part(run) for run in line.reshape(-1, size)]
-            kept = tuple(p for p in parts if p is not None)
-            if len(kept) < len(parts):
-                return None
-            found.append(Vector(node=k, name=name, parts=kept))
-        return tuple(found)
-
 
 def _bare(index: GraphIndex, site: Site) -> bool:
     """Whether a site is one node that makes W x, with no more than a constant bias of its own."""
@@ -382,38 +234,13 @@ def _bare(index: GraphIndex, site: Site) -> bool:
     return use.bias.kind == "input" or not any(third)
 
 
-def _shown(node: onnx.NodeProto, rank: int) -> range:
-    """The axes whose extents a Shape gives (ONNX operators, Shape, `start` and `end`)."""
-    given = {a.name: a.i for a in node.attribute}
-    return range(rank)[given.get("start", 0) : given.get("end")]
-
-
 def _varies(numbers: np.ndarray, axis: int) -> bool:
     return bool((numbers != numbers.take([0], axis)).any())
 
 
-def _moves_within(numbers: np.ndarray, axis: int) -> bool:
+def moves_within(numbers: np.ndarray, axis: int) -> bool:
     """Whether neighbours along the axis are neighbours in the weight too."""
     if numbers.shape[axis] < 2:
         return False
     pair = numbers.take([0, 1], axis)
     return bool((np.diff(pair, axis=axis) == 1).all())
-
-
-def _in_runs(lines: np.ndarray) -> bool:
-    return bool((np.diff(lines, axis=1) == 1).all())
-
-
-def _joined(
-    meetings: Sequence[_Meeting], sites_of: Callable[[_Meeting], set[str]]
-) -> list[list[_Meeting]]:
-    """Meetings in sets that share no weight."""
-    sets: list[tuple[set[str], list[_Meeting]]] = []
-    for meeting in meetings:
-        keys, members = sites_of(meeting), [meeting]
-        for other in [s for s in sets if not s[0].isdisjoint(keys)]:
-            sets.remove(other)
-            keys |= other[0]
-            members = other[1] + members
-        sets.append((keys, members))
-    return [members for _, members in sets]

@@ -1,0 +1,193 @@
+"""Find features that can shrink between weights."""
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.sites.follow import Meeting, Trace, Values, moves_within
+from onnx_utilrank.sites.hidden import Group, Hidden, Part, Repair, Vector
+from onnx_utilrank.sites.site import Site
+
+__all__ = ["find_hidden"]
+
+
+def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tuple[Hidden, ...]:
+    """Features between weights that can shrink, each weight in one set of them at most.
+
+    Args:
+        index: The model.
+        sites: Its sites.
+        values: What `values_followed` names, on one sample.
+    """
+    trace = Trace(index, sites, values)
+    trace.run()
+    taken: set[str] = set()
+    found = []
+    for hidden in _Assembly(trace).hidden():
+        if taken.isdisjoint(hidden.sites):
+            taken.update(hidden.sites)
+            found.append(hidden)
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Assembly:
+    """Puts what met together."""
+
+    trace: Trace
+
+    def hidden(self) -> Iterable[Hidden]:
+        """The meetings of features that nothing stopped, joined where they share a weight."""
+        good = [m for m in self.trace.meetings if not self._lost(m)]
+        for joined in _joined(good, self._sites_of):
+            made = self._assemble(joined)
+            if made is not None:
+                yield made
+
+    def _lost(self, meeting: Meeting) -> bool:
+        features = set(meeting.made.ravel().tolist())
+        if meeting.rows is not None:
+            features |= set(meeting.rows.ravel().tolist())
+        return not self.trace.stuck.isdisjoint(features)
+
+    def _owner(self, feature: int) -> Site:
+        starts = list(self.trace.first.values())
+        return self.trace.sites[bisect.bisect_right(starts, feature) - 1]
+
+    def _sites_of(self, meeting: Meeting) -> set[str]:
+        found = {self._owner(int(f)).key for f in meeting.made[:, 0]}
+        if meeting.rows is not None:
+            found |= {self._owner(int(f)).key for f in meeting.rows[:, 0]}
+        if meeting.columns is not None:
+            found.add(meeting.columns[0].key)
+        return found
+
+    def _assemble(self, meetings: Sequence[Meeting]) -> Hidden | None:
+        """One set of features of all its weights; None where a feature of them is left over."""
+        sizes = {m.made.shape[1] for m in meetings}
+        size = min(sizes)
+        if len(sizes) > 1 or size < 2:
+            return None
+        groups, covered = [], []
+        for meeting in meetings:
+            for k, features in enumerate(meeting.made):
+                if meeting.rows is not None:
+                    met = self._part(meeting.rows[k])
+                    covered.append(meeting.rows[k])
+                else:
+                    assert meeting.columns is not None
+                    site, starts = meeting.columns
+                    met = Part(site=site.key, side="columns", start=int(starts[k]))
+                made = self._part(features)
+                covered.append(features)
+                if made is None or met is None:
+                    return None
+                groups.append(Group(made=made, met=met))
+        every = np.sort(np.concatenate(covered))
+        makers = {self._owner(int(f)).key for f in every}
+        wanted = [
+            self.trace.first[s.key] + np.arange(s.m, dtype=np.int32)
+            for s in self.trace.sites
+            if s.key in makers
+        ]
+        if not np.array_equal(every, np.concatenate(wanted)):
+            return None
+        keys = set().union(*(self._sites_of(m) for m in meetings))
+        ordered = tuple(s.key for s in self.trace.sites if s.key in keys)
+        repairs = self._repairs(set(every.tolist()), size)
+        vectors = self._vectors(set(every.tolist()), size)
+        if repairs is None or vectors is None:
+            return None
+        return Hidden(
+            key=groups[0].made.site,
+            sites=ordered,
+            size=size,
+            groups=tuple(groups),
+            reshapes=tuple(r for op, r in repairs if op == "Reshape"),
+            shapes=tuple(r for op, r in repairs if op == "Shape"),
+            vectors=vectors,
+        )
+
+    def _part(self, features: np.ndarray) -> Part | None:
+        """Rows that follow each other in one weight."""
+        site = self._owner(int(features[0]))
+        start = int(features[0]) - self.trace.first[site.key]
+        if not np.array_equal(features, features[0] + np.arange(len(features))):
+            return None
+        return (
+            Part(site=site.key, side="rows", start=start)
+            if start + len(features) <= site.m
+            else None
+        )
+
+    def _repairs(self, features: set[int], size: int) -> list[tuple[str, Repair]] | None:
+        """Nodes that name the extents of these features; None where those do not lie in runs."""
+        found = []
+        for op, k, numbers in self.trace.seen:
+            if int(numbers.flat[0]) not in features:
+                continue
+            axes = [a for a in range(numbers.ndim) if moves_within(numbers, a)]
+            if len(axes) != 1:
+                return None
+            extent = numbers.shape[axes[0]]
+            runs = np.moveaxis(numbers, axes[0], -1).reshape(-1, extent)
+            if extent % size or not _in_runs(np.unique(runs, axis=0).reshape(-1, size)):
+                return None
+            place, length = axes[0], numbers.ndim
+            if op == "Shape":
+                shown = _shown(self.trace.index.node(k), length)
+                if place not in shown:
+                    continue
+                place, length = shown.index(place), len(shown)
+            elif self._target(k)[place] <= 0:
+                continue  # the extent follows from others
+            found.append((op, Repair(node=k, place=place, length=length, extent=extent)))
+        return found
+
+    def _target(self, k: int) -> np.ndarray:
+        name = self.trace.index.node(k).input[1]
+        held = self.trace.index.constant(name)
+        return self.trace.values[name] if held is None else held
+
+    def _vectors(self, features: set[int], size: int) -> tuple[Vector, ...] | None:
+        found = []
+        for k, name, line in self.trace.vectors:
+            if int(line[0]) not in features:
+                continue
+            if len(line) % size:
+                return None
+            parts = [self._part(run) for run in line.reshape(-1, size)]
+            kept = tuple(p for p in parts if p is not None)
+            if len(kept) < len(parts):
+                return None
+            found.append(Vector(node=k, name=name, parts=kept))
+        return tuple(found)
+
+
+def _shown(node: onnx.NodeProto, rank: int) -> range:
+    """The axes whose extents a Shape gives (ONNX operators, Shape, `start` and `end`)."""
+    given = {a.name: a.i for a in node.attribute}
+    return range(rank)[given.get("start", 0) : given.get("end")]
+
+
+def _in_runs(lines: np.ndarray) -> bool:
+    return bool((np.diff(lines, axis=1) == 1).all())
+
+
+def _joined(
+    meetings: Sequence[Meeting], sites_of: Callable[[Meeting], set[str]]
+) -> list[list[Meeting]]:
+    """Meetings in sets that share no weight."""
+    sets: list[tuple[set[str], list[Meeting]]] = []
+    for meeting in meetings:
+        keys, members = sites_of(meeting), [meeting]
+        for other in [s for s in sets if not s[0].isdisjoint(keys)]:
+            sets.remove(other)
+            keys |= other[0]
+            members = other[1] + members
+        sets.append((keys, members))
+    return [members for _, members in sets]
