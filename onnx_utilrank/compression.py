@@ -17,7 +17,6 @@ from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.propagate import Layer, Refitted, as_measured, propagate
-from onnx_utilrank.sensitivity.measure import behind
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
@@ -150,7 +149,9 @@ def _layers(
                 weight=site_matrix(job.index, found.site),
                 rank=moves[key].rank if key in moves else None,
                 biases=job.own_biases(found.site),
-                behind=behind(job.index, found.site),
+                behind=kept[key][0].added(job.index, key, found.site.m)
+                if key in kept
+                else np.zeros(found.site.m),
                 kept=features * len(groups) if groups else None,
             )
         )
@@ -209,8 +210,7 @@ def _shrinking(
         site = sites[key].site
         shift = made[key].lost_mean
         if hidden.rows(key, site.m, kept) < site.m and shift is not None:
-            (own,) = job.own_biases(site).values()
-            biases[key] = own + behind(job.index, site) + shift
+            biases[key] = site.uses[0].bias.values(job.index, site.m) + shift
     return Shrinking(
         hidden=hidden,
         sites={key: sites[key].site for key in hidden.sites},
@@ -229,12 +229,12 @@ def _lost(
     n: int,
 ) -> np.ndarray:
     """What the weight that reads a group loses of its mean output, [m]."""
-    maker = sites[group.made.site]
-    assert isinstance(maker, TwoSidedSite)
-    assert maker.heads is not None
-    mean = maker.heads.mean[group.made.start : group.made.start + n]
-    columns = made[group.met.site].weight[:, group.met.start : group.met.start + n]
-    return np.asarray(columns @ (mean - basis.expand @ (basis.reduce @ mean)))
+    reader = sites[group.met.site].moment
+    assert reader is not None
+    columns = slice(group.met.start, group.met.start + n)
+    mean = reader.mean[columns]
+    lost = mean - basis.expand @ (basis.reduce @ mean)
+    return np.asarray(made[group.met.site].weight[:, columns] @ lost)
 
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:

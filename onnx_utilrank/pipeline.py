@@ -137,7 +137,7 @@ def compress(
             check_hidden(plan, job.index, job.hidden(sites, calibration))
         changed = {*planned_moves(plan), *(key for h in plan.shrunk for key in h.sites)}
         sites = tuple(s for s in sites if s.key in changed)
-        config = replace(config, method=plan.method, weighting=plan.weighting)
+        config = replace(config, method=plan.method, weighting=plan.weighting, moves=None)
     searched: Sequence[int] = ()
     if config.quality is not None:
         calibration, searched = _part(job, calibration, config.seed)

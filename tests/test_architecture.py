@@ -31,11 +31,11 @@ LAYERS = {
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "job": (
-        "calibration config errors model ranking runtime sensitivity sites statistics torch_graph"
-        " validation"
+        "calibration config errors model moves ranking runtime sensitivity sites statistics"
+        " torch_graph validation"
     ),
-    "compression": "config errors job model ranking refit sites surgery",
-    "quality": "calibration config errors job model runtime validation",
+    "compression": "config errors job model moves ranking refit sensitivity sites surgery",
+    "quality": "calibration config errors job model runtime statistics validation",
     "results": "errors model quality ranking validation",
     "search": "compression config errors job model quality ranking",
     "pipeline": (

@@ -94,7 +94,7 @@ def evaluations(zoo):
     return file.read_text().splitlines() if file.exists() else []
 
 
-def words(zoo, *more, models=("tiny",), ratios=("0.7", "0.001"), samples=40):
+def words(zoo, *more, models=("tiny",), ratios=("0.7", "0.00001"), samples=40):
     fixed = ["--zoo", str(zoo), "--samples", str(samples), "--limit", "9"]
     return [*fixed, "--models", *models, "--ratios", *ratios, *more]
 
@@ -112,7 +112,7 @@ def test_the_whole_chain_runs_and_is_resumed(comparison, zoo, tmp_path, capsys):
         "    ONNX_UTILRANK_ZOO=ZOO python tools/method_comparison.py --samples 40 --limit 9 "
     )
     (head, *rows), (health_head, *health) = sections(printed.out)
-    assert head == ["method", "70 %", "0.1 %"]
+    assert head == ["method", "70 %", "0.001 %"]
     assert [row[0] for row in rows] == list(comparison.CONTENDERS)
     assert all(re.fullmatch(r"\d+\.\d\d \(\S+\)", row[1]) for row in rows)
     assert {row[2] for row in rows} == {"–"}
@@ -130,7 +130,7 @@ def test_the_whole_chain_runs_and_is_resumed(comparison, zoo, tmp_path, capsys):
         assert row["error"] > 0
         assert min(row["measuring"], row["seconds"]) > 0
         assert (row["predicted"] is not None) == (row["method"] in list(comparison.CONTENDERS)[6:])
-    missed = [row for row in held["rows"] if row["ratio"] == 0.001]
+    missed = [row for row in held["rows"] if row["ratio"] == 1e-5]
     assert len(missed) == 11
     assert all(re.search("cannot be\\s+reached", row["reason"]) for row in missed)
     assert not any(row["failed"] for row in missed)
@@ -147,7 +147,7 @@ def test_the_whole_chain_runs_and_is_resumed(comparison, zoo, tmp_path, capsys):
     assert (row["model"], row["asked"], row["best baseline"]) == ("tiny", "70 %", best)
     assert row["to best baseline"] == f"{own / divergences[best]:.2f}"
     assert row["to utilized-rank"] == f"{own / divergences['utilized-rank']:.2f}"
-    assert health[1][1:] == ["–", "0.1 %", "–", "–", "–", "–"]
+    assert health[1][1:] == ["–", "0.001 %", "–", "–", "–", "–"]
 
     assert comparison.main(given_words) == 0
     again = capsys.readouterr()
@@ -183,7 +183,7 @@ def test_what_fails_is_told_and_taken_again(comparison, zoo, tmp_path, capsys):
     assert row == ["svd", "failed", "–"]
     assert [r["reason"] for r in json.loads(out.read_text())["rows"] if r["failed"]] == [reason]
     kept = comparison.Results({"samples": 40, "limit": 9}, out).entries
-    assert [entry.ratio for entry in kept.values()] == [0.001]
+    assert [entry.ratio for entry in kept.values()] == [1e-5]
     out.write_text("[]")
     with pytest.raises(SystemExit, match="2"):
         comparison.main(common)

@@ -235,6 +235,27 @@ def test_compress_stores_pivots_and_counts_them(form: Form):
     assert result.plan.parameters_after <= 0.95 * result.plan.parameters_before
 
 
+@pytest.mark.parametrize("form", [right(2), right(2, name="add"), gemm("none")], ids=str)
+def test_pivots_make_no_bias_where_there_is_none(form: Form):
+    _, site = only_site(form.proto)
+    made = moved(form.proto, PIVOT, random_factors(5, site.m, site.d, 2), None)
+    assert not {"Add", "Gemm"} & set(ops(made)) or form.name == "none"
+    stored = sum(math.prod(t.dims) for t in made.graph.initializer)
+    assert stored == PIVOT.parameters(site, 2)
+
+
+def test_methods_that_make_none_of_the_moves_are_refused():
+    form = right(2)
+    for method, moves in (("utilized-rank", ("pivot",)), ("utilized-rank", ("pivot", "shrink"))):
+        config = CompressConfig(energy=0.9, method=method, moves=moves)
+        with pytest.raises(ConfigError, match=f"method {method} makes none of the moves pivot"):
+            compress(form.proto, form.data(), config)
+    for moves in (("shrink",), ("pivot",)):
+        config = CompressConfig(param_ratio=0.9, method="svd", moves=moves)
+        with pytest.raises(ConfigError, match=f"method svd makes none of the moves {moves[0]}"):
+            compress(form.proto, form.data(), config)
+
+
 def test_weight_of_two_nodes_is_moved_in_both():
     weight = noise(1, 7, 5).astype(np.float32)
     bias = noise(2, 5).astype(np.float32)

@@ -16,7 +16,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.moves import MOVES
 from onnx_utilrank.ranking.decide import check_plan, planned_moves
-from onnx_utilrank.ranking.plan import PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
@@ -59,6 +59,20 @@ def entries(draw: st.DrawFn, site: str) -> PlanEntry:
     )
 
 
+@st.composite
+def hidden_entries(draw: st.DrawFn) -> HiddenEntry:
+    size = draw(st.integers(2, 60))
+    return HiddenEntry(
+        hidden=draw(NAMES),
+        sites=tuple(draw(st.lists(NAMES, max_size=3))),
+        groups=draw(COUNTS),
+        size=size,
+        kept=draw(st.none() | st.integers(1, size - 1)),
+        predicted_error=draw(NUMBERS),
+        reason=draw(NAMES),
+    )
+
+
 SKIPPED = st.builds(SkippedNode, node=NAMES, op_type=NAMES, reason=NAMES)
 
 
@@ -75,6 +89,7 @@ def plans(draw: st.DrawFn) -> RankPlan:
         weighting=draw(st.none() | st.sampled_from(WEIGHTINGS)),
         refit=draw(st.booleans()),
         entries=tuple(draw(entries(key)) for key in keys),
+        hidden=tuple(draw(st.lists(hidden_entries(), max_size=2))),
         skipped=tuple(draw(st.lists(SKIPPED, max_size=2))),
     )
 
@@ -99,6 +114,16 @@ ENTRY = PlanEntry(
 DENSE = dataclasses.replace(
     ENTRY, site="head.weight", rank=None, subspaces=None, move=None, bias=False, predicted_error=0.0
 )
+HIDDEN = HiddenEntry(
+    hidden="q.weight",
+    sites=("q.weight", "k.weight"),
+    groups=4,
+    size=8,
+    kept=3,
+    predicted_error=0.5,
+    reason="3 of 8 features in each of 4 groups",
+)
+WHOLE = dataclasses.replace(HIDDEN, hidden="v.weight", sites=("v.weight",), kept=None)
 PLAN = RankPlan(
     model_sha256="abc",
     method="utilized-rank",
@@ -109,6 +134,7 @@ PLAN = RankPlan(
     weighting="logits",
     refit=True,
     entries=(DENSE, ENTRY),
+    hidden=(WHOLE, HIDDEN),
     skipped=(SkippedNode(node="conv", op_type="Conv", reason="the weight is empty"),),
 )
 
@@ -140,10 +166,17 @@ def test_the_file_is_json_with_every_field_in_its_place():
     assert raw["entries"][1]["rank"] == 2
     assert raw["entries"][1]["subspaces"] == [2, 3]
     assert raw["entries"][1]["nodes"] == ["fc", "fc again"]
+    assert [h["kept"] for h in raw["hidden"]] == [None, 3]
+    assert raw["hidden"][1]["sites"] == ["q.weight", "k.weight"]
 
 
 def test_the_factored_entries_are_those_with_a_rank():
     assert PLAN.factored == (ENTRY,)
+    assert PLAN.shrunk == (HIDDEN,)
+    assert PLAN.changes
+    only = dataclasses.replace(PLAN, entries=(DENSE,))
+    assert only.changes
+    assert not dataclasses.replace(only, hidden=(WHOLE,)).changes
     assert PLAN.param_ratio == 0.8
 
 
@@ -200,16 +233,17 @@ def refuses(text: str, *parts: str) -> None:
 
 
 def changed(place: str, changes: Mapping[str, Any], *, without: str | None = None) -> str:
-    """The plan as JSON with something else at its top, in its entry 1 or its skipped node 0."""
+    """The plan as JSON with something else at its top, in entry 1, hidden 1 or skipped node 0."""
     raw = json.loads(PLAN.to_json())
-    where = {"plan": raw, "entry": raw["entries"][1], "skipped": raw["skipped"][0]}[place]
-    where.update(changes)
+    places = {"plan": raw, "entry": raw["entries"][1]}
+    places |= {"hidden": raw["hidden"][1], "skipped": raw["skipped"][0]}
+    places[place].update(changes)
     if without is not None:
-        del where[without]
+        del places[place][without]
     return json.dumps(raw)
 
 
-NAMED = {"plan": "plan.json: ", "entry": "entry 1", "skipped": "skipped 0"}
+NAMED = {"plan": "plan.json: ", "entry": "entry 1", "hidden": "hidden 1", "skipped": "skipped 0"}
 
 # What JSON can hold, by kind, and the kinds that each field takes.
 VALUES = {
@@ -233,6 +267,7 @@ TAKES = {
         "weighting": {"null"},
         "refit": {"bool"},
         "entries": {"list"},
+        "hidden": {"list"},
         "skipped": {"list"},
         "schema": {"int"},
     },
@@ -253,13 +288,22 @@ TAKES = {
         "trusted": {"bool"},
         "reason": {"str"},
     },
+    "hidden": {
+        "hidden": {"str"},
+        "sites": {"list"},
+        "groups": {"int"},
+        "size": {"int"},
+        "kept": {"int", "null"},
+        "predicted_error": {"int", "float"},
+        "reason": {"str"},
+    },
     "skipped": {"node": {"str"}, "op_type": {"str"}, "reason": {"str"}},
 }
 FIELDS = [(place, field) for place, fields in TAKES.items() for field in fields]
 
 
 def test_every_field_is_tried_below():
-    kinds = {"plan": RankPlan, "entry": PlanEntry, "skipped": SkippedNode}
+    kinds = {"plan": RankPlan, "entry": PlanEntry, "hidden": HiddenEntry, "skipped": SkippedNode}
     for place, kind in kinds.items():
         assert list(TAKES[place]) == [f.name for f in dataclasses.fields(kind)]
 
@@ -284,10 +328,10 @@ def test_an_unknown_key_is_refused(place, key):
     refuses(changed(place, {key: 1}), NAMED[place], f"unknown key {key!r}")
 
 
-@pytest.mark.parametrize("place", ["entries", "skipped"])
+@pytest.mark.parametrize("place", ["entries", "hidden", "skipped"])
 @pytest.mark.parametrize("value", [None, 1, "fc", [[]], []])
 def test_an_entry_that_is_no_object_is_refused(place, value):
-    name = {"entries": "entry 0", "skipped": "skipped 0"}[place]
+    name = {"entries": "entry 0"}.get(place, f"{place} 0")
     refuses(changed("plan", {place: [value]}), name, "not an object")
 
 
@@ -327,6 +371,32 @@ def test_an_entry_that_is_no_object_is_refused(place, value):
 )
 def test_an_entry_out_of_range_is_refused_by_name(changes, reason):
     refuses(changed("entry", changes), "entry 1 ('fc.weight')", reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kept": 0}, "0 kept features are not between 1 and "),
+        ({"kept": -1}, "-1 kept features are not between 1 and "),
+        ({"kept": 8}, "8 kept features are not between 1 and "),
+        ({"kept": 10**30}, "kept features are not between 1 and "),
+        ({"kept": 1, "size": 1}, "1 kept features are not between 1 and "),
+        ({"size": 3}, "3 kept features are not between 1 and "),
+        ({"sites": ["q.weight", 1]}, "'sites' holds something that is not a name"),
+        ({"sites": [["q.weight"]]}, "'sites' holds something that is not a name"),
+        ({"predicted_error": float("nan")}, "'predicted_error' is not a finite number"),
+        ({"predicted_error": float("inf")}, "'predicted_error' is not a finite number"),
+        ({"predicted_error": 10**400}, "'predicted_error' is not a finite number"),
+    ],
+)
+def test_hidden_features_out_of_range_are_refused_by_name(changes, reason):
+    refuses(changed("hidden", changes), "hidden 1 ('q.weight')", reason)
+
+
+@pytest.mark.parametrize("kept", [1, 7, None])
+def test_hidden_features_in_range_are_read(kept):
+    hidden = RankPlan.from_json(changed("hidden", {"kept": kept})).hidden[1]
+    assert hidden == dataclasses.replace(HIDDEN, kept=kept)
 
 
 def test_the_largest_rank_and_subspaces_are_in_range():
@@ -403,9 +473,16 @@ def with_entry(**changes: Any) -> RankPlan:
     return dataclasses.replace(PLAN, entries=(DENSE, dataclasses.replace(ENTRY, **changes)))
 
 
+def with_hidden(**changes: Any) -> RankPlan:
+    return dataclasses.replace(PLAN, hidden=(WHOLE, dataclasses.replace(HIDDEN, **changes)))
+
+
 @pytest.mark.parametrize(
     "same",
     [
+        with_hidden(reason="because"),
+        with_hidden(predicted_error=0.0),
+        dataclasses.replace(PLAN, hidden=(HIDDEN,)),
         with_entry(reason="because"),
         with_entry(predicted_error=None),
         with_entry(rows=None),
@@ -435,6 +512,10 @@ def test_the_fingerprint_ignores_what_decides_nothing(same):
         with_entry(site="fc2.weight"),
         dataclasses.replace(PLAN, model_sha256="abd"),
         dataclasses.replace(PLAN, method="svd"),
+        with_hidden(kept=4),
+        with_hidden(kept=None),
+        with_hidden(hidden="v.weight"),
+        dataclasses.replace(PLAN, hidden=()),
         dataclasses.replace(PLAN, refit=False),
     ],
 )

@@ -134,7 +134,7 @@ def layer(graph: GraphIndex, weight: str, rank: int, rows: np.ndarray) -> Layer:
     known = Sensitivity(moment=moment, gamma=np.eye(site.m), samples=1, decisions=10**9)
     measured = two_sided_site(site, w, known, site.smaller_side, 0)
     biases = {use.node: np.zeros(site.m) for use in site.uses}
-    return Layer(measured=measured, weight=w, rank=rank, biases=biases)
+    return Layer(measured=measured, weight=w, rank=rank, biases=biases, behind=np.zeros(site.m))
 
 
 def layers(proto: onnx.ModelProto, runs: list[Feed], ranks: dict[str, int]) -> list[Layer]:
@@ -151,7 +151,7 @@ def plain(made: Layer) -> Refitted:
     found: TwoSidedSite = made.measured
     lost = found.found.lost(found.mean_output(made.weight), made.rank)
     factors = found.found.factors(made.weight, made.rank)
-    return Refitted(factors=factors, lost_mean=lost, turn=None)
+    return Refitted(weight=factors.product, factors=factors, lost_mean=lost, turn=None)
 
 
 def refitted(proto: onnx.ModelProto, wanted: list[Layer], runs: list[Feed]) -> dict[str, Refitted]:
@@ -293,6 +293,46 @@ def test_padded_rows_are_not_fitted_to():
         np.testing.assert_allclose(made, expected, rtol=0, atol=1e-5)
     blind = propagate(graph, wanted, other, None, quiet)
     assert np.abs(blind["V"].factors.product - first["V"].factors.product).max() > 1e-3
+
+
+def test_halves_are_of_different_samples(monkeypatch):
+    """Rows of one sample are too alike to tell whether another one is predicted."""
+    seen = []
+
+    def spy(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> np.ndarray:
+        seen.append(halves)
+        return regression(halves, metric)
+
+    monkeypatch.setattr("onnx_utilrank.refit.propagate.regression", spy)
+    proto = two_layers()
+    levels = np.array([1.0, 5.0, 2.0, 7.0])
+    x = levels[:, None, None] + 0.01 * noise(1, 4, 6, D)
+    for runs in ([{"x": x.astype(np.float32)}], [{"x": v[None].astype(np.float32)} for v in x]):
+        seen.clear()
+        refitted(proto, layers(proto, runs, {"V": 3}), runs)
+        ((even, odd),) = seen
+        assert even.rows == odd.rows == 12
+        u = np.tensordot(x, FIRST, (2, 1))
+        gap = u[::2].mean((0, 1)) - u[1::2].mean((0, 1))
+        made = (even.targets - odd.targets) / 12
+        np.testing.assert_allclose(made * np.sign(made[0] * gap[0]), gap, atol=1e-4)
+
+
+def test_one_sample_says_nothing(monkeypatch):
+    """Nobody could tell whether what is learnt from it holds for another one."""
+    maps = []
+
+    def spy(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> np.ndarray:
+        maps.append(regression(halves, metric))
+        return maps[-1]
+
+    monkeypatch.setattr("onnx_utilrank.refit.propagate.regression", spy)
+    proto = two_layers()
+    runs = [{"x": activations(1, 1, 200, D).astype(np.float32)}]
+    refitted(proto, layers(proto, runs, {"W": 2, "V": 2}), runs)
+    assert len(maps) == 2
+    for found in maps:
+        np.testing.assert_array_equal(found, np.eye(len(found)))
 
 
 def deep() -> tuple[onnx.ModelProto, list[Feed]]:

@@ -283,7 +283,7 @@ def fake_zoo(tmp_path):
 
 def test_zoo_table_runs_the_whole_chain(zoo_table, fake_zoo, tmp_path, capsys):
     files = [tmp_path / "rows.json", tmp_path / "table.md"]
-    words = ["--zoo", str(fake_zoo), "--models", "absent", "tiny", "--ratios", "0.7", "0.001"]
+    words = ["--zoo", str(fake_zoo), "--models", "absent", "tiny", "--ratios", "0.7", "0.00001"]
     words += ["--methods", "two-sided", "--samples", "40", "--limit", "9"]
     words += [f"--out={file}" for file in files]
     assert zoo_table.main(words) == 1  # for the model that is absent

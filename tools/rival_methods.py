@@ -20,10 +20,10 @@ import numpy as np
 from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.job import Job, Measurement
 from onnx_utilrank.ranking.cost import bias_cost
-from onnx_utilrank.ranking.method import Choice, Measured, Move, Side, site_moment
+from onnx_utilrank.ranking.method import Choice, Measured, Move, site_moment
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import site_matrix
-from onnx_utilrank.sites.site import Site
+from onnx_utilrank.sites.site import Side, Site
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.statistics.factorize import Decomposition, Factors, plain_svd
 from onnx_utilrank.statistics.moments import SecondMoment

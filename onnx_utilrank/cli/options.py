@@ -119,8 +119,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--moves",
         type=_words,
         metavar="MOVES",
-        help=f"comma-separated ways to store factors: {','.join(MOVE_KEYS)}; those "
-        "named are used wherever they are smaller (default: all, where they should be faster too)",
+        help=f"what may be done to weights, comma-separated: {','.join(MOVE_KEYS)}; those named "
+        "are made wherever that is smaller (default: all, where it should be faster too)",
     )
     parser.add_argument(
         "--no-refit",

@@ -8,7 +8,7 @@ during the surgery are exported by graphsurgeon.
 """
 
 from collections import Counter
-from collections.abc import MutableSequence
+from collections.abc import Iterable, MutableSequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Surgeon:
             for node in source.node
         ]
         self._chains: dict[int, list[gs.Node]] = {}
+        self._forgotten: set[str] = set()
         self._before: dict[int, list[gs.Node]] = {}
         self._new: dict[str, onnx.TensorProto] = {}
 
@@ -90,6 +91,10 @@ class Surgeon:
         """Put a node before node `k` of the source."""
         self._before.setdefault(k, []).append(node)
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop what the model declares of inner values: their shapes change."""
+        self._forgotten.update(names)
+
     def rewire(self, k: int, old: str, new: str) -> None:
         """Let node `k` read `new` where it reads `old`."""
         node = self._nodes[k]
@@ -121,6 +126,7 @@ class Surgeon:
         graph.node.extend(nodes)
         for entries in (graph.initializer, graph.value_info, graph.input):
             _drop(entries, [entry.name in dead for entry in entries])
+        _drop(graph.value_info, [entry.name in self._forgotten for entry in graph.value_info])
         annotations = graph.quantization_annotation
         _drop(annotations, [entry.tensor_name in dead for entry in annotations])
         graph.initializer.extend(self._new.values())

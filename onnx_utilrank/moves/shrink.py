@@ -10,7 +10,7 @@ from onnx_utilrank.model.graph import attributes
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.moves.stored import corrected_bias, store
 from onnx_utilrank.sites.find import site_kind
-from onnx_utilrank.sites.hidden import Hidden, Part, Repair
+from onnx_utilrank.sites.hidden import Hidden, Repair, Vector
 from onnx_utilrank.sites.site import Site
 
 __all__ = ["SHRINK", "Basis", "Shrinking", "shrink"]
@@ -65,9 +65,12 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
     for key, site in what.sites.items():
         _rewrite_site(surgeon, what, site, maps.get(key))
     for vector in hidden.vectors:
-        _rewrite_vector(surgeon, what, vector.node, vector.name, vector.parts, maps)
+        _rewrite_vector(surgeon, what, vector, maps)
     for repair in hidden.reshapes:
         _restate(surgeon, repair, hidden.size, kept)
+    for node in hidden.splits:
+        _split_anew(surgeon, node, hidden.size, kept)
+    surgeon.forget(hidden.values)
     for repair in hidden.shapes:
         _show_as_before(surgeon, repair, hidden.size, kept)
 
@@ -132,12 +135,10 @@ def _add_to_bias(surgeon: Surgeon, site: Site, lost: np.ndarray) -> None:
 def _rewrite_vector(
     surgeon: Surgeon,
     what: Shrinking,
-    node: int,
-    name: str,
-    parts: Sequence[Part],
+    vector: Vector,
     maps: Mapping[str, Mapping[int, np.ndarray]],
 ) -> None:
-    n = what.hidden.size
+    n, name, parts = what.hidden.size, vector.name, vector.parts
     held = surgeon.index.constant(name)
     assert held is not None
     flat = held.astype(np.float64).reshape(-1)
@@ -146,13 +147,14 @@ def _rewrite_vector(
         site = what.sites[part.site]
         slot = site.uses[0].bias
         piece = flat[k * n : (k + 1) * n]
-        if slot.kind == "add" and slot.node == node and part.site in what.biases:
+        if slot.kind == "add" and slot.node == vector.node and part.site in what.biases:
             piece = what.biases[part.site][part.start : part.start + n]
         pieces.append(maps[part.site][part.start] @ piece)
     values = np.concatenate(pieces)
-    shape = tuple(len(values) if extent == len(flat) else extent for extent in held.shape)
+    shape = list(held.shape)
+    shape[vector.axis] = shape[vector.axis] * len(values) // len(flat)
     new = store(surgeon, what.sites[parts[0].site], f"{name}/shrunk", values.reshape(shape))
-    surgeon.rewire(node, name, new)
+    surgeon.rewire(vector.node, name, new)
 
 
 def _restate(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
@@ -168,6 +170,14 @@ def _restate(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
     made = surgeon.value(f"{name}/shrunk")
     surgeon.insert(repair.node, _added(surgeon, surgeon.tensor(name), repair, change, made))
     surgeon.rewire(repair.node, name, made.name)
+
+
+def _split_anew(surgeon: Surgeon, node: int, size: int, kept: int) -> None:
+    """Change how many features go where."""
+    name = surgeon.index.node(node).input[1]
+    held = surgeon.index.constant(name)
+    assert held is not None
+    surgeon.rewire(node, name, surgeon.constant(f"{name}/shrunk", held // size * kept))
 
 
 def _show_as_before(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:

@@ -68,10 +68,10 @@ def count_parameters(store: ModelStore) -> int:
 
 
 def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], kept: int) -> int:
-    """Elements that shrinking hidden features adds to the model beside its weights.
+    """Elements that shrinking hidden features adds to the model beside its weights, at most.
 
     Biases and other constants shrink with the features, which may well make it negative; shapes
-    are stated anew.
+    are stated anew. A constant that other nodes read too is taken to stay.
     """
     total = 0
     for vector in hidden.vectors:
@@ -80,16 +80,28 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
         total -= held if index.freed_by(vector.name, frozenset({vector.node})) else 0
     for repair in (*hidden.reshapes, *hidden.shapes):
         total += repair.length
+    for name, nodes in _targets(index, hidden).items():
+        kind = index.constant_type(name)
+        if kind is not None and index.freed_by(name, frozenset(nodes)):
+            total -= math.prod(kind[0])
     for key in hidden.sites:
         site = sites[key]
         (use,) = site.uses
         rows = hidden.rows(key, site.m, kept)
-        if rows == site.m:
+        if rows == site.m and use.bias.kind != "new":
             total += bias_cost(index, site)
         elif use.bias.kind == "input":
             total += rows
             total -= site.m if index.freed_by(use.bias.name, frozenset({use.node})) else 0
     return total
+
+
+def _targets(index: GraphIndex, hidden: Hidden) -> dict[str, set[int]]:
+    """The shapes that Reshape nodes read, with the nodes."""
+    found: dict[str, set[int]] = {}
+    for repair in hidden.reshapes:
+        found.setdefault(index.node(repair.node).input[1], set()).add(repair.node)
+    return found
 
 
 def bias_cost(index: GraphIndex, site: Site) -> int:

@@ -105,7 +105,7 @@ class Offers:
             index=index,
             fingerprint=index.store.fingerprint(),
             choices=choices,
-            bundles=tuple(bundled(choices, hidden, shrunk)) if hidden else (),
+            bundles=tuple(bundled(choices, hidden, shrunk, config.rank_multiple) if hidden else ()),
             skips=tuple(skips),
             method=method,
             config=config,
@@ -362,10 +362,22 @@ def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) ->
     Raises:
         ModelError: They are not.
     """
+    if plan.method != TWO_SIDED.key:
+        raise ModelError(
+            f"{index.store.label}: the plan shrinks features, which method {plan.method} cannot"
+        )
     known = {each.key: each for each in hidden}
+    changed = {e.site for e in plan.factored}
     for entry in plan.shrunk:
+        twice = next((key for key in entry.sites if key in changed), None)
+        if twice is not None:
+            raise ModelError(
+                f"{index.store.label}: the plan shrinks {twice!r} and changes it otherwise too"
+            )
+        changed.update(entry.sites)
         found = known.get(entry.hidden)
-        if found is None or (found.sites, found.size) != (entry.sites, entry.size):
+        stated = (entry.sites, entry.size, entry.groups)
+        if found is None or (found.sites, found.size, len(found.groups)) != stated:
             raise ModelError(
                 f"{index.store.label}: the plan shrinks the features of {entry.hidden!r}, which "
                 "the model does not have that way"

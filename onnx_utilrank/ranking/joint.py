@@ -47,6 +47,7 @@ def bundled(
     choices: Sequence[Choice],
     hidden: Sequence[Hidden],
     shrunk: Callable[[Hidden, Choice, int], Move],
+    multiple: int,
 ) -> list[Bundle]:
     """The choices, those around hidden features joined.
 
@@ -56,6 +57,7 @@ def bundled(
         choices: One a site.
         hidden: Features between sites; those of which a weight was not measured are left out.
         shrunk: The move of a site of a hidden of which so many features a group are kept.
+        multiple: Features are kept in multiples of this.
     """
     place = {c.measured.site.key: k for k, c in enumerate(choices)}
     bundles: list[Bundle] = []
@@ -68,7 +70,7 @@ def bundled(
         own = [choices[k] for k in members]
         makers = [c.measured for c in own if each.makers(c.measured.site.key)]
         options = _separately(own)
-        for kept in range(1, each.size):
+        for kept in range(multiple, each.size, multiple):
             moves = tuple(shrunk(each, c, kept) for c in own)
             lost = 0.0
             for maker in makers:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from onnx_utilrank.moves.low_rank import LOW_RANK
-from onnx_utilrank.sites.site import RowView, Site, Use
+from onnx_utilrank.sites.site import RowView, Side, Site, Use
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.statistics.moments import SecondMoment
 
@@ -21,8 +21,6 @@ __all__ = [
     "site_moment",
     "use_view",
 ]
-
-Side = Literal["inputs", "outputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

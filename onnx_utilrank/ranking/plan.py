@@ -331,7 +331,8 @@ def _check_entry(entry: PlanEntry, place: str) -> None:
 
 def _check_hidden(entry: HiddenEntry, place: str) -> None:
     if entry.kept is not None and not 1 <= entry.kept < entry.size:
-        raise ModelError(f"{place}: {entry.kept} kept features are not between 1 and {entry.size}")
+        most = entry.size - 1
+        raise ModelError(f"{place}: {entry.kept} kept features are not between 1 and {most}")
     if not all(isinstance(key, str) for key in entry.sites):
         raise ModelError(f"{place}: 'sites' holds something that is not a name")
     if not _is_finite(entry.predicted_error):

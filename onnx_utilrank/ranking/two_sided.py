@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.method import Choice, Move, Side
-from onnx_utilrank.sites.site import Site
+from onnx_utilrank.ranking.method import Choice, Move
+from onnx_utilrank.sites.site import Side, Site
 from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, grouped, optimal
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_utilrank.ranking.method import Choice, Measured, Move, Side
-from onnx_utilrank.sites.site import Site
+from onnx_utilrank.ranking.method import Choice, Measured, Move
+from onnx_utilrank.sites.site import Side, Site
 from onnx_utilrank.statistics.factorize import Factors, Utilization, output_error, utilized
 from onnx_utilrank.statistics.moments import SecondMoment
 

@@ -7,7 +7,7 @@ import torch
 
 from onnx_utilrank.sensitivity.gradients import GradientPass, UseRows
 from onnx_utilrank.sensitivity.rows import as_rows
-from onnx_utilrank.sites.site import Site, Use
+from onnx_utilrank.sites.site import Side, Site, Use
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
@@ -20,9 +20,11 @@ Feed = Mapping[str, np.ndarray]
 class Collector:
     """Sums over runs for one site; `stride` thins the rows that the moment is formed from."""
 
-    def __init__(self, site: Site, biases: Mapping[int, np.ndarray], rows_wanted: int) -> None:
+    def __init__(
+        self, site: Site, side: Side, biases: Mapping[int, np.ndarray], rows_wanted: int
+    ) -> None:
         self.site = site
-        self.side = site.smaller_side
+        self.side = side
         width = site.m if self.side == "outputs" else site.d
         self.found = Sensitivity(moment=SecondMoment.zero(width), gamma=np.zeros((site.m, site.m)))
         self._biases = biases

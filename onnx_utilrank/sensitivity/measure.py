@@ -26,7 +26,7 @@ from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.footprint import Footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Effort", "behind", "choose_effort", "measure_sensitivity"]
+__all__ = ["Effort", "choose_effort", "measure_sensitivity"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,9 @@ def measure_sensitivity(
     chosen = [samples[k] for k in sorted(spread[: effort.gradients])]
     tested = [samples[k] for k in sorted(spread[-effort.quadratics :])]
     heads_of = _heads(sites, hidden)
+    added = {s.key: h.added(index, s.key, s.m) for h in hidden for s in sites if s.key in h.sites}
+    # What a reader loses of its mean is known where its inputs are.
+    readers = {g.met.site for h in hidden for g in h.groups if g.met.side == "columns"}
     measured = []
     passes = list(_groups(sites, effort.statistics_bytes))
     if len(passes) > 1:
@@ -139,7 +142,12 @@ def measure_sensitivity(
         )
     for group in passes:
         collectors = {
-            s.key: Collector(s, biases, max(ROWS_PER_FEATURE_KEPT * min(s.m, s.d), ROWS_KEPT))
+            s.key: Collector(
+                s,
+                "inputs" if s.key in readers else s.smaller_side,
+                biases,
+                max(ROWS_PER_FEATURE_KEPT * min(s.m, s.d), ROWS_KEPT),
+            )
             for s in group
         }
         backward = GradientPass(
@@ -167,7 +175,7 @@ def measure_sensitivity(
                 groups = heads_of.get(site.key)
                 if groups:
                     own = biases[site.uses[0].node]
-                    one = with_heads(one, weight, groups, own, behind(index, site))
+                    one = with_heads(one, weight, groups, own, added[site.key])
                 found.append(one)
         progress("decomposing", len(collectors), len(collectors))
         measured += _predicted(
@@ -216,12 +224,6 @@ def _predicted(
         lambda done, total: progress("predicting", done, total),
     )
     return [f.corrected(quadratics[f.site.key]) for f in found]
-
-
-def behind(index: GraphIndex, site: Site) -> np.ndarray:
-    """What an Add behind the node of a site adds to its output, [m]."""
-    slot = site.uses[0].bias
-    return slot.values(index, site.m) if slot.kind == "add" else np.zeros(site.m)
 
 
 def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tuple[slice, bool]]]:

@@ -74,7 +74,7 @@ class _Assembly:
             return None
         groups, covered = [], []
         for meeting in meetings:
-            for k, features in enumerate(meeting.made):
+            for k, line in enumerate(meeting.made):
                 if meeting.rows is not None:
                     met = self._part(meeting.rows[k])
                     covered.append(meeting.rows[k])
@@ -82,8 +82,8 @@ class _Assembly:
                     assert meeting.columns is not None
                     site, starts = meeting.columns
                     met = Part(site=site.key, side="columns", start=int(starts[k]))
-                made = self._part(features)
-                covered.append(features)
+                made = self._part(line)
+                covered.append(line)
                 if made is None or met is None:
                     return None
                 groups.append(Group(made=made, met=met))
@@ -98,8 +98,9 @@ class _Assembly:
             return None
         keys = set().union(*(self._sites_of(m) for m in meetings))
         ordered = tuple(s.key for s in self.trace.sites if s.key in keys)
-        repairs = self._repairs(set(every.tolist()), size)
-        vectors = self._vectors(set(every.tolist()), size)
+        features = set(every.tolist())
+        repairs = self._repairs(features, size)
+        vectors = self._vectors(features, size)
         if repairs is None or vectors is None:
             return None
         return Hidden(
@@ -108,8 +109,14 @@ class _Assembly:
             size=size,
             groups=tuple(groups),
             reshapes=tuple(r for op, r in repairs if op == "Reshape"),
+            splits=tuple(r.node for op, r in repairs if op == "Split"),
             shapes=tuple(r for op, r in repairs if op == "Shape"),
             vectors=vectors,
+            values=tuple(
+                name
+                for name, numbers in self.trace.numbers.items()
+                if int(numbers.flat[0]) in features
+            ),
         )
 
     def _part(self, features: np.ndarray) -> Part | None:
@@ -143,6 +150,10 @@ class _Assembly:
                 if place not in shown:
                     continue
                 place, length = shown.index(place), len(shown)
+            elif op == "Split":
+                stated = self.trace.index.constant(self.trace.index.node(k).input[1])
+                if stated is None or any(int(n) % size for n in stated):
+                    return None
             elif self._target(k)[place] <= 0:
                 continue  # the extent follows from others
             found.append((op, Repair(node=k, place=place, length=length, extent=extent)))
@@ -155,7 +166,7 @@ class _Assembly:
 
     def _vectors(self, features: set[int], size: int) -> tuple[Vector, ...] | None:
         found = []
-        for k, name, line in self.trace.vectors:
+        for k, name, axis, line in self.trace.vectors:
             if int(line[0]) not in features:
                 continue
             if len(line) % size:
@@ -164,7 +175,7 @@ class _Assembly:
             kept = tuple(p for p in parts if p is not None)
             if len(kept) < len(parts):
                 return None
-            found.append(Vector(node=k, name=name, parts=kept))
+            found.append(Vector(node=k, name=name, axis=axis, parts=kept))
         return tuple(found)
 
 

@@ -59,7 +59,8 @@ class Trace:
     stuck: set[int] = field(default_factory=set)
     meetings: list[Meeting] = field(default_factory=list)
     seen: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
-    vectors: list[tuple[int, str, np.ndarray]] = field(default_factory=list)
+    vectors: list[tuple[int, str, int, np.ndarray]] = field(default_factory=list)
+    scaled: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         """Follow every feature as far as it goes."""
@@ -163,7 +164,10 @@ class Trace:
         return True
 
     def _combine(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
-        """Scaled by one number, or a constant vector added: any basis allows both."""
+        """A constant vector added, or all scaled by one number afterwards: any basis allows both.
+
+        What is added later, or to rows that are mixed already, is more than a bias of the weight.
+        """
         if len(arriving) > 1:
             return False
         (name,), (out,) = arriving, node.output
@@ -182,19 +186,21 @@ class Trace:
             wide = [a - len(shape) + numbers.ndim for a, n in enumerate(shape) if n > 1]
             if operand is None or (node.input[0] != name and node.op_type == "Sub") or wide != axes:
                 return False
-            if len(axes) != 1 or shape[axes[0] - numbers.ndim] != numbers.shape[axes[0]]:
+            if name in self.scaled or name in self.heads or not moves_within(numbers, axes[-1]):
                 return False
-            line = np.moveaxis(numbers, axes[0], -1).reshape(-1, numbers.shape[axes[0]])
-            if (line != line[0]).any():
-                return False
-            self.vectors.append((k, other, line[0]))
+            line = numbers[tuple(slice(None) if a in axes else 0 for a in range(numbers.ndim))]
+            self.vectors.append((k, other, axes[-1] - numbers.ndim, line.reshape(-1)))
         self._arrive(out, numbers, name)
+        if node.op_type in _SCALING:
+            self.scaled.add(out)
         return True
 
     def _arrive(self, out: str, numbers: np.ndarray, source: str) -> None:
         self.numbers[out] = numbers
         if source in self.heads:
             self.heads[out] = self.heads[source]
+        if source in self.scaled:
+            self.scaled.add(out)
 
     def _move(self, k: int, node: onnx.NodeProto, numbers: np.ndarray) -> bool:
         source = node.input[0]
@@ -209,6 +215,12 @@ class Trace:
             made = [np.transpose(numbers, perm if isinstance(perm, list) else None)]
         else:
             made = self._evaluated(node, numbers)
+            if made and _cuts(node, numbers, made[0]):
+                # Along the features only a Split can be stated anew.
+                if node.op_type != "Split":
+                    return False
+                if len(node.input) > 1 and node.input[1]:
+                    self.seen.append(("Split", k, numbers))
         for name, moved in zip(node.output, made, strict=False):
             self._arrive(name, moved, source)
         return len(made) == len(node.output)
@@ -223,6 +235,15 @@ class Trace:
             return [np.asarray(v, dtype=np.int32) for v in run.run(None, feed)]
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
             return []  # a form of the node that the evaluator does not know: nothing is followed
+
+
+def _cuts(node: onnx.NodeProto, before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether a Split, Gather or Slice takes features of a group apart."""
+    if node.op_type == "Slice":
+        axes = [a for a in range(before.ndim) if before.shape[a] != after.shape[a]]
+    else:
+        axes = [next((a.i for a in node.attribute if a.name == "axis"), 0)]
+    return any(moves_within(before, axis) for axis in axes)
 
 
 def _bare(index: GraphIndex, site: Site) -> bool:

@@ -10,6 +10,10 @@ shrinks in its place, and there is no rank at which that does not yet pay.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from onnx_utilrank.model.graph import GraphIndex
+
 __all__ = ["Group", "Hidden", "Part", "Repair", "Vector"]
 
 
@@ -65,11 +69,13 @@ class Vector:
     Attributes:
         node: The node that adds it.
         name: The constant.
+        axis: Its axis that the features of a group lie along; negative.
         parts: Which rows made the features it is added to, one part for every n of them.
     """
 
     node: int
     name: str
+    axis: int
     parts: tuple[Part, ...]
 
 
@@ -83,8 +89,10 @@ class Hidden:
         size: Features n in a group.
         groups: The groups.
         reshapes: Reshape nodes whose targets name the features.
+        splits: Split nodes that name how many features go where.
         shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
         vectors: Constants that are added to them.
+        values: Every value that holds them: what a model declares of their shapes no longer holds.
     """
 
     key: str
@@ -92,12 +100,27 @@ class Hidden:
     size: int
     groups: tuple[Group, ...]
     reshapes: tuple[Repair, ...]
+    splits: tuple[int, ...]
     shapes: tuple[Repair, ...]
     vectors: tuple[Vector, ...]
+    values: tuple[str, ...]
 
     def makers(self, site: str) -> tuple[Group, ...]:
         """The groups whose features a site makes."""
         return tuple(g for g in self.groups if g.made.site == site)
+
+    def added(self, index: GraphIndex, site: str, m: int) -> np.ndarray:
+        """What is added to the features that a site of m rows makes, on their way, [m]."""
+        total = np.zeros(m)
+        for vector in self.vectors:
+            held = index.constant(vector.name)
+            assert held is not None
+            sign = -1.0 if index.node(vector.node).op_type == "Sub" else 1.0
+            pieces = sign * held.astype(np.float64).reshape(-1, self.size)
+            for part, piece in zip(vector.parts, pieces, strict=True):
+                if part.site == site:
+                    total[part.start : part.start + self.size] += piece
+        return total
 
     def rows(self, site: str, m: int, kept: int) -> int:
         """Rows of a site of m once every group keeps so many features."""

@@ -14,7 +14,10 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.statistics.factorize import Factors
 
-__all__ = ["BiasSlot", "Patches", "RowView", "Site", "SiteKind", "Skip", "Use"]
+__all__ = ["BiasSlot", "Patches", "RowView", "Side", "Site", "SiteKind", "Skip", "Use"]
+
+
+Side = Literal["inputs", "outputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +183,7 @@ class Site:
         return min(self.m, self.d)
 
     @property
-    def smaller_side(self) -> Literal["inputs", "outputs"]:
+    def smaller_side(self) -> Side:
         """Whose moment says all at the least cost; the inputs where both are equal.
 
         Siblings share their inputs, and only W x + b with a constant b tells W x.

@@ -1,0 +1,961 @@
+"""Features of attention heads: where they are found, and models in which they shrink."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import pytest
+from builders import Feed, constants, index, model, noise, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from onnx_utilrank import (
+    CompressConfig,
+    ModelError,
+    RankPlan,
+    TargetMissedError,
+    UtilrankError,
+    compress,
+)
+from onnx_utilrank.calibration.survey import survey
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.moves.shrink import Basis, Shrinking
+from onnx_utilrank.ranking.budget import allocate
+from onnx_utilrank.ranking.cost import count_parameters, hidden_cost
+from onnx_utilrank.ranking.joint import bundled
+from onnx_utilrank.ranking.method import Choice, Move
+from onnx_utilrank.ranking.two_sided import Heads, TwoSidedSite
+from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.sites.find import find_sites, site_kind, site_matrix
+from onnx_utilrank.sites.find_hidden import find_hidden
+from onnx_utilrank.sites.follow import values_followed
+from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.sites.site import Site
+from onnx_utilrank.statistics.factorize import Decomposition, Metric, grouped, optimal
+from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.surgery.rewrite import check_contract, rewrite
+
+# A shared machine may stall for longer than any deadline.
+law = settings(deadline=None, max_examples=60)
+SEEDS = st.integers(0, 2**32 - 1)
+EPS = float(np.finfo(np.float32).eps)
+
+D, H, N, T = 12, 2, 4, 5  # inputs, heads, features of each, positions
+ALL = H * N
+QK, VO, FUSED = {"wq", "wk"}, {"wv", "wo"}, {"w", "wo"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """One way to write attention in ONNX.
+
+    Attributes:
+        body: The nodes.
+        found: The weights around each set of features that can shrink.
+        signature: Inputs and outputs.
+        batches: Samples of a run that are tried.
+    """
+
+    body: str
+    found: tuple[set[str], ...] = (QK, VO)
+    signature: str = f"(float[n,{T},{D}] x) => (float[n,{T},{D}] y)"
+    batches: tuple[int, ...] = (1, 3)
+
+    def proto(self) -> onnx.ModelProto:
+        held = {
+            "wq": noise(1, D, ALL),
+            "wk": noise(2, D, ALL),
+            "wv": noise(3, D, ALL),
+            "wo": noise(4, ALL, D),
+            "w": noise(5, D, 3 * ALL),
+            "single_q": noise(1, D, N),
+            "single_k": noise(2, D, N),
+            "single_v": noise(3, D, N),
+            "single_o": noise(4, N, D),
+            **{f"b{k}": noise(j, ALL) for j, k in enumerate("qkv", 6)},
+            "bo": noise(9, D),
+            "b": noise(10, 3 * ALL),
+            "scale": np.array(N**-0.5),
+            "cos": noise(11, T, N),
+            "sin": noise(12, T, N),
+            "gain": noise(13, N),
+            "wkv": noise(14, D, N),
+            "other": noise(15, ALL, 3),
+        }
+        for value in held.values():
+            if value.ndim == 2:
+                value /= math.sqrt(len(value))
+        held |= {f"w{k}t": held[f"w{k}"].T for k in "qkvo"}
+        cast = {name: value.astype(np.float32) for name, value in held.items()}
+        cast |= {
+            "split_1": np.array([-1, T, H, N]),
+            "split_0": np.array([0, 0, H, N]),
+            "split_3": np.array([0, 0, 3, H, N]),
+            "split_kv": np.array([0, 0, 1, N]),
+            "every": np.array([1, H, 1, 1]),
+            "twice": np.array([0, 0]),
+            "merge_0": np.array([0, 0, ALL]),
+            "merge_free": np.array([0, 0, -1]),
+            "split_free": np.array([0, 0, H, -1]),
+            "merge_rows": np.array([-1, ALL]),
+            "rows": np.array([-1, D]),
+            "back_all": np.array([-1, T, ALL]),
+            "back": np.array([-1, T, D]),
+            "i0": np.array(0),
+            "i1": np.array(1),
+            "i2": np.array(2),
+            "i3": np.array(3),
+            "a0": np.array([0]),
+            "a1": np.array([1]),
+            "a2": np.array([2]),
+            "a3": np.array([3]),
+            "heads": np.array([H]),
+            "features": np.array([N]),
+            "half": np.array([N // 2]),
+            "whole": np.array([N]),
+            "flat_q": np.array([-1, T, N]),
+            "flat_k": np.array([-1, N, T]),
+            "unflat": np.array([-1, H, T, N]),
+            "thirds": np.array([ALL] * 3),
+            "c1": np.array([ALL]),
+            "c2": np.array([2 * ALL]),
+            "c3": np.array([3 * ALL]),
+            "first": np.arange(ALL),
+            "second": np.arange(ALL) + ALL,
+            "third": np.arange(ALL) + 2 * ALL,
+        }
+        words = set("".join(c if c.isalnum() or c == "_" else " " for c in self.body).split())
+        cast = {name: value for name, value in cast.items() if name in words}
+        return model(self.signature, self.body, **cast)
+
+    def feed(self, batch: int) -> Feed:
+        x = 0.5 + noise(20 + batch, batch, T, D).astype(np.float32)
+        return {"x": x if self.signature.count(",") > 3 else x[0]}
+
+
+SEPARATE = """
+    qm = MatMul(x, wq) qb = Add(qm, bq) km = MatMul(x, wk) kb = Add(bk, km)
+    vm = MatMul(x, wv) vb = Add(vm, bv)
+"""
+SPLIT = """
+    qr = Reshape(qb, {0}) q = Transpose<perm=[0,2,1,3]>(qr)
+    kr = Reshape(kb, {0}) k = Transpose<perm=[0,2,3,1]>(kr)
+    vr = Reshape(vb, {0}) v = Transpose<perm=[0,2,1,3]>(vr)
+"""
+ATTEND = """
+    s = MatMul(q, k) t = Mul(s, scale) p = Softmax<axis=-1>(t) c = MatMul(p, v)
+"""
+MERGE = "ct = Transpose<perm=[0,2,1,3]>(c) cr = Reshape(ct, {}) "
+OUT = "o = MatMul(cr, wo) y = Add(o, bo)"
+PLAIN = SEPARATE + SPLIT.format("split_0") + ATTEND + MERGE.format("merge_0") + OUT
+STACKED = """
+    m = MatMul(x, w) mb = Add(m, b) mr = Reshape(mb, split_3) z = Transpose<perm=[2,0,3,1,4]>(mr)
+"""
+UNSTACKED = "k = Transpose<perm=[0,1,3,2]>(ks)" + ATTEND + MERGE.format("merge_0") + OUT
+GEMMS = """
+    xr = Reshape(x, rows)
+    qb = Gemm(xr, wq, bq) kb = Gemm<beta=0.5>(xr, wk, bk) vb = Gemm(xr, wv, bv)
+"""
+TARGETS = """
+    xs = Shape(x) n0 = Gather(xs, i0) n1 = Gather(xs, i1) n0u = Unsqueeze(n0, a0)
+    n1u = Unsqueeze(n1, a0) target = Concat<axis=0>(n0u, n1u, heads, features)
+"""
+MERGED = """
+    ct = Transpose<perm=[0,2,1,3]>(c) cs = Shape(ct) g0 = Gather(cs, a0) g1 = Gather(cs, a1)
+    g2 = Gather(cs, a2) g3 = Gather(cs, a3) g = Mul(g2, g3) ts = Concat<axis=0>(g0, g1, g)
+    cr = Reshape(ct, ts)
+"""
+SCALED = """
+    qs = Shape(q) last = Gather(qs, i3) lf = Cast<to=1>(last) root = Sqrt(lf)
+    s = MatMul(q, k) t = Div(s, root) p = Softmax<axis=-1>(t) c = MatMul(p, v)
+"""
+STYLES = {
+    "gemm": Style(
+        body=GEMMS
+        + SPLIT.format("split_1")
+        + ATTEND
+        + MERGE.format("merge_rows")
+        + "o = Gemm(cr, wo, bo) y = Reshape(o, back)"
+    ),
+    "gemm of turned weights": Style(
+        body=GEMMS.replace("<beta=0.5>", "")
+        .replace("Gemm(", "Gemm<transB=1>(")
+        .replace("wq,", "wqt,")
+        .replace("wk,", "wkt,")
+        .replace("wv,", "wvt,")
+        + SPLIT.format("split_1")
+        + ATTEND
+        + MERGE.format("merge_rows")
+        + "o = Gemm<transB=1>(cr, wot, bo) y = Reshape(o, back)",
+        found=({"wqt", "wkt"}, {"wvt", "wot"}),
+    ),
+    "matmul": Style(body=PLAIN),
+    "no bias": Style(
+        body="qb = MatMul(x, wq) kb = MatMul(x, wk) vb = MatMul(x, wv)"
+        + SPLIT.format("split_free")
+        + ATTEND
+        + MERGE.format("merge_free")
+        + "y = MatMul(cr, wo)"
+    ),
+    "targets at run time": Style(
+        body=TARGETS + SEPARATE + SPLIT.format("target") + ATTEND + MERGED + OUT
+    ),
+    "stacked, split": Style(
+        body=STACKED
+        + "qs, k_, vs = Split<axis=0>(z) q = Squeeze(qs, a0) ks = Squeeze(k_, a0) "
+        + "v = Squeeze(vs, a0) "
+        + UNSTACKED,
+        found=(FUSED,),
+    ),
+    "stacked, gathered": Style(
+        body=STACKED
+        + "q = Gather<axis=0>(z, i0) ks = Gather<axis=0>(z, i1) v = Gather<axis=0>(z, i2) "
+        + UNSTACKED,
+        found=(FUSED,),
+    ),
+    "stacked, sliced": Style(
+        body=STACKED
+        + "qs = Slice(z, a0, a1, a0) k_ = Slice(z, a1, a2, a0) vs = Slice(z, a2, a3, a0) "
+        + "q = Squeeze(qs, a0) ks = Squeeze(k_, a0) v = Squeeze(vs, a0) "
+        + UNSTACKED,
+        found=(FUSED,),
+    ),
+    "scale at run time": Style(
+        body=SEPARATE + SPLIT.format("split_0") + SCALED + MERGE.format("merge_0") + OUT
+    ),
+    "biases behind a Reshape": Style(
+        body="xr = Reshape(x, rows)"
+        + "".join(
+            f" {k}m = MatMul(xr, w{k}) {k}w = Reshape({k}m, back_all) {k}b = Add({k}w, b{k})"
+            for k in "qkv"
+        )
+        + SPLIT.format("split_0")
+        + ATTEND
+        + MERGE.format("merge_0")
+        + OUT
+    ),
+    "scaled before": Style(
+        body=PLAIN.replace("s = MatMul(q, k)", "q2 = Mul(q, scale) s = MatMul(q2, k)")
+    ),
+    "batch and heads merged": Style(
+        body=SEPARATE
+        + SPLIT.format("split_0")
+        + """
+            q3 = Reshape(q, flat_q) k3 = Reshape(k, flat_k) v3 = Reshape(v, flat_q)
+            s = MatMul(q3, k3) t = Mul(s, scale) p = Softmax<axis=-1>(t) cm = MatMul(p, v3)
+            c = Reshape(cm, unflat)
+        """
+        + MERGE.format("merge_0")
+        + OUT
+    ),
+    "one head": Style(
+        body="""
+            q = MatMul(x, single_q) k_ = MatMul(x, single_k) v = MatMul(x, single_v)
+            k = Transpose<perm=[1,0]>(k_)
+        """
+        + ATTEND
+        + "o = MatMul(c, single_o) y = Add(o, bo)",
+        found=({"single_q", "single_k"}, {"single_v", "single_o"}),
+        signature=f"(float[n,{D}] x) => (float[n,{D}] y)",
+        batches=(1,),
+    ),
+}
+# Fused weights whose outputs are told apart along the features themselves.
+FEATURES = {
+    "split in equal parts": "qb, kb, vb = Split<axis=2>(mb) ",
+    "split by sizes": "qb, kb, vb = Split<axis=2>(mb, thirds) ",
+    "sliced": "qb = Slice(mb, a0, c1, a2) kb = Slice(mb, c1, c2, a2) vb = Slice(mb, c2, c3, a2) ",
+    "gathered": "qb = Gather<axis=2>(mb, first) kb = Gather<axis=2>(mb, second) "
+    "vb = Gather<axis=2>(mb, third) ",
+}
+FEATURES_STYLES = {
+    f"features {name}": Style(
+        body="m = MatMul(x, w) mb = Add(m, b) "
+        + parts
+        + SPLIT.format("split_0")
+        + ATTEND
+        + MERGE.format("merge_0")
+        + OUT,
+        found=(FUSED,),
+    )
+    for name, parts in FEATURES.items()
+}
+
+
+def hidden_of(proto: onnx.ModelProto, feed: Feed) -> tuple[GraphIndex, dict[str, Site], list]:
+    graph = index(proto)
+    sites, _ = find_sites(graph)
+    values = survey(graph.store, values_followed(graph), feed, CPU)
+    return graph, {s.key: s for s in sites}, list(find_hidden(graph, sites, values))
+
+
+def found_in(style: Style, batch: int = 1) -> list[set[str]]:
+    _, _, hidden = hidden_of(style.proto(), style.feed(batch))
+    return sorted((set(h.sites) for h in hidden), key=sorted)
+
+
+# --- finding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_heads_are_found_however_they_are_written(name: str):
+    style = STYLES[name]
+    for batch in style.batches:
+        _, sites, hidden = hidden_of(style.proto(), style.feed(batch))
+        assert sorted((set(h.sites) for h in hidden), key=sorted) == sorted(style.found, key=sorted)
+        for each in hidden:
+            fused = 2 if "w" in each.sites else 1
+            heads = 1 if name == "one head" else H
+            assert each.size == N
+            assert len(each.groups) == heads * fused
+            assert list(each.sites) == [key for key in sites if key in each.sites]
+            for kept in range(1, N):
+                for key in each.sites:
+                    rows = each.rows(key, sites[key].m, kept)
+                    columns = each.columns(key, sites[key].d, kept)
+                    expected = (sites[key].m, sites[key].d * kept // N)
+                    if "o" not in key:
+                        expected = (sites[key].m * kept // N, sites[key].d)
+                    assert (rows, columns) == expected
+
+
+@pytest.mark.parametrize("name", FEATURES_STYLES)
+def test_fused_features_are_found_or_left_alone(name: str):
+    found = found_in(FEATURES_STYLES[name])
+    assert found in ([], [FUSED])
+
+
+def test_pairs_without_rows_between_are_not_taken():
+    body = "h = MatMul(x, wq) t = Add(h, bq) u = MatMul(t, wo) y = Add(u, bo)"
+    assert found_in(Style(body=body)) == []
+
+
+ROTARY = """
+    {0}1, {0}2 = Split<axis=3>({0}z, halves) {0}n = Neg({0}2) {0}t = Concat<axis=3>({0}n, {0}1)
+    {0}c = Mul({0}z, cos) {0}s = Mul({0}t, sin) {1} = Add({0}c, {0}s)
+"""
+
+
+def rotary() -> str:
+    turned = (
+        ROTARY.format("q", "q").replace(", halves", "")
+        + ROTARY.format("k", "kz2").replace(", halves", "")
+        + "k = Transpose<perm=[0,1,3,2]>(kz2)"
+    )
+    split = SPLIT.format("split_0").replace(" q = ", " qz = ").replace(" k = ", " kz = ")
+    split = split.replace("perm=[0,2,3,1]", "perm=[0,2,1,3]")
+    attend = ATTEND.replace("s = MatMul", "sc = MatMul").replace("Mul(s,", "Mul(sc,")
+    return SEPARATE + split + turned + attend + MERGE.format("merge_0") + OUT
+
+
+REPEATED = (
+    "qm = MatMul(x, wq) qb = Add(qm, bq) km = MatMul(x, wkv) vm = MatMul(x, wkv2)"
+    "qr = Reshape(qb, split_0) q = Transpose<perm=[0,2,1,3]>(qr)"
+    "kr = Reshape(km, split_kv) ko = Transpose<perm=[0,2,3,1]>(kr) k = {0}(ko, {1})"
+    "vr = Reshape(vm, split_kv) vo = Transpose<perm=[0,2,1,3]>(vr) v = {0}(vo, {1})"
+    + ATTEND
+    + MERGE.format("merge_0")
+    + OUT
+).replace("wkv2", "wkv")
+TWO_OUTPUTS = f"(float[n,{T},{D}] x) => (float[n,{T},{D}] y, float[{{}}] z)"
+NOT_ALL = {
+    "a bias behind attention": Style(
+        body=PLAIN.replace("vb = Add(vm, bv)", "vb = Identity(vm)").replace(
+            "o = MatMul(cr", "ch = Add(cr, bv) o = MatMul(ch"
+        ),
+        found=(QK,),
+    ),
+    "rotary embedding": Style(body=rotary(), found=(VO,)),
+    "a norm on queries": Style(
+        body=PLAIN.replace(
+            "s = MatMul(q, k)", "qn = LayerNormalization<axis=-1>(q, gain) s = MatMul(qn, k)"
+        ),
+        found=(VO,),
+    ),
+    "keys repeated by Expand": Style(body=REPEATED.format("Expand", "every"), found=()),
+    "keys repeated by Gather": Style(body=REPEATED.format("Gather<axis=1>", "twice"), found=()),
+    "queries are an output": Style(
+        body=PLAIN.replace("qb", "z"), found=(VO,), signature=TWO_OUTPUTS.format(f"n,{T},{ALL}")
+    ),
+    "queries of heads are an output": Style(
+        body=PLAIN.replace("(q, k)", "(z, k)").replace(" q = ", " z = "),
+        found=(VO,),
+        signature=TWO_OUTPUTS.format(f"n,{H},{T},{N}"),
+    ),
+    "a context is an output": Style(
+        body=PLAIN.replace("cr", "z"), found=(QK,), signature=TWO_OUTPUTS.format(f"n,{T},{ALL}")
+    ),
+    "queries have a second reader": Style(
+        body=PLAIN + " z = Neg(qb)", found=(VO,), signature=TWO_OUTPUTS.format(f"n,{T},{ALL}")
+    ),
+    "two weights read a context": Style(
+        body=PLAIN + " z = MatMul(cr, other)",
+        found=(QK,),
+        signature=TWO_OUTPUTS.format(f"n,{T},3"),
+    ),
+    "queries and keys share a weight": Style(body=PLAIN.replace("wk", "wq"), found=(VO,)),
+    "a weight has another reader": Style(
+        body=PLAIN + " z = ReduceSum<keepdims=1>(wq)",
+        found=(VO,),
+        signature=TWO_OUTPUTS.format("1,1"),
+    ),
+    "queries are curved": Style(
+        body=PLAIN.replace("s = MatMul(q, k)", "qt = Tanh(q) s = MatMul(qt, k)"), found=(VO,)
+    ),
+    "features are scaled each": Style(
+        body=PLAIN.replace("s = MatMul(q, k)", "qt = Mul(q, gain) s = MatMul(qt, k)"), found=(VO,)
+    ),
+    "values are curved": Style(
+        body=PLAIN.replace("o = MatMul(cr", "ch = Tanh(cr) o = MatMul(ch"), found=(QK,)
+    ),
+    "a residual of the context": Style(
+        body=PLAIN.replace("o = MatMul(cr", "ch = Add(cr, qb) o = MatMul(ch"), found=()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ALL)
+def test_features_that_something_mixes_stay(name: str):
+    style = NOT_ALL[name]
+    proto = style.proto()
+    onnx.checker.check_model(proto, full_check=True)
+    for batch in (1, 2):
+        assert found_in(style, batch) == sorted(style.found, key=sorted)
+
+
+# --- shrinking ----------------------------------------------------------------------------------
+
+
+def bases_of(hidden: Hidden, kept: int, seed: int) -> list[Basis]:
+    """Random orthonormal directions, none of them of length 1, so that K is not L^T."""
+    made = []
+    for k in range(len(hidden.groups)):
+        q, _ = np.linalg.qr(noise(seed + k, hidden.size, hidden.size))
+        scale = np.linspace(0.8, 1.3, kept)
+        made.append(Basis(expand=q[:, :kept] * scale, reduce=(q[:, :kept] / scale).T))
+    return made
+
+
+def projected(
+    graph: GraphIndex, sites: dict[str, Site], what: Sequence[tuple[Hidden, list[Basis]]]
+) -> onnx.ModelProto:
+    """The model with L K multiplied into weights and biases of those that make features."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.store.proto)
+    held = {t.name: t for t in proto.graph.initializer}
+
+    def put(name: str, values: np.ndarray) -> None:
+        old = numpy_helper.to_array(held[name])
+        held[name].CopyFrom(
+            numpy_helper.from_array(values.reshape(old.shape).astype(old.dtype), name)
+        )
+
+    for hidden, bases in what:
+        turns = {key: np.eye(sites[key].m) for key in hidden.sites}
+        for group, basis in zip(hidden.groups, bases, strict=True):
+            rows = slice(group.made.start, group.made.start + hidden.size)
+            turns[group.made.site][rows, rows] = basis.expand @ basis.reduce
+        for key, turn in turns.items():
+            (use,) = sites[key].uses
+            kind, old = site_kind(sites[key].op_type), numpy_helper.to_array(held[use.weight])
+            put(use.weight, kind.stored(use, old, turn @ site_matrix(graph, sites[key])))
+            if use.bias.kind == "input":
+                put(use.bias.name, turn @ numpy_helper.to_array(held[use.bias.name]).ravel())
+        for vector in hidden.vectors:
+            line = numpy_helper.to_array(held[vector.name]).ravel()
+            pieces = [
+                turns[part.site][part.start : part.start + hidden.size]
+                @ np.pad(
+                    line[k * hidden.size : (k + 1) * hidden.size],
+                    (part.start, sites[part.site].m - part.start - hidden.size),
+                )
+                for k, part in enumerate(vector.parts)
+            ]
+            put(vector.name, np.concatenate(pieces))
+    return proto
+
+
+def shrinking(
+    graph: GraphIndex, sites: dict[str, Site], hidden: Hidden, bases: list[Basis]
+) -> Shrinking:
+    own = {key: sites[key] for key in hidden.sites}
+    return Shrinking(
+        hidden=hidden,
+        sites=own,
+        bases=bases,
+        weights={key: site_matrix(graph, site) for key, site in own.items()},
+        biases={},
+        lost={},
+    )
+
+
+def assert_close(made: np.ndarray, expected: np.ndarray) -> None:
+    """Sums of D, N and T products after each other; softmax makes errors of scores relative."""
+    size = 4 * math.sqrt(D + ALL + N + T) * (1 + float(np.abs(expected).max()))
+    np.testing.assert_allclose(made, expected, rtol=0, atol=8 * EPS * size)
+
+
+def check_shrunk(style: Style, proto: onnx.ModelProto, kept: int, seed: int = 50) -> None:
+    graph, sites, found = hidden_of(proto, style.feed(1))
+    assert found
+    before = proto.SerializeToString()
+    what = [(h, bases_of(h, kept, seed)) for h in found]
+    store = rewrite(graph, [], [shrinking(graph, sites, h, b) for h, b in what])
+    assert proto.SerializeToString() == graph.store.proto.SerializeToString() == before
+    check_contract(graph.store, store)
+    onnx.checker.check_model(store.proto, full_check=True)
+    expected = projected(graph, sites, what)
+    assert count_parameters(store) < count_parameters(graph.store)
+    for batch in style.batches:
+        feed = style.feed(batch)
+        assert_close(run(store, feed)["y"], run(expected, feed)["y"])
+        assert np.abs(run(expected, feed)["y"] - run(proto, feed)["y"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kept", [3, 2, 1])
+@pytest.mark.parametrize("name", STYLES)
+def test_shrunk_model_is_the_projected_one(name: str, kept: int):
+    check_shrunk(STYLES[name], STYLES[name].proto(), kept)
+
+
+@pytest.mark.parametrize("name", FEATURES_STYLES)
+def test_fused_features_shrink_if_they_are_found(name: str):
+    style = FEATURES_STYLES[name]
+    if found_in(style):
+        check_shrunk(style, style.proto(), 2)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_shapes_that_a_model_declares_of_its_values_do_not_lie(name: str):
+    """Exporters write down the shape of every value."""
+    style = STYLES[name]
+    declared = onnx.shape_inference.infer_shapes(style.proto())
+    assert declared.graph.value_info
+    check_shrunk(style, declared, 2)
+
+
+@pytest.mark.parametrize("kept", [3, 2, 1])
+@pytest.mark.parametrize("name", STYLES)
+def test_cost_is_what_the_model_stores(name: str, kept: int):
+    style = STYLES[name]
+    graph, sites, found = hidden_of(style.proto(), style.feed(1))
+    for hidden in found:
+        what = shrinking(graph, sites, hidden, bases_of(hidden, kept, 50))
+        takes = {k: s.m for k, s in what.sites.items() if s.bias in ("input", "add")}
+        lost = {key: np.ones(m) for key, m in takes.items() if hidden.rows(key, m, kept) == m}
+        store = rewrite(graph, [], [replace(what, lost=lost)])
+        change = hidden_cost(graph, hidden, sites, kept)
+        for key in hidden.sites:
+            site = sites[key]
+            change += hidden.rows(key, site.m, kept) * hidden.columns(key, site.d, kept)
+            change -= site.parameters
+        assert count_parameters(store) - count_parameters(graph.store) == change
+
+
+def test_lost_mean_goes_into_the_bias_of_the_reader():
+    for name in ("gemm", "matmul", "stacked, split"):
+        style = STYLES[name]
+        graph, sites, found = hidden_of(style.proto(), style.feed(1))
+        (hidden,) = (h for h in found if "wo" in h.sites)
+        what = shrinking(graph, sites, hidden, bases_of(hidden, 2, 50))
+        lost = noise(70, D)
+        plain, moved = (rewrite(graph, [], [w]) for w in (what, replace(what, lost={"wo": lost})))
+        feed = style.feed(3)
+        assert_close(run(moved, feed)["y"], run(plain, feed)["y"] + lost.astype(np.float32))
+        assert count_parameters(moved) == count_parameters(plain)
+
+
+def test_new_biases_of_makers_are_taken_into_the_new_basis():
+    for name in ("gemm", "matmul"):
+        style = STYLES[name]
+        graph, sites, found = hidden_of(style.proto(), style.feed(1))
+        (hidden,) = (h for h in found if "wv" in h.sites)
+        bases = bases_of(hidden, 2, 50)
+        fresh = noise(71, ALL)
+        what = replace(shrinking(graph, sites, hidden, bases), biases={"wv": fresh})
+        changed = style.proto()
+        (held,) = (t for t in changed.graph.initializer if t.name == "bv")
+        held.CopyFrom(numpy_helper.from_array(fresh.astype(np.float32), "bv"))
+        expected = projected(index(changed), sites, [(hidden, bases)])
+        feed = style.feed(3)
+        assert_close(run(rewrite(graph, [], [what]), feed)["y"], run(expected, feed)["y"])
+
+
+# --- bundles ------------------------------------------------------------------------------------
+
+JOINT = Style(body=PLAIN)
+GRAPH, SITES, FOUND = hidden_of(JOINT.proto(), JOINT.feed(1))
+
+
+def measured(site: Site, errors: np.ndarray) -> TwoSidedSite:
+    heads = Heads(
+        groups=(),
+        found=None,  # type: ignore[arg-type]
+        errors=errors,
+        mean=np.zeros(site.m),
+        behind=np.zeros(site.m),
+    )
+    return TwoSidedSite(
+        site=site,
+        moment=SecondMoment.zero(1),
+        side="inputs",
+        found=None,  # type: ignore[arg-type]
+        gamma=np.eye(1),
+        errors=errors,
+        bias_cost=0,
+        heads=heads,
+    )
+
+
+@st.composite
+def offers(draw: st.DrawFn) -> list[Choice]:
+    """Moves of all sites, and what shrinking loses at each rank."""
+    choices = []
+    for site in SITES.values():
+        count = draw(st.integers(0, 5))
+        numbers = st.tuples(st.integers(1, 95), st.floats(0, 10))
+        moves = [Move(rank=None, bias=False, parameters=96, error=0.0, cost=96.0)]
+        moves += [
+            Move(rank=1, bias=False, parameters=cost, error=error, cost=float(cost))
+            for cost, error in draw(st.lists(numbers, min_size=count, max_size=count))
+        ]
+        falling = np.sort(draw(st.lists(st.floats(0, 5), min_size=9, max_size=9)))[::-1]
+        choices.append(Choice(measured=measured(site, falling), moves=tuple(moves)))
+    return choices
+
+
+def shrunk(each: Hidden, choice: Choice, kept: int) -> Move:
+    site = choice.measured.site
+    cost = each.rows(site.key, site.m, kept) * each.columns(site.key, site.d, kept)
+    return Move(rank=None, bias=False, parameters=cost, error=0.0, cost=float(cost), kind="shrink")
+
+
+def priced(moves: Sequence, price: float) -> float:
+    return min(m.error + price * m.cost for m in moves)
+
+
+@law
+@given(choices=offers(), price=st.floats(0, 5))
+def test_bundles_hold_what_every_price_picks(choices, price):
+    """The best combination at a price is an option; no option is worse than what it stands for."""
+    bundles = bundled(choices, FOUND, shrunk, 1)
+    assert sorted(k for b in bundles for k in b.members) == list(range(len(choices)))
+    for bundle in bundles:
+        apart = sum(priced(choices[k].moves, price) for k in bundle.members)
+        own = [o for o in bundle.moves if o.kept is None]
+        assert priced(own, price) == pytest.approx(apart, rel=1e-12, abs=1e-12)
+        for option in bundle.moves:
+            assert len(option.moves) == len(bundle.members)
+            assert option.cost == pytest.approx(sum(m.cost for m in option.moves))
+            if option.kept is None:
+                assert option.error == pytest.approx(sum(m.error for m in option.moves))
+                for move, k in zip(option.moves, bundle.members, strict=True):
+                    assert move in choices[k].moves
+        if bundle.hidden is not None:
+            kept = [o for o in bundle.moves if o.kept is not None]
+            assert [o.kept for o in kept] == list(range(1, N))
+            for option in kept:
+                makers = [choices[k].measured for k in bundle.members]
+                makers = [m for m in makers if bundle.hidden.makers(m.site.key)]
+                errors = [m.heads.errors[option.kept * H] for m in makers]
+                assert option.error == pytest.approx(sum(errors))
+
+
+@law
+@given(choices=offers(), share=st.floats(0, 1))
+def test_allocation_keeps_the_budget(choices, share):
+    bundles = bundled(choices, FOUND, shrunk, 1)
+    least = sum(min(o.cost for o in b.moves) for b in bundles)
+    most = sum(max(o.cost for o in b.moves) for b in bundles)
+    budget = least + share * (most - least)
+    taken = allocate(bundles, budget)
+    assert sum(o.cost for o in taken) <= budget
+    assert allocate(bundles, least - 1e-6) is None
+    # What lies under the hull cannot be had; a step of the hull may be more than what is left.
+    prices = [*np.geomspace(1e-4, 1e3, 60), 0.0]
+    bound = max(sum(priced(b.moves, p) for b in bundles) - p * budget for p in prices)
+    assert sum(o.error for o in taken) >= bound - 1e-9
+
+
+@law
+@given(choices=offers(), share=st.floats(0, 1))
+def test_no_budget_is_worse_off_on_the_hull(choices, share):
+    """Lagrange's bound of bundles is no higher than that of sites by themselves."""
+    bundles = bundled(choices, FOUND, shrunk, 1)
+    for price in np.geomspace(1e-3, 1e2, 12):
+        together = sum(priced(b.moves, price) for b in bundles)
+        apart = sum(priced(c.moves, price) for c in choices)
+        assert together <= apart * (1 + 1e-12) + 1e-12
+    del share
+
+
+@law
+@given(seed=SEEDS, share=st.floats(0.1, 1))
+def test_bundles_lose_no_more_where_errors_are_convex(seed, share):
+    """As those of a spectrum are: but for the last step, sites by themselves do no better."""
+    rng = np.random.default_rng(seed)
+    choices = []
+    for site in SITES.values():
+        tails = np.append(np.cumsum(np.sort(rng.exponential(size=8))), 0.0)
+        falling = np.append(np.cumsum(np.sort(rng.exponential(size=8)))[::-1], 0.0)
+        moves = [Move(rank=None, bias=False, parameters=96, error=0.0, cost=96.0)]
+        for rank in range(1, 5):
+            lost = float(falling[rank])
+            moves.append(Move(rank=rank, bias=False, parameters=0, error=lost, cost=20.0 * rank))
+        choices.append(Choice(measured=measured(site, np.sort(tails)[::-1]), moves=tuple(moves)))
+    bundles = bundled(choices, FOUND, shrunk, 1)
+    least = sum(min(m.cost for m in c.moves) for c in choices)
+    budget = least + share * (4 * 96 - least)
+    step = max(
+        a.error - b.error
+        for c in choices
+        for a, b in itertools.pairwise(sorted(c.moves, key=lambda m: m.cost))
+    )
+    together = sum(o.error for o in allocate(bundles, budget))
+    apart = sum(m.error for m in allocate(choices, budget))
+    assert together <= apart + 2 * step
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4, 5])
+def test_features_are_kept_in_multiples(multiple: int):
+    moves = (Move(rank=None, bias=False, parameters=96, error=0.0, cost=96.0),)
+    choices = [Choice(measured=measured(s, np.zeros(9)), moves=moves) for s in SITES.values()]
+    for bundle in bundled(choices, FOUND, shrunk, multiple):
+        kept = [o.kept for o in bundle.moves if o.kept is not None]
+        assert kept == list(range(multiple, N, multiple))
+
+
+def test_features_of_a_weight_that_was_not_measured_stay():
+    sites = [s for s in SITES.values() if s.key != "wk"]
+    moves = (Move(rank=None, bias=False, parameters=96, error=0.0, cost=96.0),)
+    choices = [Choice(measured=measured(s, np.zeros(9)), moves=moves) for s in sites]
+    bundles = bundled(choices, FOUND, shrunk, 1)
+    assert [set(b.hidden.sites) for b in bundles if b.hidden is not None] == [VO]
+
+
+# --- decompositions by groups -------------------------------------------------------------------
+
+
+def spread(rng: np.random.Generator, m: int) -> np.ndarray:
+    rows = rng.normal(size=(5 * m, m)) * rng.uniform(0.1, 2, m)
+    return rows.T @ rows / len(rows)
+
+
+@law
+@given(seed=SEEDS, n=st.integers(1, 5), count=st.integers(1, 4), others=st.integers(0, 3))
+def test_groups_are_decomposed_each(seed, n, count, others):
+    rng = np.random.default_rng(seed)
+    m = n * count + others
+    gamma, second = spread(rng, m), spread(rng, m)
+    starts = rng.permutation(count) * n + others
+    groups = [slice(int(s), int(s) + n) for s in starts]
+    found = grouped(gamma, second, groups)
+    assert found.errors.shape == (n * count + 1,)
+    assert (np.diff(found.errors) <= 0).all()
+    assert found.errors[-1] == 0
+    assert found.errors[0] == pytest.approx(found.energy)
+    identity = np.zeros((m, m))
+    for rows in groups:
+        identity[rows, rows] = np.eye(n)
+    cond = max(np.linalg.cond(gamma[rows, rows]) for rows in groups)
+    atol = 1e-12 * cond
+    np.testing.assert_allclose(found.expand @ found.reduce, identity, rtol=0, atol=atol)
+    for kept in range(n + 1):
+        turn = found.expand[:, : kept * count] @ found.reduce[: kept * count]
+        lost = 0.0
+        for rows in groups:
+            rest = np.eye(n) - turn[rows, rows]
+            lost += float(np.trace(rest.T @ gamma[rows, rows] @ rest @ second[rows, rows]))
+            assert np.linalg.matrix_rank(turn[rows, rows], tol=1e-9 * cond) == kept
+            turn[rows, rows] = 0
+        assert not turn.any()  # nothing outside of the groups
+        expected = found.errors[kept * count]
+        assert lost == pytest.approx(expected, rel=1e-9 * cond, abs=1e-12 * cond * found.energy)
+
+
+@law
+@given(seed=SEEDS, m=st.integers(1, 6))
+def test_one_group_of_all_is_the_optimum(seed, m):
+    rng = np.random.default_rng(seed)
+    gamma = spread(rng, m)
+    rows = rng.normal(size=(8 * m, m)) + rng.normal(size=m)
+    moment = SecondMoment.of(rows)
+    for centred in (True, False):
+        second = moment.covariance if centred else moment.uncentred
+        found = grouped(gamma, second, [slice(0, m)])
+        best: Decomposition = optimal(np.eye(m), Metric.of(gamma), outputs=moment, centred=centred)
+        np.testing.assert_allclose(found.errors, best.errors, atol=1e-10 * best.energy)
+        # By the product: signs of directions are free.
+        np.testing.assert_allclose(
+            found.expand @ found.reduce, best.expand @ best.reduce, atol=1e-8
+        )
+        gaps = -np.diff(np.append(-np.diff(best.errors), 0.0))
+        for rank in range(1, m):
+            if gaps[rank - 1] > 1e-6 * best.energy:
+                one, other = (f.expand[:, :rank] @ f.reduce[:rank] for f in (found, best))
+                atol = 1e-6 * np.linalg.cond(gamma)
+                np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+# --- end to end ---------------------------------------------------------------------------------
+
+
+def data() -> Feed:
+    """Positions that differ, in few directions more than in others."""
+    x = noise(30, 240, T, D) * 0.8 ** np.arange(D) + 0.3
+    return {"x": x.astype(np.float32)}
+
+
+REPLAY = CompressConfig(moves=("shrink",))
+
+
+E2E = ["matmul", "gemm", "stacked, split", "no bias", "biases behind a Reshape"]
+
+
+@pytest.fixture(scope="module", params=E2E)
+def made(request):
+    style = STYLES[request.param]
+    proto = style.proto()
+    config = CompressConfig(param_ratio=0.75, moves=("shrink",))
+    return proto, config, compress(proto, data(), config)
+
+
+def test_ratio_is_met_and_counted(made):
+    proto, config, result = made
+    plan = result.plan
+    assert plan.shrunk
+    assert not plan.factored
+    assert plan.param_ratio <= config.param_ratio
+    stored = sum(value.size for value in constants(result.model).values())
+    assert plan.parameters_after == stored
+    assert plan.parameters_before == sum(value.size for value in constants(proto).values())
+    shapes = {tuple(t.dims) for t in result.model.graph.initializer if len(t.dims) == 2}
+    assert shapes != {tuple(t.dims) for t in proto.graph.initializer if len(t.dims) == 2}
+
+
+def test_predicted_divergence_is_about_the_measured_one(made):
+    _, _, result = made
+    measured_loss = result.quality.divergence.mean
+    assert 0.4 < result.plan.predicted_divergence / measured_loss < 2.5
+    assert result.plan.predicted_divergence == pytest.approx(
+        sum(h.predicted_error for h in result.plan.hidden)
+    )
+
+
+SCALED_VALUES = {
+    "attention": PLAIN.replace(
+        "p = Softmax<axis=-1>(t)", "ps = Softmax<axis=-1>(t) p = Mul(ps, scale)"
+    ),
+    "values": PLAIN.replace("MatMul(p, v)", "MatMul(p, vs)").replace(
+        "s = MatMul(q, k)", "s = MatMul(q, k) vs = Mul(v, scale)"
+    ),
+    "context": PLAIN.replace("c = MatMul(p, v)", "cs = MatMul(p, v) c = Mul(cs, scale)"),
+}
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("name", SCALED_VALUES)
+def test_mean_that_is_scaled_on_its_way_is_made_up_for(name: str, refit: bool):
+    config = CompressConfig(param_ratio=0.75, moves=("shrink",), refit=refit)
+    result = compress(Style(body=SCALED_VALUES[name]).proto(), data(), config)
+    assert VO in [set(h.sites) for h in result.plan.shrunk]
+    assert result.quality.divergence.mean < 3 * result.plan.predicted_divergence
+
+
+def test_plan_is_replayed(made, tmp_path):
+    proto, _, result = made
+    result.plan.save(tmp_path / "plan.json")
+    plan = RankPlan.load(tmp_path / "plan.json")
+    assert plan == result.plan
+    again = compress(proto, data(), REPLAY, plan=plan)
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden": "w0"}, {"size": N + 1}, {"sites": ("wq", "wv")}, {"kept": N - 1}]
+)
+def test_plans_for_other_features_are_refused(made, changes):
+    proto, _, result = made
+    plan = result.plan
+    hidden = tuple(replace(h, **changes) if h.kept is not None else h for h in plan.hidden)
+    other = replace(plan, hidden=hidden)
+    if changes == {"kept": N - 1}:  # what can be edited
+        found = compress(proto, data(), replace(REPLAY, force=True), plan=other)
+        assert all(h.kept == N - 1 for h in found.plan.shrunk)
+        return
+    with pytest.raises(ModelError, match="which the model does not have that way"):
+        compress(proto, data(), REPLAY, plan=other)
+
+
+def test_plans_that_contradict_themselves_are_refused(made):
+    proto, _, result = made
+    plan = result.plan
+    (first, *_) = plan.shrunk
+    factored = tuple(
+        replace(e, rank=2, move="low-rank", bias=False) if e.site == first.sites[0] else e
+        for e in plan.entries
+    )
+    wrong = [
+        replace(plan, entries=factored),  # one weight cannot be factored and shrink
+        replace(plan, hidden=(*plan.hidden, replace(first, kept=1 + first.kept % (N - 1)))),
+        replace(plan, method="one-sided", refit=False),  # which knows of no hidden features
+    ]
+    for plan in wrong:
+        with pytest.raises(UtilrankError):
+            compress(proto, data(), CompressConfig(force=True), plan=plan)
+
+
+def test_moves_of_a_replay_are_those_of_its_plan(made):
+    proto, _, result = made
+    again = compress(proto, data(), CompressConfig(moves=("low-rank",)), plan=result.plan)
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_weights_may_be_constant_nodes():
+    for style in STYLES.values():
+        proto = style.proto()
+        moved = onnx.ModelProto()
+        moved.CopyFrom(proto)
+        nodes = [
+            onnx.helper.make_node("Constant", [], [t.name], value=t)
+            for t in proto.graph.initializer
+        ]
+        del moved.graph.node[:], moved.graph.initializer[:]
+        moved.graph.node.extend([*nodes, *proto.graph.node])
+        made = []
+        for each in (proto, moved):
+            graph, sites, found = hidden_of(each, style.feed(1))
+            what = [shrinking(graph, sites, h, bases_of(h, 2, 50)) for h in found]
+            made.append(rewrite(graph, [], what))
+        check_contract(graph.store, made[1])
+        feed = style.feed(style.batches[-1])
+        assert_close(run(made[1], feed)["y"], run(made[0], feed)["y"])
+        assert count_parameters(made[1]) == count_parameters(made[0])
+
+
+def test_least_ratio_of_shrinking_is_told():
+    config = CompressConfig(param_ratio=0.05, moves=("shrink",))
+    with pytest.raises(TargetMissedError, match="cannot be reached"):
+        compress(STYLES["matmul"].proto(), data(), config)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("size_ratio", 0.9), ("flop_ratio", 0.6)])
+def test_bytes_and_operations_are_met_by_shrinking(name: str, ratio: float):
+    proto = STYLES["matmul"].proto()
+    result = compress(proto, data(), CompressConfig(moves=("shrink",), **{name: ratio}))
+    assert result.plan.shrunk
+    figures = result.validation
+    field = {"size_ratio": "file_bytes", "flop_ratio": "flops"}[name]
+    assert getattr(figures.candidate, field) <= ratio * getattr(figures.reference, field)
+
+
+def test_other_methods_do_not_shrink():
+    proto = STYLES["matmul"].proto()
+    result = compress(
+        proto, data(), CompressConfig(param_ratio=0.9, method="one-sided", force=True)
+    )
+    assert result.plan.hidden == ()
