@@ -21,10 +21,14 @@ from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 
-__all__ = ["build", "fit", "make_offers", "stamp"]
+__all__ = ["build", "fit", "fullness", "make_offers", "stamp"]
 
 # Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
 PLAN_KEY = "onnx_utilrank.plan_sha256"
+
+# A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
+# in their metric: a model that comes to it has no more room.
+FULL = 0.05
 
 # Plans that are made, at most, for a file to have the bytes that were asked for.
 FITS = 8
@@ -43,6 +47,21 @@ def make_offers(
     skips = (*job.skips, *found.skips)
     hidden = found.hidden if config.moves is None or SHRINK in config.moves else ()
     return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)
+
+
+def fullness(offers: Offers, plan: RankPlan) -> tuple[str, ...]:
+    """A sentence where a plan goes further than the model has room for, as far as is predicted."""
+    predicted = plan.predicted_divergence
+    if predicted is None or predicted <= FULL:
+        return ()
+    reach = offers.reach(FULL)
+    unit = offers.ledger.unit
+    until = "at any size" if reach is None else f"below {100 * reach:.0f} % of its {unit}"
+    return (
+        f"The model uses its space: {until} a divergence of more than {FULL:g} is predicted "
+        f"({predicted:.2g} at {100 * plan.param_ratio:.0f} % of the parameters); expect its "
+        "quality to suffer.",
+    )
 
 
 def fit(

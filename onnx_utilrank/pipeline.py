@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import DataSource, hold_back, open_data
-from onnx_utilrank.compression import build, fit, make_offers, stamp
+from onnx_utilrank.compression import build, fit, fullness, make_offers, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.job import Job, chosen_samples, compare
@@ -135,7 +135,7 @@ def compress(
         check_plan(plan, job.index, sites)
         if plan.shrunk:
             check_hidden(plan, job.index, job.hidden(sites, calibration))
-        changed = {*planned_moves(plan), *(key for h in plan.shrunk for key in h.sites)}
+        changed = planned_moves(plan).keys() | plan.shrinking
         sites = tuple(s for s in sites if s.key in changed)
         config = replace(config, method=plan.method, weighting=plan.weighting, moves=None)
     searched: Sequence[int] = ()
@@ -144,6 +144,7 @@ def compress(
     found = job.measure(config.method_key, sites, calibration, config)
     best: Candidate | None = None
     store: ModelStore | None = None
+    notes = found.notes
     if plan is not None:
         store = None if dry_run else build(job, plan, found, calibration, config)
     else:
@@ -156,9 +157,10 @@ def compress(
             plan = offers.plan(config.ratio)
         else:
             plan, store = fit(job, found, offers, calibration, config)
+        notes = (*notes, *fullness(offers, plan))
     if store is None:
         return CompressResult(
-            plan=plan, store=None, validation=None, samples=len(calibration), notes=found.notes
+            plan=plan, store=None, validation=None, samples=len(calibration), notes=notes
         )
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
     report = job.validate(store, held)
@@ -175,7 +177,7 @@ def compress(
         store=store,
         validation=report,
         samples=len(calibration),
-        notes=(*found.notes, *_saturation(best, quality)),
+        notes=(*notes, *_saturation(best, quality)),
         quality=quality,
         searched=None if best is None else best.quality,
     )
@@ -219,6 +221,7 @@ def sweep(
     offers = make_offers(job, found, calibration, config)
     judge = Judge(job, held, config, found.losses)
     points, notes, kept = [], list(found.notes), None
+    full: tuple[str, ...] = ()
     for ratio in sorted(set(ratios), reverse=True):
         try:
             plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
@@ -226,13 +229,16 @@ def sweep(
         except TargetMissedError as e:
             notes.append(f"{ratio:g}: {e}.")
             continue
+        full = full or fullness(offers, plan)
         plan = replace(plan, parameters_after=count_parameters(store))
         report = job.validate(store, held)
         points.append(SweepPoint(ratio=ratio, plan=plan, validation=report, quality=judge(store)))
         kept = store if ratio == keep else kept
     if not points or (keep is not None and kept is None):
         raise TargetMissedError(" ".join(notes) or f"{job.store.label}: no point can be reached")
-    return SweepResult(model=job.store.label, points=tuple(points), notes=tuple(notes), store=kept)
+    return SweepResult(
+        model=job.store.label, points=tuple(points), notes=(*notes, *full), store=kept
+    )
 
 
 def _part(job: Job, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:

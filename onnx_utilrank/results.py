@@ -160,7 +160,7 @@ class CompressResult:
         """Reasons why nodes were left alone, and how many nodes each holds for."""
         reasons = Counter(s.reason for s in self.plan.skipped)
         for entry in self.plan.entries:
-            if entry.rank is None:
+            if entry.rank is None and entry.site not in self.plan.shrinking:
                 reasons[entry.reason] += len(entry.nodes)
         return dict(reasons.most_common())
 

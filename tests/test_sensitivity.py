@@ -76,7 +76,7 @@ def collected(
     graph = index(proto)
     sites, _ = find_sites(graph)
     biases = {use.node: np.zeros(site.m) for site in sites for use in site.uses}
-    collectors = {site.key: Collector(site, biases, 10**6) for site in sites}
+    collectors = {site.key: Collector(site, site.smaller_side, biases, 10**6) for site in sites}
     uses = [use for site in sites for use in site.uses]
     torch_graph = TorchGraph.build(graph.store)
     backward = GradientPass(torch_graph, uses, losses, draws=draws, smooth=smooth, seed=3)

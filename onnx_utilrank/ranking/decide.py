@@ -154,6 +154,22 @@ class Offers:
         decided = self.allocate(ratio) if self.method is TWO_SIDED else None
         return None if decided is None else decided.error
 
+    def reach(self, loss: float) -> float | None:
+        """The least ratio, to a thousandth, that is predicted to lose at most so much.
+
+        None where the method does not know, or where no ratio loses more.
+        """
+        low, high = self.least, 1.0
+        at_least = self.predicted(low + 1e-3)
+        if at_least is None or at_least <= loss:
+            return None
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            predicted = self.predicted(middle)
+            far = predicted is None or predicted > loss
+            low, high = (middle, high) if far else (low, middle)
+        return high
+
     def plan(self, ratio: float | None) -> RankPlan:
         """Choose a move for every site.
 

@@ -137,6 +137,11 @@ class RankPlan:
         return tuple(h for h in self.hidden if h.kept is not None)
 
     @property
+    def shrinking(self) -> frozenset[str]:
+        """Keys of the sites that those belong to."""
+        return frozenset(key for h in self.shrunk for key in h.sites)
+
+    @property
     def changes(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.factored or self.shrunk)

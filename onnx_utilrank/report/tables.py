@@ -60,8 +60,9 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
         yield _plan_table(plan)
     else:
         yield from _comparison(result.validation)
+    shrunk = f", {len(plan.shrinking)} shrunk with their heads," if plan.shrunk else ""
     yield Text(
-        f"{len(plan.factored)} of {len(plan.entries)} weights factored by {plan.method}; "
+        f"{len(plan.factored)} of {len(plan.entries)} weights factored{shrunk} by {plan.method}; "
         f"parameters kept: {100 * plan.param_ratio:.2f} %"
     )
     yield from _quality(result)
@@ -132,8 +133,13 @@ def _plan_table(plan: RankPlan) -> Table:
     for e in plan.entries:
         error = "?" if e.predicted_error is None else f"{e.predicted_error:.2e}"
         rank = "dense" if e.rank is None else e.rank
+        if e.site in plan.shrinking:
+            rank = "shrunk"
         figures = (e.d, e.m, rank, e.parameters_before, e.parameters_after)
         _row(table, e.site, e.op_type, *figures, error, e.reason)
+    for h in plan.shrunk:
+        error = f"{h.predicted_error:.2e}"
+        _row(table, h.hidden, "hidden", h.size, h.size, str(h.kept), "-", "-", error, h.reason)
     return table
 
 
