@@ -12,9 +12,10 @@ from onnx_utilrank.job import Job, Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
 from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
-from onnx_utilrank.ranking.decide import Offers, planned_moves
+from onnx_utilrank.ranking.decide import Offers
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.ranking.replay import planned_moves
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.propagate import Layer, Refitted, as_measured, propagate
 from onnx_utilrank.sites.find import site_matrix

@@ -14,8 +14,9 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
 from onnx_utilrank.ranking.cost import count_parameters
-from onnx_utilrank.ranking.decide import check_hidden, check_plan, planned_moves, skipped_nodes
+from onnx_utilrank.ranking.decide import skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.results import (
     CompressResult,

@@ -15,8 +15,8 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.moves import MOVES
-from onnx_utilrank.ranking.decide import check_plan, planned_moves
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.replay import check_plan, planned_moves
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
