@@ -120,9 +120,11 @@ class Trace:
     def _read(self, site: Site, numbers: np.ndarray) -> bool:
         """A weight reads the features: its columns close the way."""
         view = site.uses[0].inputs
-        lines = np.moveaxis(numbers, view.axis, -1).reshape(-1, view.width)
         single = len(site.uses) == 1 and site.freed and site.uses[0].gain == 1.0
-        if view.patches or not single or (lines != lines[0]).any():
+        if view.patches or not single:
+            return False
+        lines = np.moveaxis(numbers, view.axis, -1).reshape(-1, view.width)
+        if (lines != lines[0]).any():
             return False
         groups = self.heads.get(site.uses[0].inputs.tensor)
         if groups is None:
