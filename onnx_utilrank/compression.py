@@ -10,6 +10,7 @@ from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.job import Job, Measurement
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
 from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
 from onnx_utilrank.ranking.decide import Offers
@@ -168,6 +169,7 @@ def _layers(
                 measured=found,
                 weight=site_matrix(job.index, found.site),
                 rank=moves[key].rank if key in moves else None,
+                channels=key in moves and moves[key].kind == CHANNELS.key,
                 biases=job.own_biases(found.site),
                 behind=kept[key][0].added(job.index, key, found.site.m)
                 if key in kept

@@ -16,6 +16,7 @@ from onnx_utilrank.config import CompressConfig, SiteFilter, ValidateConfig
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
+from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.cost import Ledger, Unit, bias_cost, count_parameters
 from onnx_utilrank.ranking.method import Measured, Method, MomentMethod, site_moment, use_view
@@ -212,6 +213,7 @@ class Job:
             self.data,
             samples,
             gradients.effort,
+            channels=config.moves is None or CHANNELS.key in config.moves,
             seed=config.seed,
             progress=self.progress,
         )

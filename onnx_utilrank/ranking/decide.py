@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
+from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.budget import allocate
@@ -15,7 +17,7 @@ from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
 from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
-from onnx_utilrank.ranking.two_sided import TWO_SIDED
+from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.ranking.utilized_rank import at_energy
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
@@ -243,7 +245,7 @@ def _choice(
             config.rank_multiple,
             force=config.force and kind is LOW_RANK,
         )
-        for move in measured.moves(ranks):
+        for move in _offered(measured, kind, ranks):
             assert move.rank is not None
             if config.moves is None and not kind.pays(site, move.rank, ledger.rows[site.key]):
                 continue
@@ -261,6 +263,15 @@ def _choice(
         )
         moves = [dense, *moves]
     return Choice(measured=measured, moves=tuple(moves))
+
+
+def _offered(measured: Measured, kind: MoveKind, ranks: Sequence[int]) -> list[Move]:
+    """What a kind of move loses at each rank; none where the site was not measured for it."""
+    if kind is not CHANNELS:
+        return measured.moves(ranks)
+    if isinstance(measured, TwoSidedSite) and measured.channels is not None:
+        return measured.channel_moves(ranks)
+    return []
 
 
 def _shrunk(

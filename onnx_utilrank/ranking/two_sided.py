@@ -8,17 +8,26 @@ import numpy as np
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.sites.site import Side, Site
-from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, grouped, optimal
+from onnx_utilrank.statistics.factorize import (
+    Decomposition,
+    Factors,
+    Metric,
+    balanced,
+    grouped,
+    optimal,
+)
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
 __all__ = [
     "TWO_SIDED",
     "Heads",
+    "InputChannels",
     "TwoSided",
     "TwoSidedSite",
     "forgiven",
     "two_sided_site",
+    "with_channels",
     "with_heads",
 ]
 
@@ -52,6 +61,36 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputChannels:
+    """The input channels of a Conv, decomposed: x ≈ L K (x − μ) + μ at every position.
+
+    Attributes:
+        found: L and K.
+        errors: Predicted loss of the model at each rank.
+        mean: μ where the bias makes up for what is lost of it, else 0, [C].
+    """
+
+    found: Decomposition
+    errors: np.ndarray
+    mean: np.ndarray
+
+    def factors(self, weight: np.ndarray, rank: int) -> Factors:
+        """W' [m, r taps] and K [r, C], balanced."""
+        m, channels = len(weight), len(self.found.expand)
+        taps = weight.reshape(m, channels, -1)
+        reduced = np.einsum("mct,cr->mtr", taps, self.found.expand[:, :rank], optimize=True)
+        left, core = np.linalg.qr(reduced.reshape(-1, rank))
+        both = balanced(left, core @ self.found.reduce[:rank])
+        left = both.left.reshape(m, -1, rank).transpose(0, 2, 1).reshape(m, -1)
+        return Factors(left=left, right=both.right)
+
+    def lost(self, weight: np.ndarray, rank: int) -> np.ndarray:
+        """What a rank loses of the mean output away from the borders, [m]."""
+        taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
+        return np.asarray(taps @ self.found.lost(self.mean, rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TwoSidedSite:
     """The decomposition of one site in the metric of the model's outputs.
 
@@ -63,6 +102,7 @@ class TwoSidedSite:
         gamma: Γ [m, m], what a change of the site's output counts.
         errors: Predicted loss of the model at each rank, in nats or relative squared error.
         bias_cost: Elements that correcting the bias adds.
+        channels: Of a Conv that looks at its neighbours too: its input channels, decomposed.
         heads: Where the outputs are hidden features that may shrink: the decomposition by groups
             of W x + b, every G columns one direction of each of its G groups. None elsewhere.
     """
@@ -75,6 +115,7 @@ class TwoSidedSite:
     errors: np.ndarray
     bias_cost: int
     heads: Heads | None = None
+    channels: InputChannels | None = None
 
     @property
     def centred(self) -> bool:
@@ -93,12 +134,15 @@ class TwoSidedSite:
         whole samples sees those, but rests on few of them.
 
         Args:
-            quadratics: Of `found`, and of `heads` if there are any.
+            quadratics: Of `found`, then of `heads` and of `channels` if there are any.
         """
-        heads = self.heads
+        first, *rest = quadratics
+        heads, channels = self.heads, self.channels
         if heads is not None:
-            heads = replace(heads, errors=_larger(heads.errors, quadratics[1]))
-        return replace(self, errors=_larger(self.errors, quadratics[0]), heads=heads)
+            heads = replace(heads, errors=_larger(heads.errors, rest.pop(0)))
+        if channels is not None:
+            channels = replace(channels, errors=_larger(channels.errors, rest.pop(0)))
+        return replace(self, errors=_larger(self.errors, first), heads=heads, channels=channels)
 
     def shrunk_error(self, rank: int) -> float:
         """What the model is predicted to lose where so many columns of `heads` are kept."""
@@ -107,13 +151,21 @@ class TwoSidedSite:
 
     def moves(self, ranks: Sequence[int]) -> list[Move]:
         """See `Measured.moves`."""
+        return self._moves(ranks, self.errors)
+
+    def channel_moves(self, ranks: Sequence[int]) -> list[Move]:
+        """The same for its input channels, in the place of its outputs."""
+        assert self.channels is not None
+        return self._moves(ranks, self.channels.errors)
+
+    def _moves(self, ranks: Sequence[int], errors: np.ndarray) -> list[Move]:
         extra = self.bias_cost if self.centred else 0
         return [
             Move(
                 rank=rank,
                 bias=self.centred,
                 parameters=rank * (self.site.m + self.site.d) + extra,
-                error=float(self.errors[rank]),
+                error=float(errors[rank]),
             )
             for rank in ranks
         ]
@@ -196,6 +248,28 @@ def forgiven(groups: Sequence[tuple[slice, bool]], mean: np.ndarray) -> np.ndarr
     for rows, centred in groups:
         part[rows] = mean[rows] * centred
     return part
+
+
+def with_channels(site: TwoSidedSite, found: Sensitivity) -> TwoSidedSite:
+    """The site with its input channels decomposed too.
+
+    A change of the input is worth what its gradient there says, as a change of the output is: the
+    optimum is that of a weight which is the identity, in the metric of the input's gradients.
+
+    Args:
+        site: The site.
+        found: Rows of the input channels [C] and the gradients there.
+    """
+    moment = found.moment
+    decomposition = optimal(
+        np.eye(moment.width), Metric.of(found.fisher), outputs=moment, centred=site.centred
+    )
+    channels = InputChannels(
+        found=decomposition,
+        errors=decomposition.errors / 2,
+        mean=moment.mean if site.centred else np.zeros(moment.width),
+    )
+    return replace(site, channels=channels)
 
 
 def _larger(errors: np.ndarray, quadratic: np.ndarray) -> np.ndarray:

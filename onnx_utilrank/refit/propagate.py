@@ -14,7 +14,7 @@ import torch
 from onnx_utilrank.model.graph import captured_names
 from onnx_utilrank.ranking.two_sided import TwoSidedSite, forgiven
 from onnx_utilrank.refit.regression import CrossMoment, regression
-from onnx_utilrank.sensitivity.rows import as_rows
+from onnx_utilrank.sensitivity.rows import as_rows, convolved
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.factorize import Decomposition, Factors, Metric, grouped, optimal
@@ -39,6 +39,7 @@ class Layer:
         rank: The rank of its factors; None where it shrinks.
         biases: What the node of each use adds to W x itself, [m], by node.
         behind: What an Add behind it adds, [m] (of a site that shrinks).
+        channels: Whether the factors are of its input channels.
         kept: Columns of `measured.heads` that are kept; None where it makes no hidden features
             that shrink, and only meets or reads them.
     """
@@ -48,6 +49,7 @@ class Layer:
     rank: int | None
     biases: Mapping[int, np.ndarray]
     behind: np.ndarray
+    channels: bool = False
     kept: int | None = None
 
 
@@ -137,6 +139,8 @@ def propagate(
             if found is not None:
                 layer, use = found
                 key = layer.measured.site.key
+                if layer.channels:
+                    _project_channels(layer, use, runs)
                 if key not in done:
                     done[key] = _refit(layer, use, runs)
                 for run in runs:
@@ -156,7 +160,7 @@ def _refit(layer: Layer, use: Use, runs: Sequence[_Run]) -> Refitted:
     if measured.site.bias not in fitted or len(measured.site.uses) > 1:
         return as_measured(layer)
     metric = Metric.of(measured.gamma)
-    outputs = measured.side == "outputs"
+    outputs = measured.side == "outputs" or layer.channels
     halves, shift = _moments(layer, use, runs, outputs)
     fit = regression(halves, metric.root_t if outputs else metric.root_t @ weight)
     whole = halves[0] + halves[1]
@@ -167,6 +171,15 @@ def _refit(layer: Layer, use: Use, runs: Sequence[_Run]) -> Refitted:
         weight, covariance = fit @ weight, fit @ covariance @ fit.T
     else:
         weight, mean = weight @ fit, layer.weight @ mean
+    if layer.channels:
+        assert measured.channels is not None
+        assert layer.rank is not None
+        return Refitted(
+            weight=layer.weight,
+            lost_mean=mean - fit @ mean_now,
+            turn=fit,
+            factors=measured.channels.factors(weight, layer.rank),
+        )
     if layer.rank is None:
         heads = None
         if layer.kept is not None:
@@ -195,6 +208,16 @@ def as_measured(layer: Layer) -> Refitted:
     if layer.rank is None:
         heads = None if measured.heads is None or layer.kept is None else measured.heads.found
         return Refitted(weight=layer.weight, lost_mean=None, turn=None, heads=heads)
+    if layer.channels:
+        assert measured.channels is not None
+        return Refitted(
+            weight=layer.weight,
+            lost_mean=measured.channels.lost(layer.weight, layer.rank)
+            if measured.centred
+            else None,
+            turn=np.eye(measured.site.m),  # the run holds what comes of the channels already
+            factors=measured.channels.factors(layer.weight, layer.rank),
+        )
     lost = None
     if measured.centred:
         lost = measured.found.lost(measured.mean_output(layer.weight), layer.rank)
@@ -205,6 +228,24 @@ def as_measured(layer: Layer) -> Refitted:
         turn=_kept(measured.found, layer.rank) if measured.side == "outputs" else None,
         factors=factors,
     )
+
+
+def _project_channels(layer: Layer, use: Use, runs: Sequence[_Run]) -> None:
+    """Let every compressed run hold what the node makes of its projected input channels."""
+    channels, patches = layer.measured.channels, use.inputs.patches
+    assert channels is not None
+    assert patches is not None
+    assert layer.rank is not None
+    projection = _kept(channels.found, layer.rank)
+    for run in runs:
+        x = run.compressed[use.inputs.tensor]
+        kernel = torch.from_numpy(
+            layer.weight.reshape(len(layer.weight), patches.channels, *patches.kernel)
+        ).to(x)
+        own = torch.from_numpy(np.array(layer.biases[use.node])).to(x)
+        kept = (x.movedim(1, -1) @ torch.from_numpy(projection.T.copy()).to(x)).movedim(-1, 1)
+        y = convolved(kept, kernel, patches)
+        run.compressed[use.result.tensor] = y + own.reshape(-1, *(1,) * (y.ndim - 2))
 
 
 def _heads(layer: Layer, mean: np.ndarray, covariance: np.ndarray) -> Decomposition:

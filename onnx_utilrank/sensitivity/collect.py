@@ -12,45 +12,36 @@ from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
-__all__ = ["Collector", "collect_sensitivity"]
+__all__ = ["Collector", "RowSums", "collect_sensitivity"]
 
 Feed = Mapping[str, np.ndarray]
 
 
-class Collector:
-    """Sums over runs for one site; `stride` thins the rows that the moment is formed from."""
+class RowSums:
+    """Sums over rows and their gradients; rows are thinned before their moment is formed."""
 
-    def __init__(
-        self, site: Site, side: Side, biases: Mapping[int, np.ndarray], rows_wanted: int
-    ) -> None:
-        self.site = site
-        self.side = side
-        width = site.m if self.side == "outputs" else site.d
-        self.found = Sensitivity(moment=SecondMoment.zero(width), gamma=np.zeros((site.m, site.m)))
-        self._biases = biases
+    def __init__(self, width: int, gradients: int, rows_wanted: int) -> None:
+        self.found = Sensitivity(
+            moment=SecondMoment.zero(width), gamma=np.zeros((gradients, gradients))
+        )
         self._wanted = rows_wanted
         self._shift: np.ndarray | None = None
 
-    def add(self, use: Use, rows: UseRows, samples: int, share: float, phase: int) -> None:
-        """Count one use in one run.
+    def add(
+        self, x: torch.Tensor, gradients: Sequence[torch.Tensor], share: float, phase: int
+    ) -> None:
+        """Count the rows of one run, [samples, positions, features].
 
         Args:
-            use: The use.
-            rows: Its rows.
-            samples: Samples in the run.
-            share: Which share of all samples that is.
+            x: The rows.
+            gradients: For each draw, at the same positions.
+            share: Which share of all samples the run is.
             phase: Number of the run, which the choice of rows moves with.
         """
-        live = torch.stack([g.abs().amax(-1) for g in rows.gradients]).amax(0) > 0
-        for gradient in rows.gradients:
+        live = torch.stack([g.abs().amax(-1) for g in gradients]).amax(0) > 0
+        for gradient in gradients:
             flat = gradient.reshape(-1, gradient.shape[-1])
             self.found.gamma += (flat.T @ flat).double().cpu().numpy()
-        if self.side == "outputs":
-            x = rows.outputs
-            bias = np.array(self._biases[use.node])
-            x = x - torch.from_numpy(bias).to(x)
-        else:
-            x = as_rows(rows.inputs, use.inputs, samples)
         x = x.reshape(-1, x.shape[-1])[live.reshape(-1)]
         stride = max(1, int(len(x) / max(self._wanted * share, 4.0)))
         x = x[phase % stride :: stride]
@@ -65,6 +56,69 @@ class Collector:
             rows=len(z),
             shift=torch.from_numpy(self._shift).to(x).double().cpu().numpy(),
         )
+
+
+class Collector:
+    """Sums over runs for one site."""
+
+    def __init__(
+        self,
+        site: Site,
+        side: Side,
+        biases: Mapping[int, np.ndarray],
+        rows_wanted: int,
+        channels: int = 0,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            site: The site.
+            side: Whose moment is collected.
+            biases: What the node of each use adds to W x itself, [m], by node.
+            rows_wanted: Rows that moments are formed from, about.
+            channels: Input channels that are looked at beside W; 0 for none.
+        """
+        self.site = site
+        self.side = side
+        width = site.m if side == "outputs" else site.d
+        self._rows = RowSums(width, site.m, rows_wanted)
+        self._channels = RowSums(channels, channels, rows_wanted) if channels else None
+        self._biases = biases
+
+    @property
+    def found(self) -> Sensitivity:
+        """What was collected of W x and its gradients."""
+        return self._rows.found
+
+    @property
+    def channels(self) -> Sensitivity | None:
+        """And of the input channels."""
+        return self._channels.found if self._channels else None
+
+    def add(self, use: Use, rows: UseRows, samples: int, share: float, phase: int) -> None:
+        """Count one use in one run.
+
+        Args:
+            use: The use.
+            rows: Its rows.
+            samples: Samples in the run.
+            share: Which share of all samples that is.
+            phase: Number of the run, which the choice of rows moves with.
+        """
+        if self.side == "outputs":
+            x = rows.outputs
+            x = x - torch.from_numpy(np.array(self._biases[use.node])).to(x)
+        else:
+            x = as_rows(rows.inputs, use.inputs, samples)
+        self._rows.add(x, rows.gradients, share, phase)
+        if self._channels and rows.channels:
+            self._channels.add(*rows.channels, share, phase)
+
+    def count(self, samples: int, decisions: int) -> None:
+        """Count the samples (times draws) and decisions of one run, whether or not it was used."""
+        for found in filter(None, (self.found, self.channels)):
+            found.samples += samples
+            found.decisions += decisions
 
 
 def collect_sensitivity(
@@ -89,6 +143,5 @@ def collect_sensitivity(
             collector.add(use, rows, n, share, k)
             seen[collector.site.key] = rows.decisions
         for key, collector in collectors.items():
-            collector.found.samples += n * backward.draws
-            collector.found.decisions += seen.get(key, 0)
+            collector.count(n * backward.draws, seen.get(key, 0))
         progress(k + 1, len(feeds))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from onnx_utilrank.sensitivity.draws import Draw
-from onnx_utilrank.sensitivity.rows import as_rows
+from onnx_utilrank.sensitivity.rows import as_rows, channel_gradient, channel_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -24,12 +24,15 @@ class UseRows:
         outputs: The node's output as rows [samples, positions, m].
         gradients: For each draw, its gradient with respect to W x, [samples, positions, m].
         decisions: Rows of the model's outputs that directions were drawn for.
+        channels: Of a Conv whose channels are looked at: its input as rows [samples, positions, C],
+            and for each draw the gradient there. None elsewhere.
     """
 
     inputs: torch.Tensor
     outputs: torch.Tensor
     gradients: tuple[torch.Tensor, ...]
     decisions: int
+    channels: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
 
 class GradientPass:
@@ -50,7 +53,20 @@ class GradientPass:
         draws: int,
         smooth: bool,
         seed: int,
+        kernels: Mapping[int, np.ndarray] | None = None,
     ) -> None:
+        """Prepare the passes.
+
+        Args:
+            graph: The model in torch.
+            uses: The uses.
+            losses: What counts at the outputs.
+            draws: Directions for each run.
+            smooth: See `Draw`.
+            seed: Of the directions.
+            kernels: By node, the kernels of Convs whose channels are looked at.
+        """
+        self._kernels = kernels or {}
         self.graph = graph
         self.uses = tuple(uses)
         self.draws = draws
@@ -94,8 +110,24 @@ class GradientPass:
                 outputs=as_rows(held[use.result.tensor].detach(), use.result, samples),
                 gradients=tuple(use.gain * as_rows(g, use.result, samples) for g in of_use),
                 decisions=decisions,
+                channels=self._channels(use, held, of_use, samples),
             )
             yield use, rows
+
+    def _channels(
+        self,
+        use: Use,
+        held: Mapping[str, torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        samples: int,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        patches = use.inputs.patches
+        if use.node not in self._kernels or patches is None:
+            return None
+        x = held[use.inputs.tensor].detach()
+        kernel = torch.from_numpy(self._kernels[use.node]).to(x)
+        found = (channel_gradient(x, g, kernel, patches) for g in gradients)
+        return channel_rows(x, samples), tuple(channel_rows(g, samples) for g in found)
 
     def _forward(self, feed: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """The values that rows and gradients are taken of, the outputs of uses with gradients."""

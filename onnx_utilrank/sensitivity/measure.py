@@ -9,11 +9,13 @@ import numpy as np
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.moves.channels import channel_patches
 from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
     forgiven,
     two_sided_site,
+    with_channels,
     with_heads,
 )
 from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
@@ -108,6 +110,7 @@ def measure_sensitivity(
     samples: Sequence[int],
     effort: Effort,
     *,
+    channels: bool,
     seed: int,
     progress: Callable[[str, int, int], None],
 ) -> list[TwoSidedSite]:
@@ -131,6 +134,7 @@ def measure_sensitivity(
     added = {s.key: h.added(index, s.key, s.m) for h in hidden for s in sites if s.key in h.sites}
     # What a reader loses of its mean is known where its inputs are.
     readers = {g.met.site for h in hidden for g in h.groups if g.met.side == "columns"}
+    kernels = _kernels(index, sites) if channels else {}
     measured = []
     passes = list(_groups(sites, effort.statistics_bytes))
     if len(passes) > 1:
@@ -147,6 +151,7 @@ def measure_sensitivity(
                 "inputs" if s.key in readers else s.smaller_side,
                 biases,
                 max(ROWS_PER_FEATURE_KEPT * min(s.m, s.d), ROWS_KEPT),
+                kernels[s.uses[0].node].shape[1] if s.uses[0].node in kernels else 0,
             )
             for s in group
         }
@@ -157,6 +162,7 @@ def measure_sensitivity(
             draws=effort.draws,
             smooth=True,
             seed=seed,
+            kernels=kernels,
         )
         collect_sensitivity(
             backward,
@@ -176,10 +182,12 @@ def measure_sensitivity(
                 if groups:
                     own = biases[site.uses[0].node]
                     one = with_heads(one, weight, groups, own, added[site.key])
+                if collector.channels is not None and collector.channels.moment.rows:
+                    one = with_channels(one, collector.channels)
                 found.append(one)
         progress("decomposing", len(collectors), len(collectors))
         measured += _predicted(
-            graph, index, found, losses, biases, data, tested, effort, seed, progress
+            graph, index, found, losses, biases, kernels, data, tested, effort, seed, progress
         )
     return measured
 
@@ -190,6 +198,7 @@ def _predicted(
     found: Sequence[TwoSidedSite],
     losses: Sequence[OutputLoss],
     biases: Mapping[int, np.ndarray],
+    kernels: Mapping[int, np.ndarray],
     data: Dataset,
     samples: Sequence[int],
     effort: Effort,
@@ -215,15 +224,28 @@ def _predicted(
         draws=min(effort.draws, 2),
         smooth=False,
         seed=seed + 1,  # other directions than the factors were made for
+        kernels=kernels,
     )
     quadratics = sample_quadratics(
         backward,
         sites,
         decompositions,
+        {f.site.key: (f.channels.found, f.channels.mean) for f in found if f.channels},
         list(data.feeds(samples, batch=effort.batch)),
         lambda done, total: progress("predicting", done, total),
     )
     return [f.corrected(quadratics[f.site.key]) for f in found]
+
+
+def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:
+    """Kernels of Convs whose input channels may be decomposed, by node."""
+    found = {}
+    for site in sites:
+        if channel_patches(site) is not None:
+            kernel = index.constant(site.weight)
+            assert kernel is not None
+            found[site.uses[0].node] = kernel.astype(np.float32)
+    return found
 
 
 def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tuple[slice, bool]]]:

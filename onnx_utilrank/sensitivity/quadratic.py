@@ -17,6 +17,7 @@ def sample_quadratics(
     backward: GradientPass,
     sites: Sequence[Site],
     decompositions: Mapping[str, Sequence[tuple[Decomposition, np.ndarray]]],
+    channels: Mapping[str, tuple[Decomposition, np.ndarray]],
     feeds: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[int, int], None],
 ) -> dict[str, list[np.ndarray]]:
@@ -32,6 +33,7 @@ def sample_quadratics(
         sites: The sites.
         decompositions: L and K, one or more for each, and what is taken off the output of its
             node, [m], before they apply: the mean, where a bias makes up for what is lost of it.
+        channels: The same for the input channels of some of the sites, by key.
         feeds: The samples.
         progress: Called with how many feeds are done and how many there are.
 
@@ -39,19 +41,14 @@ def sample_quadratics(
         ModelError: A node cannot be computed.
     """
     owner = {use.node: site for site in sites for use in site.uses}
-    bases = {
-        site.key: [
-            tuple(
-                torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
-                for part in (found.reduce.T, found.expand, mean)
-            )
-            for found, mean in decompositions[site.key]
-        ]
-        for site in sites
+    all_of = {
+        s.key: [*decompositions[s.key], *([channels[s.key]] if s.key in channels else [])]
+        for s in sites
     }
+    bases = {key: [_tensors(*one) for one in of_site] for key, of_site in all_of.items()}
     totals = {
-        site.key: [np.zeros(len(found.errors)) for found, _ in decompositions[site.key]]
-        for site in sites
+        key: [np.zeros(len(found.errors)) for found, _ in of_site]
+        for key, of_site in all_of.items()
     }
     count = 0
     for k, feed in enumerate(feeds):
@@ -61,9 +58,13 @@ def sample_quadratics(
         for use, rows in backward.rows(feed, n):
             key = owner[use.node].key
             for which, basis in enumerate(bases[key]):
-                reduce, expand, mean = (part.to(rows.outputs) for part in basis)
-                hidden = (rows.outputs - mean) @ reduce
-                each = [torch.einsum("bpk,bpk->bk", hidden, g @ expand) for g in rows.gradients]
+                values, gradients = rows.outputs, rows.gradients
+                if which == len(decompositions[key]):
+                    assert rows.channels is not None
+                    values, gradients = rows.channels
+                reduce, expand, mean = (part.to(values) for part in basis)
+                hidden = (values - mean) @ reduce
+                each = [torch.einsum("bpk,bpk->bk", hidden, g @ expand) for g in gradients]
                 # Over the uses of one weight, which change together.
                 summed[key, which] = (
                     summed.get((key, which), 0.0) + torch.stack(each).double().cpu().numpy()
@@ -73,3 +74,9 @@ def sample_quadratics(
             totals[key][which][:-1] += 0.5 * np.square(tails).sum((0, 1))
         progress(k + 1, len(feeds))
     return {key: [t / max(count, 1) for t in of_site] for key, of_site in totals.items()}
+
+
+def _tensors(found: Decomposition, mean: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """K^T, L and the mean, in float32."""
+    parts = (found.reduce.T, found.expand, mean)
+    return tuple(torch.from_numpy(np.ascontiguousarray(p, dtype=np.float32)) for p in parts)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from onnx_utilrank.sites.site import Patches, RowView
 
-__all__ = ["as_rows"]
+__all__ = ["as_rows", "channel_gradient", "channel_rows", "convolved"]
 
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -31,22 +31,42 @@ def as_rows(value: torch.Tensor, view: RowView, samples: int) -> torch.Tensor:
     return rows.reshape(first, -1, view.width)
 
 
-def _unfolded(x: torch.Tensor, patches: Patches) -> torch.Tensor:
-    """im2col as a depthwise convolution with one-hot kernels, [N, C taps, positions …]."""
-    taps = math.prod(patches.kernel)
-    kernel = torch.eye(taps, dtype=x.dtype, device=x.device).repeat(patches.channels, 1)
+def channel_rows(value: torch.Tensor, samples: int) -> torch.Tensor:
+    """A Conv's input [N, C, …] as [samples, positions, C]."""
+    rows = value.movedim(1, -1)
+    first = samples if value.shape[0] % samples == 0 else 1
+    return rows.reshape(first, -1, rows.shape[-1])
+
+
+def convolved(
+    x: torch.Tensor, kernel: torch.Tensor, patches: Patches, groups: int = 1
+) -> torch.Tensor:
+    """The Conv of a kernel [m, C / groups, …] with the strides, pads and dilations of a node."""
     before, after = _pads(patches, x.shape[2:])
     padded = functional.pad(
         x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
     )
     convolve = CONVOLUTIONS[len(patches.kernel) - 1]
     return convolve(
-        padded,
-        kernel.reshape(-1, 1, *patches.kernel),
-        stride=patches.strides,
-        dilation=patches.dilations,
-        groups=patches.channels,
+        padded, kernel, stride=patches.strides, dilation=patches.dilations, groups=groups
     )
+
+
+def channel_gradient(
+    x: torch.Tensor, gradient: torch.Tensor, kernel: torch.Tensor, patches: Patches
+) -> torch.Tensor:
+    """The gradient with respect to a Conv's input that its output's gradient stands for."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(convolved(x, kernel, patches), x, gradient)
+    return found
+
+
+def _unfolded(x: torch.Tensor, patches: Patches) -> torch.Tensor:
+    """im2col as a depthwise convolution with one-hot kernels, [N, C taps, positions …]."""
+    taps = math.prod(patches.kernel)
+    kernel = torch.eye(taps, dtype=x.dtype, device=x.device).repeat(patches.channels, 1)
+    return convolved(x, kernel.reshape(-1, 1, *patches.kernel), patches, patches.channels)
 
 
 def _pads(patches: Patches, extent: Sequence[int]) -> tuple[list[int], list[int]]:
