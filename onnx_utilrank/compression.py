@@ -8,7 +8,8 @@ import onnx
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
-from onnx_utilrank.job import Job, Measurement
+from onnx_utilrank.job import Job
+from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
@@ -180,7 +181,9 @@ def _layers(
     if not plan.refit:
         return {layer.measured.site.key: as_measured(layer) for layer in layers}
     # Both graphs hold the live values of all samples at once.
+    run = job.data.run or 1
     room = max(2, config.memory_budget // (4 * gradients.footprint.live))
+    room = max(1, room // run) * run
     picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
     feeds = list(job.data.feeds([samples[k] for k in sorted(picked)], batch=gradients.effort.batch))
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
@@ -230,7 +233,7 @@ def _shrinking(
     biases = {}
     for key in hidden.sites:
         site = sites[key].site
-        shift = made[key].lost_mean
+        shift = lost[key]
         if hidden.rows(key, site.m, kept) < site.m and shift is not None:
             biases[key] = site.uses[0].bias.values(job.index, site.m) + shift
     return Shrinking(

@@ -88,6 +88,7 @@ class AnalyzeConfig(SiteFilter):
     def __post_init__(self) -> None:
         _check(0 < self.energy <= 1, f"energy {self.energy} is not in (0, 1]")
         _check(self.samples is None or self.samples > 0, "samples must be at least 1")
+        _check(self.seed >= 0, "seed must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ class CompressConfig(SiteFilter):
         samples: Samples to use, those held back included; None for all.
         seed: Seed of the choice of samples, of the split and of gradients.
         provider: Key of the execution provider to calibrate and validate on.
-        memory_budget: Bytes that statistics and activations may take together.
+        memory_budget: Bytes that running sums and the activations of gradients may take together.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.
@@ -163,6 +164,7 @@ class CompressConfig(SiteFilter):
         )
         _check(self.rank_multiple >= 1, "rank multiple must be at least 1")
         _check(self.samples is None or self.samples > 1, "samples must be at least 2")
+        _check(self.seed >= 0, "seed must not be negative")
         _check(self.memory_budget >= 2**20, "memory budget must be at least 1 MiB")
 
     @property
@@ -216,3 +218,4 @@ class ValidateConfig:
         least = self.min_agreement
         _check(least is None or 0 <= least <= 1, f"min agreement {least} is not in [0, 1]")
         _check(self.samples is None or self.samples > 0, "samples must be at least 1")
+        _check(self.seed >= 0, "seed must not be negative")

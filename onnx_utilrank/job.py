@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,80 +14,37 @@ from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.config import CompressConfig, SiteFilter, ValidateConfig
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.measurement import Gradients, Measurement, losses_note, rows_notes
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.cost import Ledger, Unit, bias_cost, count_parameters
-from onnx_utilrank.ranking.method import Measured, Method, MomentMethod, site_moment, use_view
+from onnx_utilrank.ranking.method import Method, MomentMethod, site_moment, use_view
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
-from onnx_utilrank.sensitivity.measure import Effort, choose_effort, measure_sensitivity
+from onnx_utilrank.sensitivity.measure import choose_effort, measure_sensitivity
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow import values_followed
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
-from onnx_utilrank.statistics.divergence import OutputLoss, rows_of
-from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE
-from onnx_utilrank.torch_graph.footprint import Footprint, footprint
+from onnx_utilrank.statistics.divergence import rows_of
+from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import find_losses
 from onnx_utilrank.validation.report import ModelFigures, ValidationReport
 from onnx_utilrank.validation.report import validate as compare_models
 
-__all__ = ["Gradients", "Job", "Measurement", "chosen_samples", "compare"]
+__all__ = ["Job", "chosen_samples", "compare"]
 
 logger = logging.getLogger(__name__)
 
 # Samples that are looked at to tell what the outputs are.
 SAMPLES_LOOKED_AT = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gradients:
-    """What gradients are taken with.
-
-    Attributes:
-        graph: The model in torch.
-        losses: What counts at its outputs.
-        effort: How much of the data is used.
-        footprint: Bytes that one sample takes.
-    """
-
-    graph: TorchGraph
-    losses: tuple[OutputLoss, ...]
-    effort: Effort
-    footprint: Footprint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """Every site, decomposed.
-
-    Attributes:
-        method: The method that did it.
-        sites: The sites, in graph order.
-        hidden: Features between them that may shrink.
-        skips: Sites that nothing could be measured for.
-        notes: Sentences on what the statistics rest on.
-        gradients: Where the method uses them.
-    """
-
-    method: Method
-    sites: list[Measured]
-    hidden: tuple[Hidden, ...] = ()
-    skips: tuple[Skip, ...] = ()
-    notes: tuple[str, ...] = ()
-    gradients: Gradients | None = None
-
-    @property
-    def losses(self) -> tuple[OutputLoss, ...]:
-        """What counts at the outputs, where gradients had to know."""
-        return self.gradients.losses if self.gradients else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +148,7 @@ class Job:
             assert isinstance(method, MomentMethod)
             return self._measure_moments(method, sites, samples)
         try:
-            gradients = self._gradients(samples, config)
+            return self._measure_gradients(sites, samples, config)
         except ModelError as e:
             if key is not None:
                 raise
@@ -201,6 +158,11 @@ class Job:
             return Measurement(
                 method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
             )
+
+    def _measure_gradients(
+        self, sites: Sequence[Site], samples: Sequence[int], config: CompressConfig
+    ) -> Measurement:
+        gradients = self._gradients(samples, config)
         hidden: tuple[Hidden, ...] = ()
         if config.moves is None or SHRINK in config.moves:
             hidden = self.hidden(sites, samples)
@@ -234,7 +196,7 @@ class Job:
             sites=list(measured),
             hidden=hidden,
             skips=skips,
-            notes=_rows_notes(rows),
+            notes=(*rows_notes(rows), losses_note(gradients.losses)),
             gradients=gradients,
         )
 
@@ -270,6 +232,7 @@ class Job:
             footprint=taken,
             batch=self.batch(samples),
             budget=room,
+            run=self.data.run or 1,
         )
         return Gradients(graph=graph, losses=losses, effort=effort, footprint=taken)
 
@@ -290,7 +253,7 @@ class Job:
         rows = {
             m.site.key: (m.moment.rows, m.moment.enough_rows) for m in found if m.moment is not None
         }
-        return Measurement(method=method, sites=found, notes=_rows_notes(rows, collected))
+        return Measurement(method=method, sites=found, notes=rows_notes(rows, collected))
 
     def own_biases(self, site: Site) -> dict[int, np.ndarray]:
         """What the nodes themselves add to W x; an Add behind a node is not part of it."""
@@ -365,28 +328,6 @@ def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:
     if samples is None or samples >= n:
         return list(range(n))
     return sorted(random.Random(seed).sample(range(n), samples))
-
-
-def _rows_notes(
-    sites: Mapping[str, tuple[int, bool]], collected: Collected | None = None
-) -> tuple[str, ...]:
-    """What a reader of the figures has to know about the statistics behind them."""
-    notes = []
-    poor = {key: rows for key, (rows, trusted) in sites.items() if not trusted}
-    if poor:
-        worst = min(poor, key=lambda key: poor[key])
-        notes.append(
-            f"{len(poor)} of {len(sites)} weights saw fewer than {ROWS_PER_FEATURE} rows a "
-            f"feature (fewest: {worst!r} with {poor[worst]}), so their spectra look emptier than "
-            "they are; more samples would help, and savings there are not safe."
-        )
-    strided = [s for s in collected.strides.values() if s > 1] if collected else []
-    if collected and strided:
-        notes.append(
-            f"{len(strided)} of {len(collected.strides)} tensors have more rows than a rank "
-            f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
-        )
-    return tuple(notes)
 
 
 def _gradient_type(store: ModelStore) -> torch.dtype | None:

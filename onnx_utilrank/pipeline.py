@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, usable_batch
-from onnx_utilrank.calibration.data import DataSource, hold_back, open_data
+from onnx_utilrank.calibration.data import DataSource, hold_back, import_function, open_data
 from onnx_utilrank.compression import build, fit, fullness, make_offers, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
@@ -106,7 +106,7 @@ def compress(
     Args:
         model: Path, proto or store; it is not changed.
         data: Samples; four fifths calibrate, a fifth is held back (`hold_back`).
-        config: Options. Without a plan, `param_ratio` or `energy` has to be given.
+        config: Options. Without a plan, one of the targets has to be given.
         plan: Decisions to replay instead; statistics are collected anew for the sites it factors.
         dry_run: Stop at the plan.
         progress: Called with the stage, what is done of it and how much there is.
@@ -124,6 +124,7 @@ def compress(
         raise ConfigError("a target has to be given: a ratio, energy, a quality target or a plan")
     if plan is not None and config.target:
         raise ConfigError("a plan states its own target: ratios, energy and quality exclude it")
+    config = _with_metric(config)
     job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     made_by = stamp(job.store)
@@ -178,7 +179,7 @@ def compress(
         store=store,
         validation=report,
         samples=len(calibration),
-        notes=(*notes, *_saturation(best, quality)),
+        notes=(*notes, *_saturation(config.quality, best, quality)),
         quality=quality,
         searched=None if best is None else best.quality,
     )
@@ -216,6 +217,7 @@ def sweep(
         raise ConfigError("a sweep needs ratios, each in (0, 1]")
     if keep is not None and keep not in ratios:
         raise ConfigError(f"ratio {keep:g} is no point of the sweep")
+    config = _with_metric(config)
     job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     found = job.measure(config.method_key, job.sites, calibration, config)
@@ -227,19 +229,27 @@ def sweep(
         try:
             plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
             store = build(job, plan, found, calibration, config)
-        except TargetMissedError as e:
+            report = job.validate(store, held)
+            quality = judge(store)
+        except (TargetMissedError, ModelError) as e:
             notes.append(f"{ratio:g}: {e}.")
             continue
         full = full or fullness(offers, plan)
         plan = replace(plan, parameters_after=count_parameters(store))
-        report = job.validate(store, held)
-        points.append(SweepPoint(ratio=ratio, plan=plan, validation=report, quality=judge(store)))
+        points.append(SweepPoint(ratio=ratio, plan=plan, validation=report, quality=quality))
         kept = store if ratio == keep else kept
     if not points or (keep is not None and kept is None):
         raise TargetMissedError(" ".join(notes) or f"{job.store.label}: no point can be reached")
     return SweepResult(
         model=job.store.label, points=tuple(points), notes=(*notes, *full), store=kept
     )
+
+
+def _with_metric(config: CompressConfig) -> CompressConfig:
+    """The options with the user's function imported, so that a wrong name fails at once."""
+    if not isinstance(config.evaluate, str):
+        return config
+    return replace(config, evaluate=import_function(config.evaluate))
 
 
 def _part(job: Job, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
@@ -269,8 +279,12 @@ def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quali
     )
 
 
-def _saturation(best: Candidate | None, quality: Quality) -> tuple[str, ...]:
-    if best is None or not (best.saturated or quality.saturated):
+def _saturation(
+    target: QualityTarget | None, best: Candidate | None, quality: Quality
+) -> tuple[str, ...]:
+    if target is None or target.key != "max_drop" or best is None:
+        return ()
+    if not (best.saturated or quality.saturated):
         return ()
     return (
         "The metric shows no loss where the outputs clearly differ: it is saturated, and the size "

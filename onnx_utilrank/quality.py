@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_utilrank.calibration.data import import_function
+from onnx_utilrank.calibration.data import import_function, importable
 from onnx_utilrank.config import CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.job import Job
@@ -69,7 +69,8 @@ class Quality:
         room = errors * (error if error is not None and math.isfinite(error) else 0.0)
         if target.key in ("min_agreement", "min_snr"):
             return value >= target.limit - room
-        return value <= target.limit + room and not (self.saturated and not errors)
+        blind = target.key == "max_drop" and self.saturated and not errors
+        return value <= target.limit + room and not blind
 
 
 class Judge:
@@ -151,7 +152,8 @@ class Judge:
         with tempfile.TemporaryDirectory(prefix="onnx_utilrank_") as folder:
             path = Path(folder, "model.onnx")
             store.save(path)
-            value = self._metric(str(path))
+            with importable(Path.cwd()):  # a function may import its neighbours when it runs
+                value = self._metric(str(path))
         try:
             number = float(value)
         except (TypeError, ValueError) as e:

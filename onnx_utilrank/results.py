@@ -146,12 +146,15 @@ class CompressResult:
     def verdict(self) -> str:
         """One word for the outcome: a slower or unchanged model is never called smaller only.
 
-        `planned` (dry run), `unchanged`, `slower` (smaller, but measured to be slower), `smaller`.
+        `planned` (dry run), `unchanged`, `larger` (which only force allows), `slower` (smaller,
+        but measured to be slower), `smaller`.
         """
         if self.validation is None:
             return "planned"
         if self.validation.candidate == self.validation.reference:
             return "unchanged"
+        if self.validation.candidate.file_bytes > self.validation.reference.file_bytes:
+            return "larger"
         slower = any(p.latency.slower for p in self.validation.providers)
         return "slower" if slower else "smaller"
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from onnx_utilrank.compression import build
 from onnx_utilrank.config import CompressConfig, QualityTarget
-from onnx_utilrank.errors import TargetMissedError
-from onnx_utilrank.job import Job, Measurement
+from onnx_utilrank.errors import ModelError, TargetMissedError
+from onnx_utilrank.job import Job
+from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quality import Judge, Quality
 from onnx_utilrank.ranking.decide import Offers
@@ -73,6 +74,7 @@ def search(
     worst: Candidate | None = None
     factor = 1.0
     saturated = False
+    refused = ""
     for _ in range(EVALUATIONS):
         if high - low <= FINE and best is not None:
             break
@@ -81,8 +83,15 @@ def search(
         if not plan.changes:
             low = ratio
             break
-        store = build(job, plan, found, samples, config)
-        quality = judge(store)
+        try:
+            store = build(job, plan, found, samples, config)
+            quality = judge(store)
+        except (TargetMissedError, ModelError) as e:
+            # One that cannot be made, or does not run, is not good enough.
+            low, refused = max(low, ratio), f"a candidate was refused ({e})"
+            if high - low <= FINE:
+                break
+            continue
         candidate = Candidate(ratio=ratio, plan=plan, store=store, quality=quality)
         job.progress("searching", 0, 0)
         if quality.meets(target):
@@ -98,7 +107,7 @@ def search(
             break
     if best is not None:
         return replace(best, saturated=saturated)
-    reached = "nothing could be factored with a saving"
+    reached = refused or "nothing could be factored with a saving"
     if worst is not None:
         value, error = worst.quality.figure(target)
         spread = "" if error is None or not math.isfinite(error) else f" ± {error:.2g}"

@@ -30,14 +30,15 @@ LAYERS = {
     "sensitivity": "calibration model ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
+    "measurement": "calibration ranking sensitivity sites statistics torch_graph",
     "job": (
-        "calibration config errors model moves ranking runtime sensitivity sites statistics"
-        " torch_graph validation"
+        "calibration config errors measurement model moves ranking runtime sensitivity sites"
+        " statistics torch_graph validation"
     ),
-    "compression": "config errors job model moves ranking refit sensitivity sites surgery",
+    "compression": "config errors job measurement model moves ranking refit sensitivity sites surgery",
     "quality": "calibration config errors job model runtime statistics validation",
     "results": "errors model quality ranking validation",
-    "search": "compression config errors job model quality ranking",
+    "search": "compression config errors job measurement model quality ranking",
     "pipeline": (
         "calibration compression config errors job model quality ranking results runtime search"
         " validation"

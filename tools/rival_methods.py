@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_utilrank.errors import TargetMissedError
-from onnx_utilrank.job import Job, Measurement
+from onnx_utilrank.job import Job
+from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.method import Choice, Measured, Move, site_moment
 from onnx_utilrank.runtime.sessions import open_session

@@ -35,6 +35,7 @@ __all__ = [
     "SampleReader",
     "hold_back",
     "import_function",
+    "importable",
     "open_data",
 ]
 
@@ -228,7 +229,7 @@ def open_data(source: DataSource, inputs: Sequence[TensorSpec]) -> Dataset:
         raise DataError(f"{label}: the model has no inputs to give data for")
     if isinstance(source, str) and _names_function(source):
         # The function may import what lies beside it as late as in its last sample.
-        with _importable(Path.cwd()):
+        with importable(Path.cwd()):
             blocks = [_read_memory(label, _import_function(source)(), inputs)]
     elif isinstance(source, str | os.PathLike):
         blocks = read_path(Path(source), inputs)
@@ -290,7 +291,7 @@ def import_function(source: str) -> Callable[..., Any]:
     """
     if not _FUNCTION.fullmatch(source):
         raise DataError(f"{source}: is not of the form package.module:function")
-    with _importable(Path.cwd()):
+    with importable(Path.cwd()):
         return _import_function(source)
 
 
@@ -307,7 +308,7 @@ def _import_function(source: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
     """Put `folder` first on Python's module path for the time of the block."""
     entry = str(folder)
     sys.path.insert(0, entry)

@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     if not args.output and not args.dry_run:
         raise ConfigError("-o OUT is needed, or --dry-run")
-    if args.plan and (args.method or args.force or args.moves or args.output_weighting):
+    own = (args.method, args.force, args.moves, args.output_weighting, args.no_refit)
+    if args.plan and (any(own) or args.rank_multiple != 1):
         raise ConfigError(
-            "--plan states method, moves, weighting and ranks itself: --method, --moves, "
-            "--output-weighting and --force exclude it"
+            "--plan states method, moves, weighting, refit and ranks itself: --method, --moves, "
+            "--output-weighting, --no-refit, --rank-multiple and --force exclude it"
         )
     if args.point is not None and not args.plan:
         raise ConfigError("--point goes with --plan")

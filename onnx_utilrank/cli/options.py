@@ -120,7 +120,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         type=_words,
         metavar="MOVES",
         help=f"what may be done to weights, comma-separated: {','.join(MOVE_KEYS)}; those named "
-        "are made wherever that is smaller (default: all, where it should be faster too)",
+        "are made wherever that is smaller (default: all; pivot and channels only where they "
+        "should be faster too)",
     )
     parser.add_argument(
         "--no-refit",
@@ -139,7 +140,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         type=size,
         default=DEFAULT_MEMORY,
         metavar="BYTES",
-        help="what statistics and activations may take, such as 500M or 4G (default: 4G)",
+        help="what running sums and activations may take, such as 500M or 4G (default: 4G)",
     )
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(
@@ -173,7 +174,7 @@ def size(text: str) -> int:
     """An argparse type: bytes, with K, M or G for powers of 1024."""
     factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
     digits = text if factor == 1 else text[:-1]
-    return int(number(float, 1)(digits) * factor)
+    return int(number(float, 1, 2.0**60)(digits) * factor)
 
 
 def _words(text: str) -> tuple[str, ...]:

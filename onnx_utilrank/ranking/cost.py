@@ -80,6 +80,8 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
         total -= held if index.freed_by(vector.name, frozenset({vector.node})) else 0
     for repair in (*hidden.reshapes, *hidden.shapes):
         total += repair.length
+    for node in hidden.splits:
+        total += len(index.node(node).output)
     for name, nodes in _targets(index, hidden).items():
         kind = index.constant_type(name)
         if kind is not None and index.freed_by(name, frozenset(nodes)):
@@ -97,10 +99,10 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
 
 
 def _targets(index: GraphIndex, hidden: Hidden) -> dict[str, set[int]]:
-    """The shapes that Reshape nodes read, with the nodes."""
+    """The shapes that Reshape nodes and the sizes that Split nodes read, with the nodes."""
     found: dict[str, set[int]] = {}
-    for repair in hidden.reshapes:
-        found.setdefault(index.node(repair.node).input[1], set()).add(repair.node)
+    for node in (*(repair.node for repair in hidden.reshapes), *hidden.splits):
+        found.setdefault(index.node(node).input[1], set()).add(node)
     return found
 
 

@@ -22,6 +22,7 @@ __all__ = [
 VERDICTS = {
     "planned": "Planned only: no model was made.",
     "unchanged": "Unchanged: nothing was factored.",
+    "larger": "LARGER, as was forced: no gain.",
     "smaller": "Smaller; in time not clearly worse: see the latency ratio and its spread.",
     "slower": "SMALLER BUT SLOWER on this machine: no gain in time.",
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.sensitivity.draws import Draw
 from onnx_utilrank.sensitivity.rows import as_rows, channel_gradient, channel_rows
 from onnx_utilrank.sites.site import Use
@@ -42,6 +43,7 @@ class GradientPass:
         graph: The model in torch.
         uses: The uses.
         draws: How many directions are drawn for each run.
+        dropped: Samples of a run whose gradients were not finite and do not count, at most.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class GradientPass:
             kernels: By node, the kernels of Convs whose channels are looked at.
         """
         self._kernels = kernels or {}
+        self.dropped = 0
         self.graph = graph
         self.uses = tuple(uses)
         self.draws = draws
@@ -91,16 +94,20 @@ class GradientPass:
                 h(held[h.value], feed, samples, self._generator, smooth=self._smooth) for h in heads
             ]
             decisions = sum(count for _, count in drawn)
-            found = torch.autograd.grad(
-                [held[h.value] for h in heads],
-                [held[name] for name in made],
-                [v for v, _ in drawn],
-                retain_graph=k + 1 < self.draws,
-                allow_unused=True,
-            )
+            try:
+                found = torch.autograd.grad(
+                    [held[h.value] for h in heads],
+                    [held[name] for name in made],
+                    [v for v, _ in drawn],
+                    retain_graph=k + 1 < self.draws,
+                    allow_unused=True,
+                )
+            except RuntimeError as e:  # NotImplementedError is one
+                reason = " ".join(str(e).split())
+                raise ModelError(f"{self.graph.store.label}: no gradients: {reason}") from e
             for name, gradient in zip(made, found, strict=True):
                 if gradient is not None:
-                    gradients[name].append(gradient)
+                    gradients[name].append(self._finite(gradient, samples))
         for use in self.uses:
             of_use = gradients.get(use.result.tensor)
             if not of_use:
@@ -113,6 +120,16 @@ class GradientPass:
                 channels=self._channels(use, held, of_use, samples),
             )
             yield use, rows
+
+    def _finite(self, gradient: torch.Tensor, samples: int) -> torch.Tensor:
+        """The gradient, zero at samples where it is not finite: a root of zero, say."""
+        first = samples if gradient.ndim and gradient.shape[0] % samples == 0 else 1
+        bad = ~torch.isfinite(gradient.reshape(first, -1)).all(1)
+        if not bad.any():
+            return gradient
+        self.dropped = max(self.dropped, int(bad.sum()))
+        kept = gradient.reshape(first, -1).masked_fill(bad[:, None], 0.0)
+        return kept.reshape(gradient.shape)
 
     def _channels(
         self,

@@ -65,7 +65,14 @@ class Effort:
 
 
 def choose_effort(
-    *, samples: int, flops: int, decisions: int, footprint: Footprint, batch: int, budget: int
+    *,
+    samples: int,
+    flops: int,
+    decisions: int,
+    footprint: Footprint,
+    batch: int,
+    budget: int,
+    run: int = 1,
 ) -> Effort:
     """How many samples and draws a model is worth.
 
@@ -81,6 +88,7 @@ def choose_effort(
         footprint: Bytes that one sample takes.
         batch: Samples that one run may take.
         budget: Bytes that statistics and activations may take together.
+        run: Samples of one run, where the model fixes them.
     """
     room = max(1, budget // (4 * max(footprint.kept, 1)))
     batch = max(1, min(batch, BATCH, room))
@@ -91,10 +99,12 @@ def choose_effort(
         draws = 1
         gradients = min(max(samples // GRADIENT_SHARE, 1), enough)
         quadratics = min(max(samples // QUADRATIC_SHARE, 1), enough)
+    # Whole runs: what is left over of one cannot be used.
+    gradients, quadratics = (-(-n // run) * run for n in (gradients, quadratics))
     return Effort(
         draws=draws,
-        gradients=gradients,
-        quadratics=quadratics,
+        gradients=min(gradients, samples),
+        quadratics=min(quadratics, samples),
         batch=batch,
         statistics_bytes=budget // 2,
     )
@@ -170,6 +180,13 @@ def measure_sensitivity(
             list(data.feeds(chosen, batch=effort.batch)),
             lambda done, total: progress("calibrating", done, total),
         )
+        if backward.dropped:
+            logger.warning(
+                "%s: the gradients of %d samples of a run or more are not finite; those do not "
+                "count",
+                index.store.label,
+                backward.dropped,
+            )
         found = []
         for k, collector in enumerate(collectors.values()):
             progress("decomposing", k, len(collectors))

@@ -63,7 +63,8 @@ def sample_quadratics(
                     assert rows.channels is not None
                     values, gradients = rows.channels
                 reduce, expand, mean = (part.to(values) for part in basis)
-                hidden = (values - mean) @ reduce
+                # What is not finite has no gradient.
+                hidden = torch.nan_to_num(values - mean, 0.0, 0.0, 0.0) @ reduce
                 each = [torch.einsum("bpk,bpk->bk", hidden, g @ expand) for g in gradients]
                 # Over the uses of one weight, which change together.
                 summed[key, which] = (

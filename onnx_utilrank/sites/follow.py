@@ -6,6 +6,7 @@ lie, and which columns of the next weight read which feature, is read off the nu
 A feature that meets a node which would mix it with others goes no further.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +90,8 @@ class Trace:
     def _begin(self, site: Site) -> None:
         use = site.uses[0]
         shape = self.values[use.result.tensor].shape
+        if not math.prod(shape):
+            return
         line = np.arange(site.m, dtype=np.int32) + self.first[site.key]
         behind = -use.result.axis - 1 if use.result.axis < 0 else len(shape) - 1 - use.result.axis
         self.numbers[use.result.tensor] = np.broadcast_to(line.reshape(-1, *(1,) * behind), shape)
@@ -219,7 +222,7 @@ class Trace:
             made = self._evaluated(node, numbers)
             if made and _cuts(node, numbers, made[0]):
                 # Along the features only a Split can be stated anew.
-                if node.op_type != "Split":
+                if node.op_type != "Split" or any(a.name == "split" for a in node.attribute):
                     return False
                 if len(node.input) > 1 and node.input[1]:
                     self.seen.append(("Split", k, numbers))

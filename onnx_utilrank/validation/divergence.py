@@ -116,9 +116,8 @@ def find_losses(
 def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool, bool, int]:
     """Whether an output holds scores of classes, whether those are probabilities, and the axis."""
     # A last linear layer of a sequence may give scores of tokens: the values tell.
-    classes = is_classification(store, name, shape) or is_classification(
-        store, name, (2, shape[-1]) if shape else None
-    )
+    tokens = len(shape) == 3 and is_classification(store, name, (2, shape[-1]))
+    classes = is_classification(store, name, shape) or tokens
     head = softmax_head(store, name)
     if head is None:
         return classes, False, -1

@@ -1,0 +1,87 @@
+"""What a method found out about every site of a model, and what a reader has to know of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnx_utilrank.calibration.collect import Collected
+from onnx_utilrank.ranking.method import Measured, Method
+from onnx_utilrank.sensitivity.measure import Effort
+from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.sites.site import Skip
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE
+from onnx_utilrank.torch_graph.footprint import Footprint
+from onnx_utilrank.torch_graph.graph import TorchGraph
+
+__all__ = ["Gradients", "Measurement", "losses_note", "rows_notes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """What gradients are taken with.
+
+    Attributes:
+        graph: The model in torch.
+        losses: What counts at its outputs.
+        effort: How much of the data is used.
+        footprint: Bytes that one sample takes.
+    """
+
+    graph: TorchGraph
+    losses: tuple[OutputLoss, ...]
+    effort: Effort
+    footprint: Footprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Every site, decomposed.
+
+    Attributes:
+        method: The method that did it.
+        sites: The sites, in graph order.
+        hidden: Features between them that may shrink.
+        skips: Sites that nothing could be measured for.
+        notes: Sentences on what the statistics rest on.
+        gradients: Where the method uses them.
+    """
+
+    method: Method
+    sites: list[Measured]
+    hidden: tuple[Hidden, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
+    gradients: Gradients | None = None
+
+    @property
+    def losses(self) -> tuple[OutputLoss, ...]:
+        """What counts at the outputs, where gradients had to know."""
+        return self.gradients.losses if self.gradients else ()
+
+
+def rows_notes(
+    sites: Mapping[str, tuple[int, bool]], collected: Collected | None = None
+) -> tuple[str, ...]:
+    """What a reader of the figures has to know about the statistics behind them."""
+    notes = []
+    poor = {key: rows for key, (rows, trusted) in sites.items() if not trusted}
+    if poor:
+        worst = min(poor, key=lambda key: poor[key])
+        notes.append(
+            f"{len(poor)} of {len(sites)} weights saw fewer than {ROWS_PER_FEATURE} rows a "
+            f"feature (fewest: {worst!r} with {poor[worst]}), so their spectra look emptier than "
+            "they are; more samples would help, and savings there are not safe."
+        )
+    strided = [s for s in collected.strides.values() if s > 1] if collected else []
+    if collected and strided:
+        notes.append(
+            f"{len(strided)} of {len(collected.strides)} tensors have more rows than a rank "
+            f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
+        )
+    return tuple(notes)
+
+
+def losses_note(losses: Sequence[OutputLoss]) -> str:
+    """How outputs are weighted, as nothing else tells a reader what divergences are of."""
+    counted = ", ".join(f"{loss.output!r} as {loss.weighting}" for loss in losses)
+    return f"What counts at the outputs: {counted}."
