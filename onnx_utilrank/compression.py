@@ -183,7 +183,7 @@ def _layers(
     # Both graphs hold the live values of all samples at once.
     run = job.data.run or 1
     room = max(2, config.memory_budget // (4 * gradients.footprint.live))
-    room = max(1, room // run) * run
+    room = min(max(1, room // run) * run, gradients.effort.refit)
     picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
     feeds = list(job.data.feeds([samples[k] for k in sorted(picked)], batch=gradients.effort.batch))
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)

@@ -35,9 +35,10 @@ logger = logging.getLogger(__name__)
 # Up to this many operations over all samples, about the work of a minute, nothing is spared.
 CHEAP_FLOPS = 10**12
 DRAWS = 4
-# The samples of a dear model that gradients and quadratics are taken of: shares, and at least so
-# many where a sample holds few decisions.
-GRADIENT_SHARE, QUADRATIC_SHARE = 2, 8
+# The samples of a dear model that gradients are taken of, that losses are predicted on, and that
+# layers are refitted to: shares, the dearer the less, and at least so many samples where each holds
+# few decisions.
+GRADIENT_SHARES, QUADRATIC_SHARE, REFIT_SHARES = (1 / 4, 1 / 2), 1 / 8, (1 / 4, 1.0)
 LEAST_DECISIONS = 4096
 LEAST_SAMPLES = 16
 # Samples of one run, at most; smaller where the memory budget asks for it.
@@ -53,6 +54,7 @@ class Effort:
         draws: Directions drawn at the outputs for each run.
         gradients: Samples that Γ and Cov(x) are collected from.
         quadratics: Samples that the losses are predicted on.
+        refit: Samples that layers are refitted to.
         batch: Samples of one run.
         statistics_bytes: What the sums of one group of sites may take.
     """
@@ -60,6 +62,7 @@ class Effort:
     draws: int
     gradients: int
     quadratics: int
+    refit: int
     batch: int
     statistics_bytes: int
 
@@ -76,10 +79,11 @@ def choose_effort(
 ) -> Effort:
     """How many samples and draws a model is worth.
 
-    A run with gradients costs about three without. So that the whole stays within a few plain
-    runs over the samples, a model that is dear to run gets one draw, and gradients of a part of
-    its samples: half of them, or fewer where each sample makes many decisions (the pixels of an
-    image, the tokens of a text).
+    A run with gradients and its sums costs about five without, and one of the refit three. So that
+    the whole stays within a few plain runs over the samples, a model that is dear to run gets one
+    draw, and gradients of a part of its samples: half of them down to a quarter the dearer it is,
+    or fewer where each sample makes many decisions (the pixels of an image, the tokens of a text).
+    Its layers are refitted to all of the samples down to a quarter.
 
     Args:
         samples: Samples to calibrate with.
@@ -93,21 +97,28 @@ def choose_effort(
     room = max(1, budget // (4 * max(footprint.kept, 1)))
     batch = max(1, min(batch, BATCH, room))
     if flops * samples <= CHEAP_FLOPS:
-        draws, gradients, quadratics = DRAWS, samples, samples
+        draws, gradients, quadratics, refit = DRAWS, samples, samples, samples
     else:
+        cheap = CHEAP_FLOPS / (flops * samples)
         enough = max(LEAST_SAMPLES, -(-LEAST_DECISIONS // max(decisions, 1)))
         draws = 1
-        gradients = min(max(samples // GRADIENT_SHARE, 1), enough)
-        quadratics = min(max(samples // QUADRATIC_SHARE, 1), enough)
+        gradients = min(_share(samples, cheap, *GRADIENT_SHARES), enough)
+        quadratics = min(_share(samples, QUADRATIC_SHARE, 0.0, 1.0), enough)
+        refit = _share(samples, 2 * cheap, *REFIT_SHARES)
     # Whole runs: what is left over of one cannot be used.
-    gradients, quadratics = (-(-n // run) * run for n in (gradients, quadratics))
+    gradients, quadratics, refit = (-(-n // run) * run for n in (gradients, quadratics, refit))
     return Effort(
         draws=draws,
         gradients=min(gradients, samples),
         quadratics=min(quadratics, samples),
+        refit=min(refit, samples),
         batch=batch,
         statistics_bytes=budget // 2,
     )
+
+
+def _share(samples: int, share: float, low: float, high: float) -> int:
+    return max(int(samples * min(max(share, low), high)), 1)
 
 
 def measure_sensitivity(
