@@ -27,7 +27,7 @@ LAYERS = {
     "ranking": "config errors model moves sites statistics",
     "calibration": "errors model runtime sites statistics",
     "surgery": "errors model moves sites statistics",
-    "sensitivity": "calibration model ranking sites statistics torch_graph",
+    "sensitivity": "calibration errors model moves ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
@@ -35,7 +35,9 @@ LAYERS = {
         "calibration config errors measurement model moves ranking runtime sensitivity sites"
         " statistics torch_graph validation"
     ),
-    "compression": "config errors job measurement model moves ranking refit sensitivity sites surgery",
+    "compression": (
+        "config errors job measurement model moves ranking refit sensitivity sites surgery"
+    ),
     "quality": "calibration config errors job model runtime statistics validation",
     "results": "errors model quality ranking validation",
     "search": "compression config errors job measurement model quality ranking",

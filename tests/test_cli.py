@@ -202,6 +202,11 @@ def test_validate_passes_and_fails_by_its_tolerances(run, data):
         ("compress", CNN, "-o", "o", "--plan-out", "o", "--data", "d", "--param-ratio", 0.5),
         ("compress", CNN, "-o", "o", "--data", "d", "--energy", 0.9, "--method", "svd"),
         ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--force"),
+        ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--no-refit"),
+        ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--rank-multiple", 8),
+        ("compress", CNN, "-o", "o", "--data", "d", "--energy", 0.9, "--memory-budget", "inf"),
+        ("compress", CNN, "-o", "o", "--data", "d", "--energy", 0.9, "--memory-budget", "nan"),
+        ("compress", CNN, "-o", "o", "--data", "d", "--param-ratio", 0.5, "--seed", -1),
         ("compress", CNN, "-o", "o", "--data", "d", "--param-ratio", 0.5, "--op-types", "LSTM"),
         ("analyze", CNN, "--data", "d", "--provider", "abacus"),
         ("validate", CNN, CNN, "--data", "d", "--samples", 0),
@@ -252,6 +257,19 @@ def test_bad_models_and_data_end_in_one_line(run, data, model, source, named):
     (line,) = errors(err)
     assert named in line
     assert not Path("o.onnx").exists()
+
+
+def test_metrics_that_do_not_exist_fail_before_anything_runs(run, data, monkeypatch):
+    def opened(*given, **options):
+        raise AssertionError(f"the model was opened with {given} {options}")
+
+    monkeypatch.setattr("onnx_utilrank.pipeline.Job.open", opened)
+    target = ("--max-drop", 1, "--evaluate", "nomod:fn")
+    status, out, err = run("compress", CNN, "-o", "o.onnx", "--data", data, *target)
+    assert (status, out) == (5, "")
+    (line,) = errors(err)
+    assert "nomod" in line
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.usefixtures("broken")

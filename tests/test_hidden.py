@@ -427,6 +427,41 @@ def test_features_that_something_mixes_stay(name: str):
         assert found_in(style, batch) == sorted(style.found, key=sorted)
 
 
+@pytest.mark.parametrize("first", ["Conv", "MatMul"])
+def test_conv_of_several_taps_reads_no_features(first: str):
+    body = f"h = {first}(x, V) i = Identity(h) y = Conv(i, W)"
+    proto = model(
+        "(float[n,6,7,8] x) => (float[n,4,o,p] y)",
+        body,
+        V=noise(1, *((6, 6, 3, 3) if first == "Conv" else (8, 5))).astype(np.float32),
+        W=noise(2, 4, 6, 3, 3).astype(np.float32),
+    )
+    _, sites, hidden = hidden_of(proto, {"x": noise(3, 1, 6, 7, 8).astype(np.float32)})
+    assert set(sites) == {"V", "W"}
+    assert hidden == []
+
+
+def test_sizes_of_a_split_that_are_an_attribute_are_not_restated():
+    body = FEATURES_STYLES["features split in equal parts"].body
+    style = Style(
+        body=body.replace("<axis=2>(mb)", f"<axis=2, split=[{ALL}, {ALL}, {ALL}]>(mb)"), found=()
+    )
+    proto = style.proto()
+    proto.opset_import[0].version = 11
+    onnx.checker.check_model(proto, full_check=True)
+    assert hidden_of(proto, style.feed(2))[2] == []
+    config = CompressConfig(param_ratio=0.7)
+    result = compress(proto, {"x": noise(3, 40, T, D).astype(np.float32)}, config)
+    onnx.checker.check_model(result.model, full_check=True)
+    assert not result.plan.hidden
+
+
+def test_values_without_rows_are_not_followed():
+    for name in ("matmul", "gemm"):
+        _, _, hidden = hidden_of(STYLES[name].proto(), {"x": np.zeros((0, T, D), np.float32)})
+        assert hidden == []
+
+
 # --- shrinking ----------------------------------------------------------------------------------
 
 
@@ -553,6 +588,27 @@ def test_cost_is_what_the_model_stores(name: str, kept: int):
             site = sites[key]
             change += hidden.rows(key, site.m, kept) * hidden.columns(key, site.d, kept)
             change -= site.parameters
+        assert count_parameters(store) - count_parameters(graph.store) == change
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_cost_counts_the_sizes_of_a_split(shared: bool):
+    style = FEATURES_STYLES["features split by sizes"]
+    if shared:  # the old sizes stay for another reader
+        outputs = f"(float[n,{T},{D}] y, int64[3] z)"
+        signature = f"(float[n,{T},{D}] x) => {outputs}"
+        style = replace(style, body=style.body + " z = Neg(thirds)", signature=signature)
+    graph, sites, (hidden,) = hidden_of(style.proto(), style.feed(1))
+    assert hidden.splits
+    for kept in (3, 1):
+        store = rewrite(graph, [], [shrinking(graph, sites, hidden, bases_of(hidden, kept, 50))])
+        assert ("thirds" in {t.name for t in store.proto.graph.initializer}) == shared
+        change = hidden_cost(graph, hidden, sites, kept)
+        for key in hidden.sites:
+            site = sites[key]
+            rows, columns = hidden.rows(key, site.m, kept), hidden.columns(key, site.d, kept)
+            change += rows * columns - site.parameters
+        # The reader has its bias in the Add behind it, which keeps its size.
         assert count_parameters(store) - count_parameters(graph.store) == change
 
 

@@ -11,11 +11,13 @@ import pytest
 from builders import activations, model, noise, run
 
 from onnx_utilrank import (
+    AnalyzeConfig,
     CompressConfig,
     ConfigError,
     DataError,
     QualityTarget,
     TargetMissedError,
+    ValidateConfig,
     compress,
 )
 from onnx_utilrank.calibration.data import open_data
@@ -126,6 +128,13 @@ def test_contradicting_options_are_refused(options, message):
         target("max_drop", 1.0)
 
 
+@pytest.mark.parametrize("kind", [AnalyzeConfig, CompressConfig, ValidateConfig])
+def test_seeds_are_not_negative(kind: type):
+    assert kind(seed=0).seed == 0
+    with pytest.raises(ConfigError, match="seed must not be negative"):
+        kind(seed=-1)
+
+
 def quality(**changes: object) -> Quality:
     found = {"mean": 0.1, "standard_error": 0.01, "agreement": 0.9, "agreement_error": 0.02}
     found |= {"snr_db": 20.0, "snr_error": 1.0, "samples": 50}
@@ -160,6 +169,12 @@ def test_saturated_metric_meets_nothing():
     assert not found.meets(QualityTarget(key="max_drop", limit=5.0))
     # That is a search's caution; what was found is not refused for it.
     assert found.meets(QualityTarget(key="max_drop", limit=5.0), errors=2.0)
+
+
+def test_saturated_metric_does_not_tighten_other_targets():
+    found = quality(drop=-1.0, saturated=True)
+    for key, limit in (("max_divergence", 0.1), ("min_agreement", 0.9), ("min_snr", 20.0)):
+        assert found.meets(QualityTarget(key=key, limit=limit))  # type: ignore[arg-type]
 
 
 def test_figures_that_the_outputs_do_not_have_are_refused():

@@ -391,6 +391,7 @@ def predictions(
         backward,
         [found.site],
         {key: [(found.found, found.mean_output(weight))]},
+        {},
         runs,
         quiet,
     )[key][0]
@@ -434,7 +435,14 @@ def test_whole_measurement_predicts_the_loss_of_each_layer():
     sites, _ = find_sites(graph)
     loss, recorder = judged(proto, runs)
     data = open_data(runs, graph.store.inputs)
-    effort = Effort(draws=8, gradients=len(data), quadratics=len(data), batch=1, statistics_bytes=1)
+    effort = Effort(
+        draws=8,
+        gradients=len(data),
+        quadratics=len(data),
+        refit=len(data),
+        batch=1,
+        statistics_bytes=1,
+    )
     made = measure_sensitivity(
         TorchGraph.build(graph.store),
         graph,
@@ -444,6 +452,7 @@ def test_whole_measurement_predicts_the_loss_of_each_layer():
         data,
         range(len(data)),
         effort,
+        channels=False,
         seed=0,
         progress=quiet,
     )
@@ -490,9 +499,10 @@ SMALL = Footprint(live=10**6, kept=10**6)
     ("samples", "flops", "decisions", "expected"),
     [
         (100, 10**9, 1, (4, 100, 100)),  # cheap: all there is
-        (1000, 10**11, 1, (1, 500, 125)),
+        (1000, 10**9 + 1, 1, (1, 500, 125)),
+        (1000, 10**11, 1, (1, 250, 125)),
         (1000, 10**11, 1024, (1, 16, 16)),
-        (4, 10**13, 1024, (1, 2, 1)),
+        (4, 10**13, 1024, (1, 1, 1)),
         (1, 10**13, 1, (1, 1, 1)),
     ],
 )
@@ -516,3 +526,74 @@ def test_dear_models_get_less_effort(samples, flops, decisions, expected):
         budget=12 * 10**6,
     )
     assert tight.batch == 3
+
+
+@pytest.mark.parametrize("run", [1, 3, 8, 24])
+@pytest.mark.parametrize(("flops", "decisions"), [(1, 1), (10**12, 1), (10**12, 4096)])
+def test_effort_is_of_whole_runs(run: int, flops: int, decisions: int):
+    made = choose_effort(
+        samples=240,
+        flops=flops,
+        decisions=decisions,
+        footprint=SMALL,
+        batch=32,
+        budget=2**32,
+        run=run,
+    )
+    for count in (made.gradients, made.quadratics, made.refit):
+        assert count % run == 0
+        assert 0 < count <= 240
+
+
+# --- gradients that are not finite --------------------------------------------------------------
+
+
+def rooted() -> onnx.ModelProto:
+    """|W x| as a root of squares, whose gradient at zero is not finite."""
+    return model(
+        "(float[n,p,12] x) => (float[n,p,40] y)",
+        "h = MatMul(x, W) q = Mul(h, h) r = Sqrt(q) y = MatMul(r, V)",
+        W=(noise(1, 12, 40) * 0.7 ** np.arange(40)).astype(np.float32),
+        V=noise(2, 40, 40).astype(np.float32),
+    )
+
+
+def test_samples_whose_gradient_is_not_finite_do_not_count():
+    loss = OutputLoss(output="y", weighting="values", variance=2.0)
+    good = [{"x": activations(k, 3, P, 12).astype(np.float32)} for k in range(3)]
+    # One position of the first sample is zero: that sample is left out, its neighbours are not.
+    bad = {"x": activations(9, 2, P, 12).astype(np.float32)}
+    bad["x"][0, 0] = 0.0
+    without, with_bad = (collected(rooted(), [loss], runs) for runs in (good, [*good, bad]))
+    for found in with_bad.values():
+        assert np.isfinite(found.gamma).all()
+    assert with_bad["W"].moment.rows == without["W"].moment.rows + P
+    assert with_bad["V"].moment.rows == without["V"].moment.rows + 2 * P  # behind the root
+
+
+def test_predictions_are_finite_where_gradients_are_not(caplog):
+    x = activations(5, 80, P, 12).astype(np.float32)
+    x[::4, 1] = 0.0
+    result = compress(rooted(), {"x": x}, CompressConfig(param_ratio=0.7))
+    assert result.plan.predicted_divergence is not None
+    assert math.isfinite(result.plan.predicted_divergence)
+    assert result.quality is not None
+    assert result.quality.divergence is not None
+    assert math.isfinite(result.quality.divergence.mean)
+    assert any("are not finite" in r.getMessage() for r in caplog.records)
+
+
+# --- what outputs are ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(6, 7), (6, 2), (1, 10)])
+def test_images_that_a_conv_makes_are_values(sizes: tuple[int, int]):
+    proto = model(
+        "(float[n,3,h,w] x) => (float[n,5,h,w] y)",
+        "y = Conv<pads=[1,1,1,1]>(x, W)",
+        W=(3 * noise(1, 5, 3, 3, 3)).astype(np.float32),
+    )
+    store = ModelStore.load(proto)
+    seen = [{"x": 5 * activations(k, 4, 3, *sizes).astype(np.float32)} for k in range(3)]
+    (loss,) = find_losses(store, open_session(store, CPU), seen)
+    assert loss.weighting == "values"

@@ -89,6 +89,13 @@ def test_full_rank_is_exact(form: Form):
             np.testing.assert_allclose(after[name], expected, rtol=0, atol=atol)
 
 
+def test_factors_of_full_rank_are_called_larger():
+    form = right(2)
+    result = compress(form.proto, form.data(), EXACT)
+    assert result.validation.candidate.file_bytes > result.validation.reference.file_bytes
+    assert result.verdict == "larger"
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_predicted_error_is_the_measured_one(form: Form):
     result = compress(form.proto, form.data(), TRUNCATED)

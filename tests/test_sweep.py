@@ -19,6 +19,7 @@ from onnx_utilrank import (
     sweep,
 )
 from onnx_utilrank.cli.main import main
+from onnx_utilrank.compression import build
 from onnx_utilrank.report.plot import check_plot, plot_sweep
 
 RATIOS = (0.7, 0.3, 0.5)
@@ -109,6 +110,18 @@ def test_points_out_of_reach_are_named(files):
     for ratios, keep in (((0.001,), None), ((0.5, 0.001), 0.001)):
         with pytest.raises(TargetMissedError, match="cannot be reached"):
             sweep(*files, ratios=ratios, keep=keep)
+
+
+def test_sweep_goes_on_after_a_candidate_that_cannot_be_made(files, monkeypatch):
+    def refusing(job, plan, *more):
+        if plan.target == {"param_ratio": 0.7}:
+            raise ModelError("a factor does not fit")
+        return build(job, plan, *more)
+
+    monkeypatch.setattr("onnx_utilrank.pipeline.build", refusing)
+    found = sweep(*files, ratios=(0.8, 0.7, 0.5))
+    assert [p.ratio for p in found.points] == [0.8, 0.5]
+    assert "0.7: a factor does not fit." in found.notes
 
 
 @pytest.mark.parametrize(

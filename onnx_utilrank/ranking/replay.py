@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import find_move
 from onnx_utilrank.ranking.method import Move
@@ -36,7 +37,12 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
                 f"{label}: the plan has {entry.site!r} as {entry.m} x {entry.d}, "
                 f"it is {site.m} x {site.d}"
             )
-        if not find_move(entry.move or LOW_RANK.key).applies(index, site):
+        kind = find_move(entry.move or LOW_RANK.key)
+        own = find_method(plan.method).moves
+        fits = own is None or kind.key in own
+        if kind is CHANNELS and kind.applies(index, site):
+            fits = fits and (entry.rank or 0) <= kind.top_rank(site)
+        if not fits or not kind.applies(index, site):
             raise ModelError(
                 f"{label}: the plan makes move {entry.move!r} at {entry.site!r}, which cannot be"
             )

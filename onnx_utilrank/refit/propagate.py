@@ -242,10 +242,10 @@ def _project_channels(layer: Layer, use: Use, runs: Sequence[_Run]) -> None:
         kernel = torch.from_numpy(
             layer.weight.reshape(len(layer.weight), patches.channels, *patches.kernel)
         ).to(x)
-        own = torch.from_numpy(np.array(layer.biases[use.node])).to(x)
         kept = (x.movedim(1, -1) @ torch.from_numpy(projection.T.copy()).to(x)).movedim(-1, 1)
-        y = convolved(kept, kernel, patches)
-        run.compressed[use.result.tensor] = y + own.reshape(-1, *(1,) * (y.ndim - 2))
+        # The difference alone: whatever the node adds to it, computed or not, stays.
+        y = run.compressed[use.result.tensor]
+        run.compressed[use.result.tensor] = y + convolved(kept - x, kernel, patches)
 
 
 def _heads(layer: Layer, mean: np.ndarray, covariance: np.ndarray) -> Decomposition:
