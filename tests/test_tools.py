@@ -336,3 +336,41 @@ def test_zoo_table_on_a_real_model(tmp_path):
         assert float(row["kept"].removesuffix(" %")) <= 80
         assert float(row["after"]) > 80
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
+
+
+# tools/engine_cost.py and tools/move_costs.py
+
+
+def test_engine_cost_prints_every_stage(monkeypatch, tiny_files, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    engine_cost = importlib.import_module("engine_cost")
+    model, data = map(str, tiny_files)
+    words = ["--model", model, "--data", data, "--samples", "40", "--memory-budget", "0.5"]
+    assert engine_cost.main(words) == 0
+    head, row = cells(capsys.readouterr().out)
+    figures = dict(zip(head, row, strict=True))
+    assert figures["samples"] == "32"
+    seconds = [float(figures[f"{stage}, s"]) for stage in engine_cost.PASSES]
+    assert float(figures["ratio"]) > 0
+    assert all(s >= 0 for s in seconds)
+    assert engine_cost.main(["--model", f"{model}.missing", "--data", data]) == 5
+
+
+def test_engine_stages_add_up(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    engine_cost = importlib.import_module("engine_cost")
+    clock = iter([1.0, 3.0, 4.0, 9.0])
+    monkeypatch.setattr(engine_cost.time, "perf_counter", lambda: next(clock))
+    stages = engine_cost.Stages()
+    for stage in ("calibrating", "decomposing", "calibrating", ""):
+        stages(stage, 0, 0)
+    assert stages.seconds == {"calibrating": 7.0, "decomposing": 1.0}
+
+
+def test_move_costs_prints_a_row_for_each_shape(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    move_costs = importlib.import_module("move_costs")
+    assert move_costs.main(["--pairs", "2"]) == 0
+    head, *rows = cells(capsys.readouterr().out)
+    assert len(rows) == len(move_costs.MATRICES) + len(move_costs.MAPS)
+    assert {dict(zip(head, row, strict=True))["on"] for row in rows} == {"the last axis", "axis 1"}
