@@ -87,18 +87,18 @@ def regression(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> n
     """
     if min(half.rows for half in halves) < 2:
         return np.eye(metric.shape[1])
+    gram = metric.T @ metric  # every error below is a trace with it: q may be much larger than p
     scores = np.zeros(len(RIDGES))
     for fit, test in (halves, halves[::-1]):
         cross, square, _ = fit.centred()
         c, s, o = test.centred()
         level = float(np.trace(square)) / max(len(square), 1)
         values, vectors = eigenbasis(square)
-        base = metric @ o @ metric.T
         for k, ridge in enumerate(RIDGES):
-            found = metric @ _solve(cross, values, vectors, ridge * level)
-            gc = metric @ c
+            found = _solve(cross, values, vectors, ridge * level)
+            weighed = gram @ found
             # An output of the regressors is as far from its target as the two together say.
-            lost = np.trace(base) - 2 * np.sum(found * gc) + np.sum((found @ s) * found)
+            lost = np.sum(gram * o) - 2 * np.sum(weighed * c) + np.sum((weighed @ s) * found)
             scores[k] += float(lost)
     whole = halves[0] + halves[1]
     cross, square, _ = whole.centred()
