@@ -22,11 +22,12 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.method import Choice, Measured, Move, site_moment
+from onnx_utilrank.ranking.plain_svd import PlainSvdSite
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.site import Side, Site
 from onnx_utilrank.statistics.divergence import OutputLoss
-from onnx_utilrank.statistics.factorize import Decomposition, Factors, plain_svd
+from onnx_utilrank.statistics.factorize import Decomposition, plain_svd
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.surgery.rewrite import Replacement, rewrite
 from onnx_utilrank.validation.divergence import OutputRecorder
@@ -37,7 +38,6 @@ __all__ = [
     "WHITENED_SVD",
     "GreedySite",
     "GreedySvd",
-    "RivalSite",
     "UniformRatio",
     "activation_svd",
     "measure_greedy",
@@ -60,49 +60,7 @@ WORST = 1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RivalSite:
-    """One weight, decomposed: rank r keeps the first r columns of `found.expand`.
-
-    Attributes:
-        site: The site.
-        moment: Moment of x; None where no data were looked at.
-        found: The decomposition, whose errors are those of whatever the method minimizes.
-    """
-
-    site: Site
-    moment: SecondMoment | None
-    found: Decomposition
-
-    def moves(self, ranks: Sequence[int]) -> list[Move]:
-        """See `Measured.moves`."""
-        scale = max(self.found.energy, float(np.finfo(np.float64).tiny))
-        return [
-            Move(
-                rank=rank,
-                bias=False,
-                parameters=rank * (self.site.m + self.site.d),
-                error=float(self.found.errors[rank]) / scale,
-            )
-            for rank in ranks
-        ]
-
-    def factors(self, weight: np.ndarray, move: Move) -> Factors:
-        """See `Measured.factors`."""
-        assert move.rank is not None
-        return self.found.factors(weight, move.rank)
-
-    def error(self, weight: np.ndarray, move: Move) -> float:
-        """See `Measured.error`."""
-        del weight
-        return move.error
-
-    def lost_mean(self, weight: np.ndarray, factors: Factors, move: Move) -> np.ndarray:
-        """Never asked for, as no move corrects a bias."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GreedySite(RivalSite):
+class GreedySite(PlainSvdSite):
     """One weight with what the model loses when it alone is cut.
 
     Attributes:
@@ -183,11 +141,11 @@ class UniformRatio:
 
     def measure(
         self, site: Site, weight: np.ndarray, moment: SecondMoment | None, bias_cost: int
-    ) -> RivalSite:
+    ) -> PlainSvdSite:
         """See `MomentMethod.measure`."""
         del bias_cost
         assert moment is not None
-        return RivalSite(site=site, moment=moment, found=self.decompose(weight, moment))
+        return PlainSvdSite(site=site, moment=moment, found=self.decompose(weight, moment))
 
     def allocate(self, choices: Sequence[Choice], budget: float) -> list[Move] | None:
         """The largest ratio, the same at each weight, that fits the budget."""

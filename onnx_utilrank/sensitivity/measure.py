@@ -79,11 +79,11 @@ def choose_effort(
 ) -> Effort:
     """How many samples and draws a model is worth.
 
-    A run with gradients and its sums costs about five without, and one of the refit three. So that
-    the whole stays within a few plain runs over the samples, a model that is dear to run gets one
-    draw, and gradients of a part of its samples: half of them down to a quarter the dearer it is,
-    or fewer where each sample makes many decisions (the pixels of an image, the tokens of a text).
-    Its layers are refitted to all of the samples down to a quarter.
+    A run with gradients and its sums costs several without (`tools/engine_cost.py` says how many).
+    So a model that is dear to run gets one draw, and gradients of a part of its samples: half of
+    them down to a quarter the dearer it is, or fewer where each sample makes many decisions (the
+    pixels of an image, the tokens of a text). Its layers are refitted to all of the samples down to
+    a quarter.
 
     Args:
         samples: Samples to calibrate with.
