@@ -19,7 +19,8 @@ from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
-from onnx_utilrank.refit.propagate import Layer, Refitted, as_measured, propagate
+from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
+from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
@@ -185,14 +186,14 @@ def _layers(
     room = max(2, config.memory_budget // (4 * gradients.footprint.live))
     room = min(max(1, room // run) * run, gradients.effort.refit)
     picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
-    feeds = list(job.data.feeds([samples[k] for k in sorted(picked)], batch=gradients.effort.batch))
+    feeds = list(job.data.feeds([samples[k] for k in sorted(picked)], batch=gradients.effort.run))
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
     return propagate(
         gradients.graph,
         layers,
         feeds,
         mask,
-        lambda done, total: job.progress("refitting", done, total),
+        job.progress,
     )
 
 

@@ -16,7 +16,8 @@ from onnx_utilrank import CompressConfig, ModelError, RankPlan, compress
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.ranking.two_sided import InputChannels, TwoSidedSite, with_channels
-from onnx_utilrank.refit.propagate import Layer, propagate
+from onnx_utilrank.refit.layer import Layer
+from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.sensitivity.rows import CONVOLUTIONS, channel_gradient, channel_rows, convolved
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.site import Patches, Site

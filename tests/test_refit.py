@@ -14,7 +14,8 @@ from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
-from onnx_utilrank.refit.propagate import Layer, Refitted, propagate
+from onnx_utilrank.refit.layer import Layer, Refitted
+from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.refit.regression import RIDGES, CrossMoment, regression
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
@@ -30,7 +31,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 EPS = float(np.finfo(np.float32).eps)
 
 
-def quiet(*progress: int) -> None:
+def quiet(*progress: object) -> None:
     del progress
 
 
@@ -53,7 +54,7 @@ def test_cross_moments_are_those_of_the_rows(seed, n, p):
     whole = one + other
     assert whole.rows == n
     y, x = y - y.mean(0), x - x.mean(0)
-    for made, expected in zip(whole.centred(), (y.T @ x, x.T @ x, y.T @ y), strict=True):
+    for made, expected in zip(whole.centred(), (y.T @ x, x.T @ x), strict=True):
         np.testing.assert_allclose(made, expected / n, rtol=0, atol=1e-12 * n)
 
 
@@ -156,9 +157,15 @@ def plain(made: Layer) -> Refitted:
 
 def refitted(proto: onnx.ModelProto, wanted: list[Layer], runs: list[Feed]) -> dict[str, Refitted]:
     graph = TorchGraph.build(ModelStore.load(proto))
-    steps: list[tuple[int, int]] = []
-    made = propagate(graph, wanted, runs, None, lambda *step: steps.append(step))
-    assert steps == [(k + 1, len(graph.nodes)) for k in range(len(graph.nodes))]
+    steps: dict[str, list[tuple[int, int]]] = {}
+
+    def take(stage: str, done: int, total: int) -> None:
+        steps.setdefault(stage, []).append((done, total))
+
+    made = propagate(graph, wanted, runs, None, take)
+    for stage, parts in (("refitting", len(graph.nodes)), ("solving", len(wanted))):
+        assert sorted(set(steps[stage])) == [(k, parts) for k in range(parts + 1)]
+        assert steps[stage] == sorted(steps[stage])
     return made
 
 
@@ -299,11 +306,11 @@ def test_halves_are_of_different_samples(monkeypatch):
     """Rows of one sample are too alike to tell whether another one is predicted."""
     seen = []
 
-    def spy(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> np.ndarray:
+    def spy(halves: tuple[CrossMoment, CrossMoment], gram: np.ndarray) -> np.ndarray:
         seen.append(halves)
-        return regression(halves, metric)
+        return regression(halves, gram)
 
-    monkeypatch.setattr("onnx_utilrank.refit.propagate.regression", spy)
+    monkeypatch.setattr("onnx_utilrank.refit.fit.regression", spy)
     proto = two_layers()
     levels = np.array([1.0, 5.0, 2.0, 7.0])
     x = levels[:, None, None] + 0.01 * noise(1, 4, 6, D)
@@ -322,11 +329,11 @@ def test_one_sample_says_nothing(monkeypatch):
     """Nobody could tell whether what is learnt from it holds for another one."""
     maps = []
 
-    def spy(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> np.ndarray:
-        maps.append(regression(halves, metric))
+    def spy(halves: tuple[CrossMoment, CrossMoment], gram: np.ndarray) -> np.ndarray:
+        maps.append(regression(halves, gram))
         return maps[-1]
 
-    monkeypatch.setattr("onnx_utilrank.refit.propagate.regression", spy)
+    monkeypatch.setattr("onnx_utilrank.refit.fit.regression", spy)
     proto = two_layers()
     runs = [{"x": activations(1, 1, 200, D).astype(np.float32)}]
     refitted(proto, layers(proto, runs, {"W": 2, "V": 2}), runs)

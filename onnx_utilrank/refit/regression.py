@@ -22,7 +22,6 @@ class CrossMoment:
         regressors: Σ x, [p].
         cross: Σ y x^T, [p, p].
         square: Σ x x^T, [p, p].
-        own: Σ y y^T, [p, p].
         rows: Number of pairs.
     """
 
@@ -30,7 +29,6 @@ class CrossMoment:
     regressors: np.ndarray
     cross: np.ndarray
     square: np.ndarray
-    own: np.ndarray
     rows: int = 0
 
     @classmethod
@@ -41,7 +39,6 @@ class CrossMoment:
             regressors=np.zeros(p),
             cross=np.zeros((p, p)),
             square=np.zeros((p, p)),
-            own=np.zeros((p, p)),
         )
 
     def add(self, y: np.ndarray, x: np.ndarray) -> None:
@@ -51,7 +48,6 @@ class CrossMoment:
         self.regressors += x.sum(0, dtype=np.float64)
         self.cross += y.T @ x
         self.square += x.T @ x
-        self.own += y.T @ y
         self.rows += len(y)
 
     def __add__(self, other: "CrossMoment") -> "CrossMoment":
@@ -60,22 +56,17 @@ class CrossMoment:
             regressors=self.regressors + other.regressors,
             cross=self.cross + other.cross,
             square=self.square + other.square,
-            own=self.own + other.own,
             rows=self.rows + other.rows,
         )
 
-    def centred(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cov(y, x), Cov(x, x) and Cov(y, y)."""
+    def centred(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cov(y, x) and Cov(x, x)."""
         n = max(self.rows, 1)
         y, x = self.targets / n, self.regressors / n
-        return (
-            self.cross / n - np.outer(y, x),
-            self.square / n - np.outer(x, x),
-            self.own / n - np.outer(y, y),
-        )
+        return self.cross / n - np.outer(y, x), self.square / n - np.outer(x, x)
 
 
-def regression(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> np.ndarray:
+def regression(halves: tuple[CrossMoment, CrossMoment], gram: np.ndarray) -> np.ndarray:
     """M = argmin E‖y − M x‖² + ρ‖M − I‖², with the ridge ρ that predicts best.
 
     Each half of the rows predicts the other: where rows are too few to learn from, the largest
@@ -83,34 +74,46 @@ def regression(halves: tuple[CrossMoment, CrossMoment], metric: np.ndarray) -> n
 
     Args:
         halves: Sums over two disjoint sets of rows.
-        metric: G [q, p] that errors are measured through, ‖G (y − M x)‖².
+        gram: G [p, p], symmetric, that errors e are measured by: e^T G e.
     """
     if min(half.rows for half in halves) < 2:
-        return np.eye(metric.shape[1])
-    gram = metric.T @ metric  # every error below is a trace with it: q may be much larger than p
+        return np.eye(len(gram))
     scores = np.zeros(len(RIDGES))
     for fit, test in (halves, halves[::-1]):
-        cross, square, _ = fit.centred()
-        c, s, o = test.centred()
-        level = float(np.trace(square)) / max(len(square), 1)
-        values, vectors = eigenbasis(square)
-        for k, ridge in enumerate(RIDGES):
-            found = _solve(cross, values, vectors, ridge * level)
-            weighed = gram @ found
-            # An output of the regressors is as far from its target as the two together say.
-            lost = np.sum(gram * o) - 2 * np.sum(weighed * c) + np.sum((weighed @ s) * found)
-            scores[k] += float(lost)
+        scores += _scores(fit, test, gram)
+    best = RIDGES[max(k for k in range(len(RIDGES)) if scores[k] == scores.min())]
     whole = halves[0] + halves[1]
-    cross, square, _ = whole.centred()
-    level = float(np.trace(square)) / max(len(square), 1)
-    values, vectors = eigenbasis(square)
-    best = max(k for k in range(len(RIDGES)) if scores[k] == scores.min())
-    return _solve(cross, values, vectors, RIDGES[best] * level)
-
-
-def _solve(cross: np.ndarray, values: np.ndarray, vectors: np.ndarray, ridge: float) -> np.ndarray:
-    """(Cov(y, x) + ρ I)(Cov(x, x) + ρ I)^{-1}, by the eigenvectors of Cov(x, x)."""
-    p = len(cross)
+    cross, square = whole.centred()
+    ridge = best * float(np.trace(square)) / len(square)
     if not np.isfinite(ridge) or not ridge > 0:
-        return np.eye(p)
-    return np.asarray(((cross + ridge * np.eye(p)) @ vectors / (values + ridge)) @ vectors.T)
+        return np.eye(len(gram))
+    ridges = ridge * np.eye(len(square))
+    return np.asarray(np.linalg.solve(square + ridges, (cross + ridges).T).T)
+
+
+def _scores(fit: CrossMoment, test: CrossMoment, gram: np.ndarray) -> np.ndarray:
+    """For each ridge what M of one half loses on the other, less what no ridge changes.
+
+    E‖y − M x‖² = tr G Cov(y) − 2 tr G M Cov(x, y) + tr G M Cov(x) M^T with
+    M = (Cov(y, x) + ρ I) V (Λ + ρ)^{-1} V^T, Cov(x) = V Λ V^T of the half that is fitted. All
+    but one of the products are the same for every ridge.
+    """
+    cross, square = fit.centred()
+    level = float(np.trace(square)) / len(square)
+    values, vectors = eigenbasis(square)
+    tested_cross, tested_square = test.centred()
+    turned = cross @ vectors
+    weighed, weighed_vectors = gram @ turned, gram @ vectors
+    aimed = gram @ (tested_cross @ vectors)
+    spread = vectors.T @ tested_square @ vectors
+    scores = np.empty(len(RIDGES))
+    for k, relative in enumerate(RIDGES):
+        ridge = relative * level
+        if not np.isfinite(ridge) or not ridge > 0:  # M is the identity
+            scores[k] = np.sum(gram * tested_square) - 2 * np.sum(gram * tested_cross)
+            continue
+        shrunk = 1 / (values + ridge)
+        found = (turned + ridge * vectors) * shrunk
+        weighed_found = (weighed + ridge * weighed_vectors) * shrunk
+        scores[k] = np.sum(weighed_found * (found @ spread)) - 2 * np.sum(aimed * found)
+    return scores

@@ -55,7 +55,8 @@ class Effort:
         gradients: Samples that Γ and Cov(x) are collected from.
         quadratics: Samples that the losses are predicted on.
         refit: Samples that layers are refitted to.
-        batch: Samples of one run.
+        batch: Samples of one run with gradients.
+        run: Samples of one run without.
         statistics_bytes: What the sums of one group of sites may take.
     """
 
@@ -64,6 +65,7 @@ class Effort:
     quadratics: int
     refit: int
     batch: int
+    run: int
     statistics_bytes: int
 
 
@@ -95,7 +97,7 @@ def choose_effort(
         run: Samples of one run, where the model fixes them.
     """
     room = max(1, budget // (4 * max(footprint.kept, 1)))
-    batch = max(1, min(batch, BATCH, room))
+    batch = max(1, min(batch, BATCH))
     if flops * samples <= CHEAP_FLOPS:
         draws, gradients, quadratics, refit = DRAWS, samples, samples, samples
     else:
@@ -112,7 +114,8 @@ def choose_effort(
         gradients=min(gradients, samples),
         quadratics=min(quadratics, samples),
         refit=min(refit, samples),
-        batch=batch,
+        batch=min(batch, room),
+        run=batch,
         statistics_bytes=budget // 2,
     )
 

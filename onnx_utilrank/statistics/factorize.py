@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
 
@@ -76,6 +77,10 @@ class Decomposition:
         left, core = np.linalg.qr(self.expand[:, :rank])
         return balanced(left, core @ (self.reduce[:rank] @ weight))
 
+    def kept(self, rank: int) -> np.ndarray:
+        """L_r K_r [m, m]: Ŵ_r = L_r K_r W."""
+        return np.asarray(self.expand[:, :rank] @ self.reduce[:rank])
+
     def lost(self, output: np.ndarray, rank: int) -> np.ndarray:
         """What rank r loses of an output W x [m]: (W − Ŵ_r) x."""
         return np.asarray(output - self.expand[:, :rank] @ (self.reduce[:rank] @ output))
@@ -108,23 +113,25 @@ class Metric:
     """What a change δ of the outputs counts: ‖R^T δ‖² = δ^T Γ δ, Γ = R R^T [m, m].
 
     Attributes:
-        root_t: R^T, [m, m].
-        inverse_t: R^{-T}, [m, m].
+        root_t: R^T, upper triangular [m, m].
     """
 
     root_t: np.ndarray
-    inverse_t: np.ndarray
 
     @classmethod
     def diagonal(cls, scale: np.ndarray) -> "Metric":
         """R^{-1} = D for positive entries of `scale` [m]: outputs count divided by it."""
-        return cls(root_t=np.diag(1 / scale), inverse_t=np.diag(scale))
+        return cls(root_t=np.diag(1 / scale))
 
     @classmethod
     def of(cls, gamma: np.ndarray) -> "Metric":
         """The metric of a positive definite Γ: R is its Cholesky factor."""
-        root = np.linalg.cholesky((gamma + gamma.T) / 2)
-        return cls(root_t=root.T, inverse_t=np.linalg.inv(root.T))
+        return cls(root_t=np.linalg.cholesky((gamma + gamma.T) / 2).T)
+
+    def undone(self, directions: np.ndarray) -> np.ndarray:
+        """R^{-T} U for directions U [m, k], without the inverse."""
+        root_t, u = (torch.from_numpy(np.array(v, order="C")) for v in (self.root_t, directions))
+        return np.asarray(torch.linalg.solve_triangular(root_t, u, upper=True))
 
 
 def optimal(
@@ -177,7 +184,7 @@ def optimal(
     rank = min(weight.shape)
     u, spectrum = u[:, :rank], spectrum[:rank]
     return Decomposition(
-        expand=metric.inverse_t @ u,
+        expand=metric.undone(u),
         reduce=u.T @ metric.root_t,
         errors=_tails(spectrum),
         energy=float(spectrum.sum()),
@@ -203,7 +210,7 @@ def grouped(gamma: np.ndarray, second: np.ndarray, groups: Sequence[slice]) -> D
         metric = Metric.of(gamma[rows, rows])
         values, u = eigenbasis(metric.root_t @ second[rows, rows] @ metric.root_t.T)
         spectrum[:, k] = values
-        expand[rows, :, k] = metric.inverse_t @ u
+        expand[rows, :, k] = metric.undone(u)
         reduce[:, k, rows] = u.T @ metric.root_t
     return Decomposition(
         expand=expand.reshape(m, -1),

@@ -1,0 +1,88 @@
+"""Layers that change, and what becomes of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.statistics.factorize import Decomposition, Factors
+
+__all__ = ["Layer", "Refitted", "as_measured"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One site that is to be factored, or that shrinks with hidden features.
+
+    Attributes:
+        measured: Its decomposition.
+        weight: W, float64 [m, d].
+        rank: The rank of its factors; None where it shrinks.
+        biases: What the node of each use adds to W x itself, [m], by node.
+        behind: What an Add behind it adds, [m] (of a site that shrinks).
+        channels: Whether the factors are of its input channels.
+        kept: Columns of `measured.heads` that are kept; None where it makes no hidden features
+            that shrink, and only meets or reads them.
+    """
+
+    measured: TwoSidedSite
+    weight: np.ndarray
+    rank: int | None
+    biases: Mapping[int, np.ndarray]
+    behind: np.ndarray
+    channels: bool = False
+    kept: int | None = None
+
+    @property
+    def outputs(self) -> bool:
+        """Whether it is fitted by its outputs: Ŵ = A W. Else it is by its inputs."""
+        return self.measured.side == "outputs" or self.channels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refitted:
+    """What a layer became.
+
+    Attributes:
+        weight: What takes the place of W, [m, d], hidden features as they were.
+        lost_mean: What the bias has to take, [m]; None where it can take nothing.
+        turn: A [m, m] with Ŵ = A W, where the outputs are the smaller side: the new output comes
+            from the old one, and no patch has to be unfolded.
+        factors: Of `weight`, where it is factored.
+        heads: How the hidden features that it makes are to shrink.
+    """
+
+    weight: np.ndarray
+    lost_mean: np.ndarray | None
+    turn: np.ndarray | None
+    factors: Factors | None = None
+    heads: Decomposition | None = None
+
+
+def as_measured(layer: Layer) -> Refitted:
+    """The layer as it is without a refit."""
+    measured = layer.measured
+    if layer.rank is None:
+        heads = None if measured.heads is None or layer.kept is None else measured.heads.found
+        return Refitted(weight=layer.weight, lost_mean=None, turn=None, heads=heads)
+    if layer.channels:
+        assert measured.channels is not None
+        return Refitted(
+            weight=layer.weight,
+            lost_mean=measured.channels.lost(layer.weight, layer.rank)
+            if measured.centred
+            else None,
+            turn=np.eye(measured.site.m),  # the run holds what comes of the channels already
+            factors=measured.channels.factors(layer.weight, layer.rank),
+        )
+    lost = None
+    if measured.centred:
+        lost = measured.found.lost(measured.mean_output(layer.weight), layer.rank)
+    factors = measured.found.factors(layer.weight, layer.rank)
+    return Refitted(
+        weight=factors.product,
+        lost_mean=lost,
+        turn=measured.found.kept(layer.rank) if measured.side == "outputs" else None,
+        factors=factors,
+    )

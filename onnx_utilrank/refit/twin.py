@@ -1,0 +1,123 @@
+"""Run the graph in torch as it will be when layers are replaced, without rewriting it."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from onnx_utilrank.refit.layer import Layer, Refitted
+from onnx_utilrank.sensitivity.rows import as_rows, convolved
+from onnx_utilrank.sites.site import Use
+from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.torch_graph.block import Values
+from onnx_utilrank.torch_graph.graph import TorchGraph
+
+__all__ = ["StandIn", "Twin", "layers_by_value", "project_channels"]
+
+
+class StandIn:
+    """What takes a layer's place, ready to be put into runs."""
+
+    def __init__(self, layer: Layer, new: Refitted) -> None:
+        self._layer = layer
+        self._change = self._turn = self._lost = self._heads = None
+        if new.turn is not None:
+            self._turn = _tensor(new.turn.T)
+        elif new.weight is not layer.weight:
+            self._change = _tensor((new.weight - layer.weight).T)
+        if new.lost_mean is not None:
+            self._lost = _tensor(new.lost_mean)
+        if new.heads is not None:
+            # The bias behind the node shrinks with the features.
+            assert layer.kept is not None
+            assert layer.measured.heads is not None
+            projection = new.heads.kept(layer.kept) + np.diag(layer.measured.heads.met)
+            self._heads = _tensor(projection.T)
+            self._behind = _tensor(layer.behind)
+
+    def put(self, use: Use, state: Values, samples: int) -> None:
+        """Put the new output in the place of the one that the layer's own weight gives."""
+        y = state[use.result.tensor]
+        rows = as_rows(y, use.result, samples)
+        if self._turn is not None:
+            own = _tensor(self._layer.biases[use.node]).to(y)
+            rows = (rows - own) @ self._turn.to(y) + own
+        elif self._change is not None:
+            x = as_rows(state[use.inputs.tensor], use.inputs, samples)
+            rows = rows + use.gain * (x @ self._change.to(y)).reshape(rows.shape)
+        if self._lost is not None:
+            rows = rows + use.gain * self._lost.to(y)
+        if self._heads is not None:
+            behind = self._behind.to(y)
+            rows = (rows + behind) @ self._heads.to(y) - behind
+        if y.ndim > 1:
+            rows = rows.reshape(y.movedim(use.result.axis, -1).shape).movedim(-1, use.result.axis)
+        state[use.result.tensor] = rows.reshape(y.shape)
+
+
+class Twin:
+    """The graph with layers replaced; with none, the graph itself."""
+
+    def __init__(
+        self,
+        graph: TorchGraph,
+        layers: Sequence[Layer] = (),
+        made: Mapping[str, Refitted] | None = None,
+    ) -> None:
+        """Prepare the replacements.
+
+        Args:
+            graph: The model.
+            layers: What is replaced.
+            made: By key of their sites, what takes their place.
+        """
+        self._graph = graph
+        self._at = layers_by_value(layers)
+        self._stand_ins = {
+            layer.measured.site.key: StandIn(layer, (made or {})[layer.measured.site.key])
+            for layer in layers
+        }
+
+    def run(self, feed: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The outputs of these names.
+
+        Raises:
+            ModelError: A node cannot be computed.
+        """
+        samples = samples_in(feed)
+        with torch.no_grad():
+            state = self._graph.start(feed)
+            for k, dead in enumerate(self._graph.dead_after):
+                for value in self._graph.step(k, state):
+                    if value in self._at:
+                        layer, use = self._at[value]
+                        if layer.channels:
+                            project_channels(layer, use, state)
+                        self._stand_ins[layer.measured.site.key].put(use, state, samples)
+                for value in dead:
+                    state.pop(value, None)
+        return {name: state[name].cpu().numpy() for name in names}
+
+
+def layers_by_value(layers: Sequence[Layer]) -> dict[str, tuple[Layer, Use]]:
+    """The layers and their uses by the value that each use makes."""
+    return {u.result.tensor: (layer, u) for layer in layers for u in layer.measured.site.uses}
+
+
+def project_channels(layer: Layer, use: Use, state: Values) -> None:
+    """Let a run hold what the node makes of its projected input channels."""
+    channels, patches = layer.measured.channels, use.inputs.patches
+    assert channels is not None
+    assert patches is not None
+    assert layer.rank is not None
+    x = state[use.inputs.tensor]
+    kernel = _tensor(layer.weight.reshape(len(layer.weight), patches.channels, *patches.kernel)).to(
+        x
+    )
+    kept = (x.movedim(1, -1) @ _tensor(channels.found.kept(layer.rank).T).to(x)).movedim(-1, 1)
+    # The difference alone: whatever the node adds to it, computed or not, stays.
+    state[use.result.tensor] = state[use.result.tensor] + convolved(kept - x, kernel, patches)
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, order="C"))
