@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -19,13 +20,14 @@ from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.refit.gain import is_better
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 
-__all__ = ["build", "fit", "fullness", "make_offers", "stamp"]
+__all__ = ["build", "fit", "fullness", "make_offers", "refit_note", "stamp"]
 
 # Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
 PLAN_KEY = "onnx_utilrank.plan_sha256"
@@ -33,6 +35,9 @@ PLAN_KEY = "onnx_utilrank.plan_sha256"
 # A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
 # in their metric: a model that comes to it has no more room.
 FULL = 0.05
+
+# Samples, at most, that a refit has to prove itself on.
+JUDGED = 32
 
 # Plans that are made, at most, for a file to have the bytes that were asked for.
 FITS = 8
@@ -68,6 +73,16 @@ def fullness(offers: Offers, plan: RankPlan) -> tuple[str, ...]:
     )
 
 
+def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tuple[str, ...]:
+    """A sentence where a refit was tried and left out."""
+    if not config.refit or found.gradients is None or plan.refit or not plan.changes:
+        return ()
+    return (
+        "No layer was refitted to what it gets behind compressed ones: on calibration samples kept "
+        "apart for it that was no better.",
+    )
+
+
 def fit(
     job: Job, found: Measurement, offers: Offers, samples: Sequence[int], config: CompressConfig
 ) -> tuple[RankPlan, ModelStore]:
@@ -81,8 +96,7 @@ def fit(
     """
     ratio = config.ratio
     for _ in range(FITS):
-        plan = offers.plan(ratio)
-        store = build(job, plan, found, samples, config)
+        plan, store = build(job, offers.plan(ratio), found, samples, config)
         if config.size_ratio is None or ratio is None:
             return plan, store
         excess = store.file_bytes - math.floor(config.size_ratio * job.store.file_bytes)
@@ -102,15 +116,29 @@ def build(
     measurement: Measurement,
     samples: Sequence[int],
     config: CompressConfig,
-) -> ModelStore:
+    *,
+    settled: bool = False,
+) -> tuple[RankPlan, ModelStore]:
     """The model that a plan makes; the source itself where it factors nothing.
+
+    Args:
+        job: The source.
+        plan: What is to be done.
+        measurement: The decompositions of its sites.
+        samples: What layers are refitted to.
+        config: Options.
+        settled: Whether the plan's word on the refit holds, as for one that is replayed. Else the
+            refit has to be better on samples it was not made on.
+
+    Returns:
+        The plan with its final word on the refit, and the model.
 
     Raises:
         TargetMissedError: Nothing can be factored, or the result would be larger.
     """
     if not plan.changes:
-        return _unchanged(job, plan)
-    made = _layers(job, plan, measurement, samples, config)
+        return plan, _unchanged(job, plan)
+    plan, made = _layers(job, plan, measurement, samples, config, settled)
     moves = planned_moves(plan)
     sites = {m.site.key: m for m in measurement.sites}
     replacements = [
@@ -138,7 +166,7 @@ def build(
             f"{job.store.label}: the result would be larger, {after:,} bytes after "
             f"{before:,}; nothing is gained"
         )
-    return store
+    return plan, store
 
 
 def _layers(
@@ -147,16 +175,43 @@ def _layers(
     measurement: Measurement,
     samples: Sequence[int],
     config: CompressConfig,
-) -> dict[str, Refitted]:
-    """What becomes of every weight that changes, refitted where the plan says so."""
+    settled: bool,
+) -> tuple[RankPlan, dict[str, Refitted]]:
+    """What becomes of every weight that changes, refitted where that is better."""
     moves = planned_moves(plan)
     gradients = measurement.gradients
     if gradients is None:
-        return {
+        return plan, {
             m.site.key: _factored(job, m, moves[m.site.key])
             for m in measurement.sites
             if m.site.key in moves
         }
+    layers = _changed(job, plan, measurement)
+    plain = {layer.measured.site.key: as_measured(layer) for layer in layers}
+    if not plan.refit:
+        return plan, plain
+    # Both graphs hold the live values of all samples at once.
+    run = job.data.run or 1
+    room = max(2 * run, config.memory_budget // (4 * gradients.footprint.live))
+    room = min(room // run * run, gradients.effort.refit, len(samples))
+    picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
+    apart = min(JUDGED, room // 4) // run * run or run
+    if apart >= room:
+        return replace(plan, refit=False), plain
+    fitted, judging = (
+        list(job.data.feeds([samples[k] for k in sorted(part)], batch=gradients.effort.run))
+        for part in (picked[apart:], picked[:apart])
+    )
+    mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
+    made = propagate(gradients.graph, layers, fitted, mask, job.progress)
+    if settled or is_better(gradients.graph, layers, plain, made, gradients.losses, judging):
+        return plan, made
+    return replace(plan, refit=False), plain
+
+
+def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
+    """The weights that change, in graph order."""
+    moves = planned_moves(plan)
     hidden = {h.key: h for h in measurement.hidden}
     kept = {key: (hidden[e.hidden], e.kept or 0) for e in plan.shrunk for key in e.sites}
     layers = []
@@ -179,22 +234,7 @@ def _layers(
                 kept=features * len(groups) if groups else None,
             )
         )
-    if not plan.refit:
-        return {layer.measured.site.key: as_measured(layer) for layer in layers}
-    # Both graphs hold the live values of all samples at once.
-    run = job.data.run or 1
-    room = max(2, config.memory_budget // (4 * gradients.footprint.live))
-    room = min(max(1, room // run) * run, gradients.effort.refit)
-    picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
-    feeds = list(job.data.feeds([samples[k] for k in sorted(picked)], batch=gradients.effort.run))
-    mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
-    return propagate(
-        gradients.graph,
-        layers,
-        feeds,
-        mask,
-        job.progress,
-    )
+    return layers
 
 
 def _factored(job: Job, found: Measured, move: Move) -> Refitted:
@@ -255,10 +295,11 @@ def _lost(
     n: int,
 ) -> np.ndarray:
     """What the weight that reads a group loses of its mean output, [m]."""
-    reader = sites[group.met.site].moment
-    assert reader is not None
+    reader = sites[group.met.site]
+    assert isinstance(reader, TwoSidedSite)
+    assert reader.input_mean is not None
     columns = slice(group.met.start, group.met.start + n)
-    mean = reader.mean[columns]
+    mean = reader.input_mean[columns]
     lost = mean - basis.expand @ (basis.reduce @ mean)
     return np.asarray(made[group.met.site].weight[:, columns] @ lost)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import DataSource, hold_back, import_function, open_data
-from onnx_utilrank.compression import build, fit, fullness, make_offers, stamp
+from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_note, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.job import Job, chosen_samples, compare
@@ -148,7 +148,8 @@ def compress(
     store: ModelStore | None = None
     notes = found.notes
     if plan is not None:
-        store = None if dry_run else build(job, plan, found, calibration, config)
+        if not dry_run:
+            plan, store = build(job, plan, found, calibration, config, settled=True)
     else:
         offers = make_offers(job, found, calibration, config)
         if config.quality is not None:
@@ -159,7 +160,7 @@ def compress(
             plan = offers.plan(config.ratio)
         else:
             plan, store = fit(job, found, offers, calibration, config)
-        notes = (*notes, *fullness(offers, plan))
+        notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
     if store is None:
         return CompressResult(
             plan=plan, store=None, validation=None, samples=len(calibration), notes=notes
@@ -228,7 +229,7 @@ def sweep(
     for ratio in sorted(set(ratios), reverse=True):
         try:
             plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
-            store = build(job, plan, found, calibration, config)
+            plan, store = build(job, plan, found, calibration, config)
             report = job.validate(store, held)
             quality = judge(store)
         except (TargetMissedError, ModelError) as e:

@@ -84,7 +84,7 @@ def search(
             low = ratio
             break
         try:
-            store = build(job, plan, found, samples, config)
+            plan, store = build(job, plan, found, samples, config)
             quality = judge(store)
         except (TargetMissedError, ModelError) as e:
             # One that cannot be made, or does not run, is not good enough.

@@ -261,9 +261,8 @@ def test_channels_are_the_optimum_of_their_rows_and_gradients(centred: bool):
     plain = TwoSidedSite(
         site=site,
         moment=moment,
-        side="outputs",
-        found=optimal(np.eye(C), Metric.of(seen.fisher), outputs=moment, centred=centred),
-        gamma=seen.fisher,
+        found=optimal(np.eye(C), Metric.of(seen.fisher()), outputs=moment, centred=centred),
+        gamma=seen.fisher(),
         errors=np.zeros(C + 1),
         bias_cost=0,
     )
@@ -274,7 +273,7 @@ def test_channels_are_the_optimum_of_their_rows_and_gradients(centred: bool):
     second = (x - mean).T @ (x - mean) / len(x)
     for rank in range(C + 1):
         lost = np.eye(C) - channels.found.expand[:, :rank] @ channels.found.reduce[:rank]
-        expected = np.trace(seen.fisher @ lost @ second @ lost.T) / 2
+        expected = np.trace(seen.fisher() @ lost @ second @ lost.T) / 2
         # Fisher is floored a little where it is singular; here it is not.
         assert channels.errors[rank] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
@@ -448,7 +447,6 @@ def test_refit_walks_on_with_what_the_model_gives(data, bias: str):
     measured = TwoSidedSite(
         site=site,
         moment=SecondMoment.zero(12),
-        side="outputs",
         found=channels.found,
         gamma=np.eye(12),
         errors=np.zeros(13),

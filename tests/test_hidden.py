@@ -650,6 +650,7 @@ GRAPH, SITES, FOUND = hidden_of(JOINT.proto(), JOINT.feed(1))
 def measured(site: Site, errors: np.ndarray) -> TwoSidedSite:
     heads = Heads(
         groups=(),
+        gammas=(),
         found=None,  # type: ignore[arg-type]
         errors=errors,
         mean=np.zeros(site.m),
@@ -658,7 +659,6 @@ def measured(site: Site, errors: np.ndarray) -> TwoSidedSite:
     return TwoSidedSite(
         site=site,
         moment=SecondMoment.zero(1),
-        side="inputs",
         found=None,  # type: ignore[arg-type]
         gamma=np.eye(1),
         errors=errors,
@@ -809,7 +809,7 @@ def test_groups_are_decomposed_each(seed, n, count, others):
     gamma, second = spread(rng, m), spread(rng, m)
     starts = rng.permutation(count) * n + others
     groups = [slice(int(s), int(s) + n) for s in starts]
-    found = grouped(gamma, second, groups)
+    found = grouped([gamma[rows, rows] for rows in groups], second, groups)
     assert found.errors.shape == (n * count + 1,)
     assert (np.diff(found.errors) <= 0).all()
     assert found.errors[-1] == 0
@@ -842,7 +842,7 @@ def test_one_group_of_all_is_the_optimum(seed, m):
     moment = SecondMoment.of(rows)
     for centred in (True, False):
         second = moment.covariance if centred else moment.uncentred
-        found = grouped(gamma, second, [slice(0, m)])
+        found = grouped([gamma], second, [slice(0, m)])
         best: Decomposition = optimal(np.eye(m), Metric.of(gamma), outputs=moment, centred=centred)
         np.testing.assert_allclose(found.errors, best.errors, atol=1e-10 * best.energy)
         # By the product: signs of directions are free.

@@ -131,9 +131,10 @@ def layer(graph: GraphIndex, weight: str, rank: int, rows: np.ndarray) -> Layer:
     """A layer whose outputs all count alike, known from the rows x that it gets."""
     (site,) = (s for s in find_sites(graph)[0] if s.weight == weight)
     w = site_matrix(graph, site)
-    moment = SecondMoment.of(rows if site.smaller_side == "inputs" else rows @ w.T)
-    known = Sensitivity(moment=moment, gamma=np.eye(site.m), samples=1, decisions=10**9)
-    measured = two_sided_site(site, w, known, site.smaller_side, 0)
+    moment = SecondMoment.of(rows @ w.T if site.wide else rows)
+    gamma = np.eye(site.m) if site.wide else w.T @ w
+    known = Sensitivity(moment=moment, gamma=gamma, samples=1, decisions=10**9)
+    measured = two_sided_site(site, w, known, 0)
     biases = {use.node: np.zeros(site.m) for use in site.uses}
     return Layer(measured=measured, weight=w, rank=rank, biases=biases, behind=np.zeros(site.m))
 
@@ -150,8 +151,8 @@ def layers(proto: onnx.ModelProto, runs: list[Feed], ranks: dict[str, int]) -> l
 def plain(made: Layer) -> Refitted:
     """The layer as it is without a refit."""
     found: TwoSidedSite = made.measured
-    lost = found.found.lost(found.mean_output(made.weight), made.rank)
-    factors = found.found.factors(made.weight, made.rank)
+    lost = found.lost_of(made.weight, made.rank)
+    factors = found.factors_of(made.weight, made.rank)
     return Refitted(weight=factors.product, factors=factors, lost_mean=lost, turn=None)
 
 
@@ -195,7 +196,7 @@ SIDES = {"inputs": two_layers(), "outputs": two_layers(V=SECOND.T[:, :4], c=nois
 def test_second_layer_is_fitted_to_what_the_first_one_leaves(side: str):
     proto, runs = SIDES[side], feeds(60)
     wanted = layers(proto, runs, {"W": 2, "V": 2})
-    assert wanted[1].measured.side == side
+    assert wanted[1].measured.site.wide == (side == "outputs")
     made = refitted(proto, wanted, runs)
     before = {w.measured.site.key: plain(w) for w in wanted}
     # Nothing lies before the first layer.

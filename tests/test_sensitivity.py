@@ -20,7 +20,8 @@ from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.measure import Effort, choose_effort, measure_sensitivity
-from onnx_utilrank.sensitivity.quadratic import sample_quadratics
+from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
+from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
 from onnx_utilrank.statistics.moments import SecondMoment
@@ -76,7 +77,10 @@ def collected(
     graph = index(proto)
     sites, _ = find_sites(graph)
     biases = {use.node: np.zeros(site.m) for site in sites for use in site.uses}
-    collectors = {site.key: Collector(site, site.smaller_side, biases, 10**6) for site in sites}
+    collectors = {
+        site.key: Collector(site, SmallerSide(site, site_matrix(graph, site), biases), 10**6)
+        for site in sites
+    }
     uses = [use for site in sites for use in site.uses]
     torch_graph = TorchGraph.build(graph.store)
     backward = GradientPass(torch_graph, uses, losses, draws=draws, smooth=smooth, seed=3)
@@ -300,12 +304,12 @@ def test_gamma_of_few_decisions_is_shrunk_towards_its_mean():
     found = few.gamma / 3
     assert np.linalg.matrix_rank(found) == 3
     for made in (few, many):
-        assert np.trace(made.fisher) == pytest.approx(np.trace(found))
-        assert np.linalg.eigvalsh(made.fisher)[0] > 0
-    lowest, sure = (np.linalg.eigvalsh(made.fisher)[0] for made in (few, many))
+        assert np.trace(made.fisher()) == pytest.approx(np.trace(found))
+        assert np.linalg.eigvalsh(made.fisher())[0] > 0
+    lowest, sure = (np.linalg.eigvalsh(made.fisher())[0] for made in (few, many))
     assert lowest > 10 * sure
     none = replace(few, gamma=np.zeros((8, 8)))
-    np.testing.assert_array_equal(none.fisher, np.eye(8))
+    np.testing.assert_array_equal(none.fisher(), np.eye(8))
 
 
 # --- the predicted loss -------------------------------------------------------------------------
@@ -317,15 +321,16 @@ def measured_site(proto: onnx.ModelProto, runs: list[Feed], pulled: np.ndarray) 
     site = find_sites(graph)[0][0]
     weight = site_matrix(graph, site)
     x = np.concatenate([f["x"] for f in runs]).reshape(-1, site.d).astype(np.float64)
-    moment = SecondMoment.of(x if site.smaller_side == "inputs" else x @ weight.T)
-    known = Sensitivity(moment=moment, gamma=pulled, samples=1, decisions=10**9)
-    return two_sided_site(site, weight, known, site.smaller_side, 0)
+    moment = SecondMoment.of(x @ weight.T if site.wide else x)
+    gamma = pulled if site.wide else weight.T @ pulled @ weight
+    known = Sensitivity(moment=moment, gamma=gamma, samples=1, decisions=10**9)
+    return two_sided_site(site, weight, known, 0)
 
 
 def cut(graph: GraphIndex, found: TwoSidedSite, rank: int) -> ModelStore:
     weight = site_matrix(graph, found.site)
-    factors = found.found.factors(weight, rank)
-    lost = found.found.lost(found.mean_output(weight), rank) if found.centred else None
+    factors = found.factors_of(weight, rank)
+    lost = found.lost_of(weight, rank) if found.centred else None
     return rewrite(graph, [Replacement(site=found.site, factors=factors, lost_mean=lost)])
 
 
@@ -387,11 +392,12 @@ def predictions(
     backward = GradientPass(graph, uses, [loss], draws=draws, smooth=False, seed=11)
     weight = site_matrix(index(proto), found.site)
     key = found.site.key
+    biases = {use.node: np.zeros(found.site.m) for use in uses}
     return sample_quadratics(
         backward,
         [found.site],
-        {key: [(found.found, found.mean_output(weight))]},
-        {},
+        {key: [Probe(found=found.found, rows="smaller", mean=found.moment.mean)]},
+        {key: SmallerSide(found.site, weight, biases)},
         runs,
         quiet,
     )[key][0]
@@ -441,6 +447,7 @@ def test_whole_measurement_predicts_the_loss_of_each_layer():
         quadratics=len(data),
         refit=len(data),
         batch=1,
+        run=1,
         statistics_bytes=1,
     )
     made = measure_sensitivity(
@@ -478,7 +485,6 @@ def test_larger_prediction_counts_and_never_rises_with_rank(errors, seed):
     site = TwoSidedSite(
         site=find_sites(index(proto))[0][0],
         moment=SecondMoment.zero(1),
-        side="inputs",
         found=None,  # type: ignore[arg-type]
         gamma=np.eye(1),
         errors=falling,

@@ -12,7 +12,7 @@ from onnx_utilrank.statistics.factorize import (
     Decomposition,
     Factors,
     Metric,
-    balanced,
+    factored,
     grouped,
     optimal,
 )
@@ -39,6 +39,7 @@ class Heads:
     Attributes:
         groups: Rows of each group, and whether the mean of what they lose is made up for by the
             bias of the weight that reads them.
+        gammas: Γ [n, n] of each group.
         found: The decomposition, see `statistics.factorize.grouped`.
         errors: Predicted loss of the model at each rank of it.
         mean: E[W x + b], [m].
@@ -46,6 +47,7 @@ class Heads:
     """
 
     groups: tuple[tuple[slice, bool], ...]
+    gammas: tuple[np.ndarray, ...]
     found: Decomposition
     errors: np.ndarray
     mean: np.ndarray
@@ -79,8 +81,7 @@ class InputChannels:
         m, channels = len(weight), len(self.found.expand)
         taps = weight.reshape(m, channels, -1)
         reduced = np.einsum("mct,cr->mtr", taps, self.found.expand[:, :rank], optimize=True)
-        left, core = np.linalg.qr(reduced.reshape(-1, rank))
-        both = balanced(left, core @ self.found.reduce[:rank])
+        both = factored(reduced.reshape(-1, rank), self.found.reduce[:rank])
         left = both.left.reshape(m, -1, rank).transpose(0, 2, 1).reshape(m, -1)
         return Factors(left=left, right=both.right)
 
@@ -96,10 +97,10 @@ class TwoSidedSite:
 
     Attributes:
         site: The site.
-        moment: Moment of x or W x.
-        side: Which of the two.
-        found: The decomposition, centred where the bias can take the lost mean.
-        gamma: Γ [m, m], what a change of the site's output counts.
+        moment: Moment of its smaller side: of W x where W is wide, else of x.
+        found: The decomposition of those rows z, which become L_r K_r z, so that Ŵ is L K W or
+            W L K; centred where the bias can take the lost mean.
+        gamma: Γ [p, p], what a change of z counts.
         errors: Predicted loss of the model at each rank, in nats or relative squared error.
         bias_cost: Elements that correcting the bias adds.
         channels: Of a Conv that looks at its neighbours too: its input channels, decomposed.
@@ -109,13 +110,13 @@ class TwoSidedSite:
 
     site: Site
     moment: SecondMoment
-    side: Side
     found: Decomposition
     gamma: np.ndarray
     errors: np.ndarray
     bias_cost: int
     heads: Heads | None = None
     channels: InputChannels | None = None
+    input_mean: np.ndarray | None = None
 
     @property
     def centred(self) -> bool:
@@ -125,7 +126,18 @@ class TwoSidedSite:
     def mean_output(self, weight: np.ndarray) -> np.ndarray:
         """E[W x], [m]."""
         mean = self.moment.mean
-        return np.asarray(mean if self.side == "outputs" else weight @ mean)
+        return np.asarray(mean if self.site.wide else weight @ mean)
+
+    def factors_of(self, weight: np.ndarray, rank: int) -> Factors:
+        """Ŵ of one rank."""
+        if self.site.wide:
+            return self.found.factors(weight, rank)
+        return self.found.input_factors(weight, rank)
+
+    def lost_of(self, weight: np.ndarray, rank: int) -> np.ndarray:
+        """(W − Ŵ) E[x], [m]."""
+        lost = self.found.lost(self.moment.mean, rank)
+        return lost if self.site.wide else np.asarray(weight @ lost)
 
     def corrected(self, quadratics: Sequence[np.ndarray]) -> "TwoSidedSite":
         """The same with the larger of two predictions of the loss at each rank.
@@ -173,7 +185,7 @@ class TwoSidedSite:
     def factors(self, weight: np.ndarray, move: Move) -> Factors:
         """See `Measured.factors`."""
         assert move.rank is not None
-        return self.found.factors(weight, move.rank)
+        return self.factors_of(weight, move.rank)
 
     def error(self, weight: np.ndarray, move: Move) -> float:
         """See `Measured.error`."""
@@ -184,33 +196,46 @@ class TwoSidedSite:
         """See `Measured.lost_mean`."""
         del factors
         assert move.rank is not None
-        return self.found.lost(self.mean_output(weight), move.rank)
+        return self.lost_of(weight, move.rank)
 
 
 def two_sided_site(
-    site: Site, weight: np.ndarray, found: Sensitivity, side: Side, bias_cost: int
+    site: Site,
+    weight: np.ndarray,
+    found: Sensitivity,
+    bias_cost: int,
+    input_mean: np.ndarray | None = None,
 ) -> TwoSidedSite:
     """Decompose a site: min E[Σ_positions (g^T (W − Ŵ)(x − μ))²].
 
-    With Γ = R R^T that is the optimum of `statistics.factorize.optimal`; the predicted rise of
-    the loss is half its error.
+    A change W δ of the outputs is worth δ^T W^T Γ W δ, so the optimum over all Ŵ is had from the
+    smaller side z alone, with h = g or h = W^T g the gradient there: that of
+    min E[Σ_positions (h^T (I − L K)(z − μ))²] in `statistics.factorize.optimal`. The predicted rise
+    of the loss is half its error.
+
+    Args:
+        site: The site.
+        weight: W [m, d].
+        found: Rows of its smaller side and the gradients there.
+        bias_cost: Elements that correcting the bias adds.
+        input_mean: E[x], [d], where it is needed.
     """
-    gamma = found.fisher
+    # Outputs that no gradient told of are alike to each other, not inputs.
+    gamma = found.fisher(None if site.wide else weight.T @ weight)
     decomposition = optimal(
-        weight,
+        weight if site.wide else np.eye(site.d),
         Metric.of(gamma),
-        inputs=found.moment if side == "inputs" else None,
-        outputs=found.moment if side == "outputs" else None,
+        outputs=found.moment,
         centred=site.bias != "none",
     )
     return TwoSidedSite(
         site=site,
         moment=found.moment,
-        side=side,
         found=decomposition,
         gamma=gamma,
         errors=decomposition.errors / 2,
         bias_cost=bias_cost,
+        input_mean=input_mean,
     )
 
 
@@ -218,6 +243,7 @@ def with_heads(
     site: TwoSidedSite,
     weight: np.ndarray,
     groups: Sequence[tuple[slice, bool]],
+    gammas: Sequence[np.ndarray],
     own: np.ndarray,
     behind: np.ndarray,
 ) -> TwoSidedSite:
@@ -227,17 +253,23 @@ def with_heads(
         site: The site.
         weight: W [m, d].
         groups: Rows of each group, and whether their lost mean is made up for.
+        gammas: Γ [n, n] of each group.
         own: What the node itself adds to W x, [m].
         behind: What an Add behind it adds, [m].
     """
     covariance = site.moment.covariance
-    if site.side == "inputs":
+    if not site.site.wide:
         covariance = weight @ covariance @ weight.T
     mean = site.mean_output(weight) + own + behind
     rest = mean - forgiven(groups, mean)
-    found = grouped(site.gamma, covariance + np.outer(rest, rest), [rows for rows, _ in groups])
+    found = grouped(gammas, covariance + np.outer(rest, rest), [rows for rows, _ in groups])
     heads = Heads(
-        groups=tuple(groups), found=found, errors=found.errors / 2, mean=mean, behind=behind
+        groups=tuple(groups),
+        gammas=tuple(gammas),
+        found=found,
+        errors=found.errors / 2,
+        mean=mean,
+        behind=behind,
     )
     return replace(site, heads=heads)
 
@@ -262,7 +294,7 @@ def with_channels(site: TwoSidedSite, found: Sensitivity) -> TwoSidedSite:
     """
     moment = found.moment
     decomposition = optimal(
-        np.eye(moment.width), Metric.of(found.fisher), outputs=moment, centred=site.centred
+        np.eye(moment.width), Metric.of(found.fisher()), outputs=moment, centred=site.centred
     )
     channels = InputChannels(
         found=decomposition,

@@ -37,7 +37,7 @@ class Layer:
     @property
     def outputs(self) -> bool:
         """Whether it is fitted by its outputs: Ŵ = A W. Else it is by its inputs."""
-        return self.measured.side == "outputs" or self.channels
+        return self.measured.site.wide or self.channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +78,11 @@ def as_measured(layer: Layer) -> Refitted:
         )
     lost = None
     if measured.centred:
-        lost = measured.found.lost(measured.mean_output(layer.weight), layer.rank)
-    factors = measured.found.factors(layer.weight, layer.rank)
+        lost = measured.lost_of(layer.weight, layer.rank)
+    factors = measured.factors_of(layer.weight, layer.rank)
     return Refitted(
         weight=factors.product,
         lost_mean=lost,
-        turn=measured.found.kept(layer.rank) if measured.side == "outputs" else None,
+        turn=measured.found.kept(layer.rank) if measured.site.wide else None,
         factors=factors,
     )

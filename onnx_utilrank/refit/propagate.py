@@ -48,10 +48,10 @@ def propagate(
 ) -> dict[str, Refitted]:
     """Factors for every layer, fitted to what it gets from the compressed layers before it.
 
-    With x the input of a layer in the original and x' the one behind compressed layers,
-    W* = argmin E‖R^T (W x − V x')‖² is cut to its rank by the optimum of
-    `statistics.factorize.optimal` for the rows x' (Garg et al. and SVD-LLM fit to x). The smaller
-    side is used here too: where m < d, W* is M W with M a regression of W x on W x'.
+    With x the input of a layer in the original and x' the one behind compressed layers, the
+    smaller side z (x, or W x where W is wide) is regressed on what there is of it now, z ≈ M z',
+    in the metric of the outputs; the optimum of `statistics.factorize.optimal` for the rows M z'
+    then cuts W M, or M W, to its rank (Garg et al. and SVD-LLM fit to x).
 
     Args:
         graph: The model.
@@ -123,6 +123,7 @@ def _moments(
     """Sums over pairs of rows, of every other sample each, and the shift they are about."""
     view = use.result if layer.outputs else use.inputs
     own = torch.from_numpy(np.array(layer.biases[use.node])) if layer.outputs else torch.zeros(1)
+    gain = use.gain if layer.outputs else 1.0
     halves = (CrossMoment.zero(view.width), CrossMoment.zero(view.width))
     waiting: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # y and x side by side
     wanted = max(ROWS_PER_FEATURE_KEPT * view.width, ROWS_KEPT) / len(runs)
@@ -141,8 +142,7 @@ def _moments(
         for half in range(2):
             chosen = live.clone()
             chosen[(half + samples) % 2 :: 2] = False
-            y, x = target[chosen] - own.to(target), rows[chosen] - own.to(rows)
-            y, x = y[k % stride :: stride], x[k % stride :: stride]
+            y, x = ((v[chosen][k % stride :: stride] - own.to(v)) / gain for v in (target, rows))
             if not len(x):
                 continue
             if shift is None:

@@ -78,7 +78,7 @@ class Twin:
             for layer in layers
         }
 
-    def run(self, feed: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """The outputs of these names.
 
         Raises:
@@ -96,7 +96,7 @@ class Twin:
                         self._stand_ins[layer.measured.site.key].put(use, state, samples)
                 for value in dead:
                     state.pop(value, None)
-        return {name: state[name].cpu().numpy() for name in names}
+        return {name: state[name].cpu().numpy() for name in outputs}
 
 
 def layers_by_value(layers: Sequence[Layer]) -> dict[str, tuple[Layer, Use]]:

@@ -20,7 +20,8 @@ from onnx_utilrank.ranking.two_sided import (
 )
 from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
 from onnx_utilrank.sensitivity.gradients import GradientPass
-from onnx_utilrank.sensitivity.quadratic import sample_quadratics
+from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
+from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
@@ -156,7 +157,6 @@ def measure_sensitivity(
     tested = [samples[k] for k in sorted(spread[-effort.quadratics :])]
     heads_of = _heads(sites, hidden)
     added = {s.key: h.added(index, s.key, s.m) for h in hidden for s in sites if s.key in h.sites}
-    # What a reader loses of its mean is known where its inputs are.
     readers = {g.met.site for h in hidden for g in h.groups if g.met.side == "columns"}
     kernels = _kernels(index, sites) if channels else {}
     measured = []
@@ -169,13 +169,15 @@ def measure_sensitivity(
             len(passes),
         )
     for group in passes:
+        sides = {s.key: SmallerSide(s, site_matrix(index, s), biases) for s in group}
         collectors = {
             s.key: Collector(
                 s,
-                "inputs" if s.key in readers else s.smaller_side,
-                biases,
-                max(ROWS_PER_FEATURE_KEPT * min(s.m, s.d), ROWS_KEPT),
-                kernels[s.uses[0].node].shape[1] if s.uses[0].node in kernels else 0,
+                sides[s.key],
+                max(ROWS_PER_FEATURE_KEPT * s.full_rank, ROWS_KEPT),
+                channels=kernels[s.uses[0].node].shape[1] if s.uses[0].node in kernels else 0,
+                groups=[rows for rows, _ in heads_of.get(s.key, ())],
+                input_mean=s.key in readers,
             )
             for s in group
         }
@@ -208,27 +210,26 @@ def measure_sensitivity(
             if collector.found.moment.rows:
                 weight = site_matrix(index, site)
                 cost = bias_cost(index, site)
-                one = two_sided_site(site, weight, collector.found, collector.side, cost)
+                one = two_sided_site(site, weight, collector.found, cost, collector.input_mean)
                 groups = heads_of.get(site.key)
                 if groups:
-                    own = biases[site.uses[0].node]
-                    one = with_heads(one, weight, groups, own, added[site.key])
+                    own, gammas = biases[site.uses[0].node], collector.found.block_fishers()
+                    one = with_heads(one, weight, groups, gammas, own, added[site.key])
                 if collector.channels is not None and collector.channels.moment.rows:
                     one = with_channels(one, collector.channels)
                 found.append(one)
         progress("decomposing", len(collectors), len(collectors))
         measured += _predicted(
-            graph, index, found, losses, biases, kernels, data, tested, effort, seed, progress
+            graph, found, sides, losses, kernels, data, tested, effort, seed, progress
         )
     return measured
 
 
 def _predicted(
     graph: TorchGraph,
-    index: GraphIndex,
     found: Sequence[TwoSidedSite],
+    sides: Mapping[str, SmallerSide],
     losses: Sequence[OutputLoss],
-    biases: Mapping[int, np.ndarray],
     kernels: Mapping[int, np.ndarray],
     data: Dataset,
     samples: Sequence[int],
@@ -238,16 +239,17 @@ def _predicted(
 ) -> list[TwoSidedSite]:
     """The same sites with the larger of both predictions."""
     sites = [f.site for f in found]
-    decompositions = {}
+    probes = {}
     for f in found:
-        use = f.site.uses[0]
-        mean = biases[use.node]
-        if f.centred:
-            mean = mean + use.gain * f.mean_output(site_matrix(index, f.site))
-        decompositions[f.site.key] = [(f.found, mean)]
+        mean = f.moment.mean if f.centred else np.zeros(f.moment.width)
+        probes[f.site.key] = [Probe(found=f.found, rows="smaller", mean=mean)]
         if f.heads is not None:
             lost = forgiven(f.heads.groups, f.heads.mean)
-            decompositions[f.site.key].append((f.heads.found, lost - f.heads.behind))
+            rest = Probe(found=f.heads.found, rows="outputs", mean=lost - f.heads.behind)
+            probes[f.site.key].append(rest)
+        if f.channels is not None:
+            of_channels = Probe(found=f.channels.found, rows="channels", mean=f.channels.mean)
+            probes[f.site.key].append(of_channels)
     backward = GradientPass(
         graph,
         [use for s in sites for use in s.uses],
@@ -260,8 +262,8 @@ def _predicted(
     quadratics = sample_quadratics(
         backward,
         sites,
-        decompositions,
-        {f.site.key: (f.channels.found, f.channels.mean) for f in found if f.channels},
+        probes,
+        sides,
         list(data.feeds(samples, batch=effort.batch)),
         lambda done, total: progress("predicting", done, total),
     )
@@ -296,7 +298,7 @@ def _groups(sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
     group: list[Site] = []
     held = 0
     for site in sites:
-        need = BYTES * (site.m**2 + min(site.m, site.d) ** 2)
+        need = BYTES * 2 * site.full_rank**2
         if group and held + need > limit:
             yield group
             group, held = [], 0

@@ -1,39 +1,57 @@
 """Predicted loss of every rank of every site, from the gradients of whole samples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from onnx_utilrank.sensitivity.gradients import GradientPass
+from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.factorize import Decomposition
 
-__all__ = ["sample_quadratics"]
+__all__ = ["Probe", "sample_quadratics"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One decomposition of rows of a site whose loss is to be predicted.
+
+    Attributes:
+        found: L and K.
+        rows: Of what: the smaller side of the site, the node's output, or the input channels.
+        mean: What is taken off the rows before L and K apply: their mean, where a bias makes up
+            for what is lost of it.
+    """
+
+    found: Decomposition
+    rows: Literal["smaller", "outputs", "channels"]
+    mean: np.ndarray
 
 
 def sample_quadratics(
     backward: GradientPass,
     sites: Sequence[Site],
-    decompositions: Mapping[str, Sequence[tuple[Decomposition, np.ndarray]]],
-    channels: Mapping[str, tuple[Decomposition, np.ndarray]],
+    probes: Mapping[str, Sequence[Probe]],
+    sides: Mapping[str, SmallerSide],
     feeds: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[int, int], None],
 ) -> dict[str, list[np.ndarray]]:
     """½ E[⟨W − Ŵ_r, Σ_positions g x^T⟩²] for r = 0 … k, float64 [k + 1] by key of the site.
 
     Unlike the product of Cov(x) and Γ it sees errors that agree over the positions of a sample,
-    which a later pooling sums. With Ŵ = L_r K_r W it is the square of
-    Σ_{i>r} Σ_positions (K W x)_i (L^T g)_i: two changes of basis of what the run holds anyway; no
-    gradient of a weight is ever formed.
+    which a later pooling sums. With rows z that become L_r K_r z, and the gradient h with respect
+    to them, it is the square of Σ_{i>r} Σ_positions (K z)_i (L^T h)_i: two changes of basis of what
+    the run holds anyway; no gradient of a weight is ever formed.
 
     Args:
         backward: Gradients of all uses of the sites.
         sites: The sites.
-        decompositions: L and K, one or more for each, and what is taken off the output of its
-            node, [m], before they apply: the mean, where a bias makes up for what is lost of it.
-        channels: The same for the input channels of some of the sites, by key.
+        probes: One or more for each, by key.
+        sides: The rows of their smaller sides, by key.
         feeds: The samples.
         progress: Called with how many feeds are done and how many there are.
 
@@ -41,15 +59,8 @@ def sample_quadratics(
         ModelError: A node cannot be computed.
     """
     owner = {use.node: site for site in sites for use in site.uses}
-    all_of = {
-        s.key: [*decompositions[s.key], *([channels[s.key]] if s.key in channels else [])]
-        for s in sites
-    }
-    bases = {key: [_tensors(*one) for one in of_site] for key, of_site in all_of.items()}
-    totals = {
-        key: [np.zeros(len(found.errors)) for found, _ in of_site]
-        for key, of_site in all_of.items()
-    }
+    bases = {s.key: [_tensors(probe) for probe in probes[s.key]] for s in sites}
+    totals = {s.key: [np.zeros(len(p.found.errors)) for p in probes[s.key]] for s in sites}
     count = 0
     for k, feed in enumerate(feeds):
         n = samples_in(feed)
@@ -57,9 +68,11 @@ def sample_quadratics(
         summed: dict[tuple[str, int], np.ndarray] = {}
         for use, rows in backward.rows(feed, n):
             key = owner[use.node].key
-            for which, basis in enumerate(bases[key]):
+            for which, (probe, basis) in enumerate(zip(probes[key], bases[key], strict=True)):
                 values, gradients = rows.outputs, rows.gradients
-                if which == len(decompositions[key]):
+                if probe.rows == "smaller":
+                    values, gradients = sides[key].rows(use, rows, n)
+                elif probe.rows == "channels":
                     assert rows.channels is not None
                     values, gradients = rows.channels
                 reduce, expand, mean = (part.to(values) for part in basis)
@@ -77,7 +90,7 @@ def sample_quadratics(
     return {key: [t / max(count, 1) for t in of_site] for key, of_site in totals.items()}
 
 
-def _tensors(found: Decomposition, mean: np.ndarray) -> tuple[torch.Tensor, ...]:
+def _tensors(probe: Probe) -> tuple[torch.Tensor, ...]:
     """K^T, L and the mean, in float32."""
-    parts = (found.reduce.T, found.expand, mean)
+    parts = (probe.found.reduce.T, probe.found.expand, probe.mean)
     return tuple(torch.from_numpy(np.ascontiguousarray(p, dtype=np.float32)) for p in parts)

@@ -183,6 +183,11 @@ class Site:
         return min(self.m, self.d)
 
     @property
+    def wide(self) -> bool:
+        """Whether W has no more rows (outputs) than columns (inputs)."""
+        return self.m <= self.d
+
+    @property
     def smaller_side(self) -> Side:
         """Whose moment says all at the least cost; the inputs where both are equal.
 

@@ -20,6 +20,7 @@ __all__ = [
     "balanced",
     "eigenbasis",
     "energy_rank",
+    "factored",
     "feature_scale",
     "grouped",
     "optimal",
@@ -73,9 +74,11 @@ class Decomposition:
 
     def factors(self, weight: np.ndarray, rank: int) -> Factors:
         """Ŵ of one rank as balanced factors."""
-        # L has no orthonormal columns, and `balanced` needs them.
-        left, core = np.linalg.qr(self.expand[:, :rank])
-        return balanced(left, core @ (self.reduce[:rank] @ weight))
+        return factored(self.expand[:, :rank], self.reduce[:rank] @ weight)
+
+    def input_factors(self, weight: np.ndarray, rank: int) -> Factors:
+        """The same of inputs x that become L_r K_r x: W L_r and K_r."""
+        return factored(weight @ self.expand[:, :rank], self.reduce[:rank])
 
     def kept(self, rank: int) -> np.ndarray:
         """L_r K_r [m, m]: Ŵ_r = L_r K_r W."""
@@ -106,6 +109,12 @@ def balanced(left: np.ndarray, right: np.ndarray) -> Factors:
     u, s, vt = np.linalg.svd(right, full_matrices=False)
     root = np.sqrt(s)
     return Factors(left=(left @ u) * root, right=root[:, None] * vt)
+
+
+def factored(left: np.ndarray, right: np.ndarray) -> Factors:
+    """The product of two factors, balanced; the left one's columns may be any."""
+    basis, core = np.linalg.qr(left)
+    return balanced(basis, core @ right)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,23 +200,25 @@ def optimal(
     )
 
 
-def grouped(gamma: np.ndarray, second: np.ndarray, groups: Sequence[slice]) -> Decomposition:
+def grouped(
+    gammas: Sequence[np.ndarray], second: np.ndarray, groups: Sequence[slice]
+) -> Decomposition:
     """The optimum where features may be mixed within groups only: L and K have their blocks.
 
-    Each group is cut by itself, by the eigenvectors of R^T C R of its own blocks of Γ = R R^T
-    and C. The columns of L hold the first direction of every group, then the second of each: with
+    Each group is cut by itself, by the eigenvectors of R^T C R of its own Γ = R R^T and its block
+    of C. The columns of L hold the first direction of every group, then the second of each: with
     G groups, rank k G keeps k directions a group.
 
     Args:
-        gamma: Γ [m, m], positive definite.
+        gammas: Γ [n, n] of every group, positive definite.
         second: C [m, m], the second moment of the features.
         groups: Rows of each group, equally many.
     """
-    m, n, count = len(gamma), groups[0].stop - groups[0].start, len(groups)
+    m, n, count = len(second), groups[0].stop - groups[0].start, len(groups)
     expand, reduce = np.zeros((m, n, count)), np.zeros((n, count, m))
     spectrum = np.zeros((n, count))
-    for k, rows in enumerate(groups):
-        metric = Metric.of(gamma[rows, rows])
+    for k, (gamma, rows) in enumerate(zip(gammas, groups, strict=True)):
+        metric = Metric.of(gamma)
         values, u = eigenbasis(metric.root_t @ second[rows, rows] @ metric.root_t.T)
         spectrum[:, k] = values
         expand[rows, :, k] = metric.undone(u)

@@ -1,6 +1,6 @@
 """What the outputs of a model say about a change of one layer: pure numpy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,12 +14,14 @@ DAMPING = 1e-2
 
 @dataclass(slots=True, kw_only=True)
 class Sensitivity:
-    """Sums over some samples about one site.
+    """Sums over some samples about the rows on one side of a site, x [p = d] or W x [p = m].
 
     Attributes:
-        moment: Moment of x [d], or of W x [m], over the rows that the outputs depend on: padding,
-            and tokens that are dropped later, have no gradient and do not count.
-        gamma: Sum over samples and draws of Σ_positions g g^T, float64 [m, m].
+        moment: Moment of the rows that the outputs depend on: padding, and tokens that are dropped
+            later, have no gradient and do not count.
+        gamma: Sum over samples and draws of Σ_positions g g^T, float64 [p, p], of the gradients g
+            with respect to those rows.
+        blocks: The same for each group of hidden features among the outputs, [groups, n, n].
         samples: Samples times draws.
         decisions: Rows of the outputs that gradients were drawn for: how much independent
             evidence `gamma` holds.
@@ -27,20 +29,34 @@ class Sensitivity:
 
     moment: SecondMoment
     gamma: np.ndarray
+    blocks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     samples: int = 0
     decisions: int = 0
 
-    @property
-    def fisher(self) -> np.ndarray:
-        """Γ = E[Σ_positions g g^T] over samples, shrunk where there were few decisions, [m, m].
+    def fisher(self, target: np.ndarray | None = None) -> np.ndarray:
+        """Γ = E[Σ_positions g g^T] over samples, shrunk where there were few decisions, [p, p].
 
         A few decisions show a few directions only; the others are then not free but unknown, and
         are given the mean (`shrinkage`).
+
+        Args:
+            target: What Γ is taken to be where nothing is known, up to its size, positive
+                semi-definite [p, p]; None for the identity.
         """
-        m = len(self.gamma)
-        found = self.gamma / max(self.samples, 1)
-        level = float(np.trace(found)) / m
+        return self._shrunk(self.gamma, target)
+
+    def block_fishers(self) -> list[np.ndarray]:
+        """Γ of every group of hidden features, [n, n] each."""
+        return [self._shrunk(block) for block in self.blocks]
+
+    def _shrunk(self, total: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
+        p = len(total)
+        found = total / max(self.samples, 1)
+        level = float(np.trace(found)) / p
+        prior = np.eye(p)
+        if target is not None and np.trace(target) > 0:
+            prior = target * (p / np.trace(target)) + DAMPING**2 * prior  # it may be singular
         if not level > 0:
-            return np.eye(m)
+            return prior
         mixed = max(shrinkage(found, self.decisions), DAMPING)
-        return np.asarray((1 - mixed) * found + mixed * level * np.eye(m))
+        return np.asarray((1 - mixed) * found + mixed * level * prior)

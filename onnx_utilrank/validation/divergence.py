@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -139,18 +140,26 @@ def _mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
     return None
 
 
+class Model(Protocol):
+    """Anything that runs feeds: a `runtime.sessions.Session`, or a graph in torch."""
+
+    def run(self, feed: Feed, outputs: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """The named outputs of one feed."""
+        ...
+
+
 class OutputRecorder:
     """The reference's outputs on some runs, kept to compare many candidates with."""
 
     def __init__(
-        self, session: Session, losses: Sequence[OutputLoss], feeds: Sequence[Feed]
+        self, reference: Model, losses: Sequence[OutputLoss], feeds: Sequence[Feed]
     ) -> None:
         self.losses = tuple(losses)
         self.feeds = tuple(feeds)
         names = [loss.output for loss in losses]
-        self._expected = [session.run(feed, names) for feed in feeds] if names else []
+        self._expected = [reference.run(feed, names) for feed in feeds] if names else []
 
-    def compare(self, candidate: Session) -> Divergence:
+    def compare(self, candidate: Model) -> Divergence:
         """Run a candidate on the same feeds.
 
         Raises:
@@ -163,7 +172,7 @@ def measure_divergence(
     losses: Sequence[OutputLoss],
     feeds: Sequence[Feed],
     expected: Sequence[Mapping[str, np.ndarray]],
-    candidate: Session,
+    candidate: Model,
 ) -> Divergence:
     """Compare a candidate's outputs with those that were recorded."""
     each: list[np.ndarray] = []

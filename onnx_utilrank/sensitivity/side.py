@@ -1,0 +1,44 @@
+"""The rows that a site is decomposed by: its inputs x or its outputs W x, whichever are fewer."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from onnx_utilrank.sensitivity.gradients import UseRows
+from onnx_utilrank.sensitivity.rows import as_rows
+from onnx_utilrank.sites.site import Site, Use
+
+__all__ = ["SmallerSide"]
+
+
+class SmallerSide:
+    """Rows z [p] of the smaller side of a site, p = min(m, d), and the gradients there."""
+
+    def __init__(self, site: Site, weight: np.ndarray, biases: Mapping[int, np.ndarray]) -> None:
+        """Remember the site.
+
+        Args:
+            site: The site.
+            weight: W [m, d].
+            biases: What the node of each use adds to W x itself, [m], by node.
+        """
+        self.width = site.full_rank
+        self._outputs = site.wide
+        self._biases = biases
+        # The outputs are there already, unless something else is in them.
+        self._weight = None
+        if not (self._outputs and all(use.affine for use in site.uses)):
+            self._weight = torch.from_numpy(weight.astype(np.float32))
+
+    def rows(
+        self, use: Use, rows: UseRows, samples: int
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """z and for each draw the gradient with respect to it, [samples, positions, p]."""
+        if self._weight is None:
+            own = torch.from_numpy(np.array(self._biases[use.node])).to(rows.outputs)
+            return rows.outputs - own, rows.gradients
+        x, weight = as_rows(rows.inputs, use.inputs, samples), self._weight.to(rows.outputs)
+        if self._outputs:
+            return x @ weight.T, rows.gradients
+        return x, tuple(g @ weight for g in rows.gradients)
