@@ -182,8 +182,9 @@ class _Subject:
         start = time.perf_counter()
         plan = make_offers(self.job, found, self.samples, config).plan(entry.ratio)
         plan = replace(plan, target={"param_ratio": entry.ratio})
-        store = build(self.job, plan, found, self.samples, config)
+        plan, store = build(self.job, plan, found, self.samples, config)
         entry = replace(entry, seconds=time.perf_counter() - start)
+        divergence = self.judge(store).divergence
         divergence = self.judge(store).divergence
         if divergence is None:
             raise ModelError("no output holds finite floating values to compare")

@@ -19,12 +19,37 @@ Feed = Mapping[str, np.ndarray]
 
 
 class RowSums:
-    """Sums over rows and their gradients; rows are thinned before their moment is formed."""
+    """Sums over rows and their gradients; rows are thinned before their moment is formed.
+
+    Products are formed in the type of the rows and added up in float64. Those of rows are about a
+    shift near their mean, which is taken out in the end.
+    """
 
     def __init__(self, width: int, rows_wanted: int) -> None:
-        self.found = Sensitivity(moment=SecondMoment.zero(width), gamma=np.zeros((width, width)))
         self._wanted = rows_wanted
-        self._shift: np.ndarray | None = None
+        self._shift: torch.Tensor | None = None
+        self._rows = 0
+        self._total = torch.zeros(width, dtype=torch.float64)
+        self._outer = torch.zeros(width, width, dtype=torch.float64)
+        self._gamma = torch.zeros(width, width, dtype=torch.float64)
+
+    @property
+    def gamma(self) -> np.ndarray:
+        """Σ g g^T, [width, width]."""
+        return self._gamma.numpy()
+
+    @property
+    def moment(self) -> SecondMoment:
+        """The moment of the rows."""
+        found = SecondMoment.zero(len(self._total))
+        if self._shift is not None:
+            found.add(
+                total=self._total.numpy(),
+                outer=self._outer.numpy(),
+                rows=self._rows,
+                shift=self._shift.double().cpu().numpy(),
+            )
+        return found
 
     def add(
         self,
@@ -45,21 +70,18 @@ class RowSums:
         """
         for gradient in gradients:
             flat = gradient.reshape(-1, gradient.shape[-1])
-            self.found.gamma += (flat.T @ flat).double().cpu().numpy()
+            self._gamma += (flat.T @ flat).cpu()
         x = x.reshape(-1, x.shape[-1])[live.reshape(-1)]
         stride = max(1, int(len(x) / max(self._wanted * share, 4.0)))
         x = x[phase % stride :: stride]
         if not len(x):
             return
         if self._shift is None:
-            self._shift = x.double().mean(0).cpu().numpy()
-        z = x - torch.from_numpy(self._shift).to(x)
-        self.found.moment.add(
-            total=z.double().sum(0).cpu().numpy(),
-            outer=(z.T @ z).double().cpu().numpy(),
-            rows=len(z),
-            shift=torch.from_numpy(self._shift).to(x).double().cpu().numpy(),
-        )
+            self._shift = x.mean(0, dtype=torch.float64).to(x)
+        z = x - self._shift
+        self._total += z.sum(0, dtype=torch.float64).cpu()
+        self._outer += (z.T @ z).cpu()
+        self._rows += len(z)
 
 
 class Collector:
@@ -88,23 +110,24 @@ class Collector:
         self.site = site
         self._side = side
         self._rows = RowSums(side.width, rows_wanted)
+        self._samples = self._decisions = 0
         self._channels = RowSums(channels, rows_wanted) if channels else None
         self._groups = tuple(groups)
-        if groups:
-            n = groups[0].stop - groups[0].start
-            self._rows.found.blocks = np.zeros((len(groups), n, n))
+        self._blocks = [
+            torch.zeros(g.stop - g.start, g.stop - g.start, dtype=torch.float64) for g in groups
+        ]
         self._input_total = np.zeros(site.d) if input_mean else None
         self._input_rows = 0
 
     @property
     def found(self) -> Sensitivity:
         """What was collected of the site's smaller side."""
-        return self._rows.found
+        return self._sensitivity(self._rows, [block.numpy() for block in self._blocks])
 
     @property
     def channels(self) -> Sensitivity | None:
         """And of the input channels."""
-        return self._channels.found if self._channels else None
+        return self._sensitivity(self._channels) if self._channels else None
 
     @property
     def input_mean(self) -> np.ndarray | None:
@@ -125,10 +148,10 @@ class Collector:
         """
         live = torch.stack([g.abs().amax(-1) for g in rows.gradients]).amax(0) > 0
         self._rows.add(*self._side.rows(use, rows, samples), live, share, phase)
-        for block, columns in zip(self.found.blocks, self._groups, strict=True):
+        for block, columns in zip(self._blocks, self._groups, strict=True):
             for gradient in rows.gradients:
                 flat = gradient.reshape(-1, gradient.shape[-1])[:, columns]
-                block += (flat.T @ flat).double().cpu().numpy()
+                block += (flat.T @ flat).cpu()
         if self._input_total is not None:
             x = as_rows(rows.inputs, use.inputs, samples)[live]
             self._input_total += x.sum(0, dtype=torch.float64).cpu().numpy()
@@ -140,9 +163,17 @@ class Collector:
 
     def count(self, samples: int, decisions: int) -> None:
         """Count the samples (times draws) and decisions of one run, whether or not it was used."""
-        for found in filter(None, (self.found, self.channels)):
-            found.samples += samples
-            found.decisions += decisions
+        self._samples += samples
+        self._decisions += decisions
+
+    def _sensitivity(self, sums: RowSums, blocks: Sequence[np.ndarray] = ()) -> Sensitivity:
+        return Sensitivity(
+            moment=sums.moment,
+            gamma=sums.gamma,
+            blocks=tuple(blocks),
+            samples=self._samples,
+            decisions=self._decisions,
+        )
 
 
 def collect_sensitivity(

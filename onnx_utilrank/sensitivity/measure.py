@@ -207,16 +207,18 @@ def measure_sensitivity(
         for k, collector in enumerate(collectors.values()):
             progress("decomposing", k, len(collectors))
             site = collector.site
-            if collector.found.moment.rows:
+            seen = collector.found
+            if seen.moment.rows:
                 weight = site_matrix(index, site)
                 cost = bias_cost(index, site)
-                one = two_sided_site(site, weight, collector.found, cost, collector.input_mean)
+                one = two_sided_site(site, weight, seen, cost, collector.input_mean)
                 groups = heads_of.get(site.key)
                 if groups:
-                    own, gammas = biases[site.uses[0].node], collector.found.block_fishers()
+                    own, gammas = biases[site.uses[0].node], seen.block_fishers()
                     one = with_heads(one, weight, groups, gammas, own, added[site.key])
-                if collector.channels is not None and collector.channels.moment.rows:
-                    one = with_channels(one, collector.channels)
+                channels_seen = collector.channels
+                if channels_seen is not None and channels_seen.moment.rows:
+                    one = with_channels(one, channels_seen)
                 found.append(one)
         progress("decomposing", len(collectors), len(collectors))
         measured += _predicted(

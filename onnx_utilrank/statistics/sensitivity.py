@@ -1,6 +1,6 @@
 """What the outputs of a model say about a change of one layer: pure numpy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +12,7 @@ __all__ = ["Sensitivity"]
 DAMPING = 1e-2
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
     """Sums over some samples about the rows on one side of a site, x [p = d] or W x [p = m].
 
@@ -21,7 +21,7 @@ class Sensitivity:
             later, have no gradient and do not count.
         gamma: Sum over samples and draws of Σ_positions g g^T, float64 [p, p], of the gradients g
             with respect to those rows.
-        blocks: The same for each group of hidden features among the outputs, [groups, n, n].
+        blocks: The same for each group of hidden features among the outputs, [n, n] each.
         samples: Samples times draws.
         decisions: Rows of the outputs that gradients were drawn for: how much independent
             evidence `gamma` holds.
@@ -29,7 +29,7 @@ class Sensitivity:
 
     moment: SecondMoment
     gamma: np.ndarray
-    blocks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
+    blocks: tuple[np.ndarray, ...] = ()
     samples: int = 0
     decisions: int = 0
 
