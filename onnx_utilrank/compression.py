@@ -220,7 +220,8 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
         if key not in moves and key not in kept:
             continue
         assert isinstance(found, TwoSidedSite)
-        groups, features = (kept[key][0].makers(key), kept[key][1]) if key in kept else ((), 0)
+        between, features = kept.get(key, (None, 0))
+        groups = between.makers(key) if between and not between.units else ()
         layers.append(
             Layer(
                 measured=found,
@@ -228,10 +229,11 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
                 rank=moves[key].rank if key in moves else None,
                 channels=key in moves and moves[key].kind == CHANNELS.key,
                 biases=job.own_biases(found.site),
-                behind=kept[key][0].added(job.index, key, found.site.m)
-                if key in kept
+                behind=between.added(job.index, key, found.site.m)
+                if between
                 else np.zeros(found.site.m),
                 kept=features * len(groups) if groups else None,
+                units=features if between and key == between.reader else None,
             )
         )
     return layers
@@ -254,7 +256,13 @@ def _shrinking(
     """How hidden features shrink, with the weights that were fitted for it."""
     bases, lost = [], {key: made[key].lost_mean for key in hidden.sites}
     n = hidden.size
-    for group in hidden.groups:
+    if hidden.units:
+        reader = sites[hidden.reader or ""]
+        assert isinstance(reader, TwoSidedSite)
+        assert reader.units is not None
+        expand, reduce = reader.units.selection.basis(kept)
+        bases = [Basis(expand=expand, reduce=reduce)] * len(hidden.groups)
+    for group in hidden.groups if not hidden.units else ():
         found = made[group.made.site].heads
         assert found is not None
         makers = hidden.makers(group.made.site)
@@ -265,12 +273,12 @@ def _shrinking(
             reduce=found.reduce[k::every, rows][:kept],
         )
         bases.append(basis)
-        reader = sites[group.met.site].site
-        takes = group.met.side == "columns" and reader.bias in ("input", "add")
-        if takes and made[reader.key].lost_mean is None:  # a refit has it in its own
-            before = lost[reader.key]
+        met = sites[group.met.site].site
+        takes = group.met.side == "columns" and met.bias in ("input", "add")
+        if takes and made[met.key].lost_mean is None:  # a refit has it in its own
+            before = lost[met.key]
             part = _lost(made, sites, group, basis, n)
-            lost[reader.key] = part if before is None else before + part
+            lost[met.key] = part if before is None else before + part
     biases = {}
     for key in hidden.sites:
         site = sites[key].site

@@ -29,7 +29,7 @@ from onnx_utilrank.runtime.sessions import Feed, open_session
 from onnx_utilrank.sensitivity.measure import choose_effort, measure_sensitivity
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
-from onnx_utilrank.sites.follow import values_followed
+from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 from onnx_utilrank.statistics.divergence import rows_of

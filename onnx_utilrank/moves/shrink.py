@@ -76,12 +76,16 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
 
 
 def _row_maps(what: Shrinking) -> dict[str, dict[int, np.ndarray]]:
-    """For each site, [k, n] by the start of its rows: K where it makes them, L^T where it meets."""
+    """For each site, [k, n] by the start of its rows: K where it makes them, L^T where it meets.
+
+    Units meet one by one, so that the same are kept on both sides.
+    """
     maps: dict[str, dict[int, np.ndarray]] = {}
     for group, basis in zip(what.hidden.groups, what.bases, strict=True):
         maps.setdefault(group.made.site, {})[group.made.start] = basis.reduce
         if group.met.side == "rows":
-            maps.setdefault(group.met.site, {})[group.met.start] = basis.expand.T
+            met = basis.reduce if what.hidden.units else basis.expand.T
+            maps.setdefault(group.met.site, {})[group.met.start] = met
     return maps
 
 
@@ -93,14 +97,17 @@ def _rewrite_site(
     if maps is not None:
         matrix = np.concatenate([maps[at] @ matrix[at : at + n] for at in sorted(maps)])
     columns = {
-        g.met.start: b.expand
+        g.met.start: (b.expand, g.met.taps)
         for g, b in zip(what.hidden.groups, what.bases, strict=True)
         if g.met.side == "columns" and g.met.site == site.key
     }
     if columns:
-        matrix = np.concatenate(
-            [matrix[:, at : at + n] @ columns[at] for at in sorted(columns)], axis=1
-        )
+        parts = []
+        for at in sorted(columns):
+            expand, taps = columns[at]
+            each = matrix[:, at : at + n * taps].reshape(len(matrix), n, taps)
+            parts.append(np.einsum("mnt,nk->mkt", each, expand).reshape(len(matrix), -1))
+        matrix = np.concatenate(parts, axis=1)
     old = surgeon.index.constant(use.weight)
     assert old is not None
     kind = site_kind(site.op_type)

@@ -304,6 +304,8 @@ def _hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
     reason = "its weights do as well by themselves at this target"
     if kept is not None:
         reason = f"{kept} of {n} features in each of {len(hidden.groups)} groups"
+        if hidden.units:
+            reason = f"{kept} of {n} hidden units"
     return HiddenEntry(
         hidden=hidden.key,
         sites=hidden.sites,

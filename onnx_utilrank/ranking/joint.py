@@ -68,14 +68,14 @@ def bundled(
         members = tuple(place[key] for key in each.sites)
         taken.update(members)
         own = [choices[k] for k in members]
-        makers = [c.measured for c in own if each.makers(c.measured.site.key)]
         options = _separately(own)
         for kept in range(multiple, each.size, multiple):
             moves = tuple(shrunk(each, c, kept) for c in own)
             lost = 0.0
-            for maker in makers:
-                assert isinstance(maker, TwoSidedSite)
-                lost += maker.shrunk_error(kept * len(each.makers(maker.site.key)))
+            for measured in own:
+                site = measured.measured
+                assert isinstance(site, TwoSidedSite)
+                lost += site.shrunk_error(each, kept)
             options.append(
                 Option(cost=sum(m.cost for m in moves), error=lost, moves=moves, kept=kept)
             )

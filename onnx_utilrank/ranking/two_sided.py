@@ -7,6 +7,7 @@ import numpy as np
 
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.method import Choice, Move
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Side, Site
 from onnx_utilrank.statistics.factorize import (
     Decomposition,
@@ -16,7 +17,8 @@ from onnx_utilrank.statistics.factorize import (
     grouped,
     optimal,
 )
-from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
+from onnx_utilrank.statistics.selection import Selection, select
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "InputChannels",
     "TwoSided",
     "TwoSidedSite",
+    "Units",
     "forgiven",
     "two_sided_site",
     "with_channels",
     "with_heads",
+    "with_units",
 ]
 
 
@@ -92,6 +96,26 @@ class InputChannels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """The hidden units that a site reads, a choice of which can stand for all.
+
+    Attributes:
+        selection: Which, and how the others follow from them.
+        errors: Predicted loss of the model for each number that is kept.
+        mean: Their mean where the bias makes up for what is lost of it, else 0, [n].
+    """
+
+    selection: Selection
+    errors: np.ndarray
+    mean: np.ndarray
+
+    def lost(self, weight: np.ndarray, kept: int) -> np.ndarray:
+        """What is lost of the mean output, of a Conv away from the borders, [m]."""
+        taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
+        return np.asarray(taps @ self.selection.found.lost(self.mean, kept))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TwoSidedSite:
     """The decomposition of one site in the metric of the model's outputs.
 
@@ -106,6 +130,8 @@ class TwoSidedSite:
         channels: Of a Conv that looks at its neighbours too: its input channels, decomposed.
         heads: Where the outputs are hidden features that may shrink: the decomposition by groups
             of W x + b, every G columns one direction of each of its G groups. None elsewhere.
+        units: Where it reads hidden units that may become fewer.
+        input_mean: E[x], [d], where it reads hidden features that may shrink.
     """
 
     site: Site
@@ -116,6 +142,7 @@ class TwoSidedSite:
     bias_cost: int
     heads: Heads | None = None
     channels: InputChannels | None = None
+    units: Units | None = None
     input_mean: np.ndarray | None = None
 
     @property
@@ -146,20 +173,35 @@ class TwoSidedSite:
         whole samples sees those, but rests on few of them.
 
         Args:
-            quadratics: Of `found`, then of `heads` and of `channels` if there are any.
+            quadratics: Of `found`, then of `heads`, `channels` and `units` if there are any.
         """
         first, *rest = quadratics
-        heads, channels = self.heads, self.channels
+        heads, channels, units = self.heads, self.channels, self.units
         if heads is not None:
             heads = replace(heads, errors=_larger(heads.errors, rest.pop(0)))
         if channels is not None:
             channels = replace(channels, errors=_larger(channels.errors, rest.pop(0)))
-        return replace(self, errors=_larger(self.errors, first), heads=heads, channels=channels)
+        if units is not None:
+            units = replace(units, errors=_larger(units.errors, rest.pop(0)))
+        errors = _larger(self.errors, first)
+        return replace(self, errors=errors, heads=heads, channels=channels, units=units)
 
-    def shrunk_error(self, rank: int) -> float:
-        """What the model is predicted to lose where so many columns of `heads` are kept."""
+    def shrunk_error(self, hidden: Hidden, kept: int) -> float:
+        """What the model is predicted to lose where so many features of each group are kept.
+
+        It is put down to the weight that makes them, or that reads them where they are units.
+        """
+        key = self.site.key
+        if hidden.units:
+            if key != hidden.reader:
+                return 0.0
+            assert self.units is not None
+            return float(self.units.errors[kept])
+        groups = len(hidden.makers(key))
+        if not groups:
+            return 0.0
         assert self.heads is not None
-        return float(self.heads.errors[rank])
+        return float(self.heads.errors[kept * groups])
 
     def moves(self, ranks: Sequence[int]) -> list[Move]:
         """See `Measured.moves`."""
@@ -302,6 +344,39 @@ def with_channels(site: TwoSidedSite, found: Sensitivity) -> TwoSidedSite:
         mean=moment.mean if site.centred else np.zeros(moment.width),
     )
     return replace(site, channels=channels)
+
+
+def with_units(
+    site: TwoSidedSite, weight: np.ndarray, moment: SecondMoment, of_inputs: Sensitivity | None
+) -> TwoSidedSite:
+    """The site with the hidden units that it reads ranked too.
+
+    Args:
+        site: The site.
+        weight: W [m, d].
+        moment: Of the units [n].
+        of_inputs: The gradients there, of a Conv of several taps; else they follow from those of
+            the outputs.
+    """
+    # A weight that gets no new bias cannot make up for a mean.
+    centred = site.site.bias in ("input", "add")
+    second = moment.covariance if centred else moment.uncentred
+    mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)
+    level = float(np.trace(second)) / moment.width
+    second = (1 - mixed) * second + mixed * level * np.eye(moment.width)
+    if of_inputs is not None:
+        root = Metric.of(of_inputs.fisher()).root_t
+    elif site.site.wide:
+        root = Metric.of(site.gamma).root_t @ weight
+    else:
+        root = Metric.of(site.gamma).root_t
+    selection = select(root, second)
+    units = Units(
+        selection=selection,
+        errors=selection.found.errors / 2,
+        mean=moment.mean if centred else np.zeros(moment.width),
+    )
+    return replace(site, units=units)
 
 
 def _larger(errors: np.ndarray, quadratic: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.ranking.two_sided import TwoSidedSite, forgiven
 from onnx_utilrank.statistics.factorize import Decomposition, Factors
 
 __all__ = ["Layer", "Refitted", "as_measured"]
@@ -24,6 +24,7 @@ class Layer:
         channels: Whether the factors are of its input channels.
         kept: Columns of `measured.heads` that are kept; None where it makes no hidden features
             that shrink, and only meets or reads them.
+        units: How many of the units that it reads are kept; None for all.
     """
 
     measured: TwoSidedSite
@@ -33,11 +34,24 @@ class Layer:
     behind: np.ndarray
     channels: bool = False
     kept: int | None = None
+    units: int | None = None
+
+    @property
+    def projection(self) -> np.ndarray | None:
+        """What its inputs, or of a Conv its input channels, are projected with before all else."""
+        if self.units is not None:
+            assert self.measured.units is not None
+            return self.measured.units.selection.found.kept(self.units)
+        if self.channels:
+            assert self.measured.channels is not None
+            assert self.rank is not None
+            return self.measured.channels.found.kept(self.rank)
+        return None
 
     @property
     def outputs(self) -> bool:
         """Whether it is fitted by its outputs: Ŵ = A W. Else it is by its inputs."""
-        return self.measured.site.wide or self.channels
+        return self.measured.site.wide or self.channels or self.units is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +65,8 @@ class Refitted:
             from the old one, and no patch has to be unfolded.
         factors: Of `weight`, where it is factored.
         heads: How the hidden features that it makes are to shrink.
+        made_up: What they lose of their mean, [m], where the bias of the weight that reads them
+            makes up for it.
     """
 
     weight: np.ndarray
@@ -58,14 +74,29 @@ class Refitted:
     turn: np.ndarray | None
     factors: Factors | None = None
     heads: Decomposition | None = None
+    made_up: np.ndarray | None = None
 
 
 def as_measured(layer: Layer) -> Refitted:
     """The layer as it is without a refit."""
     measured = layer.measured
+    if layer.units is not None:
+        assert measured.units is not None
+        takes = measured.site.bias in ("input", "add")
+        lost = measured.units.lost(layer.weight, layer.units) if takes else None
+        return Refitted(weight=layer.weight, lost_mean=lost, turn=None)
     if layer.rank is None:
-        heads = None if measured.heads is None or layer.kept is None else measured.heads.found
-        return Refitted(weight=layer.weight, lost_mean=None, turn=None, heads=heads)
+        if measured.heads is None or layer.kept is None:
+            return Refitted(weight=layer.weight, lost_mean=None, turn=None)
+        heads = measured.heads
+        made_up = heads.found.lost(forgiven(heads.groups, heads.mean), layer.kept)
+        return Refitted(
+            weight=layer.weight,
+            lost_mean=None,
+            turn=None,
+            heads=heads.found,
+            made_up=made_up,
+        )
     if layer.channels:
         assert measured.channels is not None
         return Refitted(

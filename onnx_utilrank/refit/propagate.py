@@ -6,7 +6,7 @@ dropped at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from onnx_utilrank.model.graph import captured_names
 from onnx_utilrank.refit.fit import can_fit, fit_layer
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.regression import CrossMoment
-from onnx_utilrank.refit.twin import StandIn, layers_by_value, project_channels
+from onnx_utilrank.refit.twin import StandIn, layers_by_value, project_inputs
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
@@ -97,13 +97,17 @@ def propagate(
             if found is not None:
                 layer, use = found
                 key = layer.measured.site.key
-                if layer.channels:
-                    for run in runs:
-                        project_channels(layer, use, run.compressed)
+                for run in runs:
+                    project_inputs(layer, use, run.compressed, run.samples)
                 if key not in done:
                     pairs = _moments(layer, use, runs) if can_fit(layer) else None
                     progress("solving", len(done), len(layers))
-                    done[key] = fit_layer(layer, *pairs) if pairs else as_measured(layer)
+                    # What heads lose of their mean is left to the weight that reads them.
+                    done[key] = (
+                        fit_layer(layer, *pairs)
+                        if pairs
+                        else replace(as_measured(layer), made_up=None)
+                    )
                     progress("refitting", k, len(graph.nodes))
                 stand_in = StandIn(layer, done[key])
                 for run in runs:

@@ -1,5 +1,6 @@
 """Run the graph in torch as it will be when layers are replaced, without rewriting it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.torch_graph.block import Values
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["StandIn", "Twin", "layers_by_value", "project_channels"]
+__all__ = ["StandIn", "Twin", "layers_by_value", "project_inputs"]
 
 
 class StandIn:
@@ -20,13 +21,15 @@ class StandIn:
 
     def __init__(self, layer: Layer, new: Refitted) -> None:
         self._layer = layer
-        self._change = self._turn = self._lost = self._heads = None
+        self._change = self._turn = self._lost = self._heads = self._made_up = None
         if new.turn is not None:
             self._turn = _tensor(new.turn.T)
         elif new.weight is not layer.weight:
             self._change = _tensor((new.weight - layer.weight).T)
         if new.lost_mean is not None:
             self._lost = _tensor(new.lost_mean)
+        if new.made_up is not None:
+            self._made_up = _tensor(new.made_up)
         if new.heads is not None:
             # The bias behind the node shrinks with the features.
             assert layer.kept is not None
@@ -50,9 +53,9 @@ class StandIn:
         if self._heads is not None:
             behind = self._behind.to(y)
             rows = (rows + behind) @ self._heads.to(y) - behind
-        if y.ndim > 1:
-            rows = rows.reshape(y.movedim(use.result.axis, -1).shape).movedim(-1, use.result.axis)
-        state[use.result.tensor] = rows.reshape(y.shape)
+        if self._made_up is not None:
+            rows = rows + self._made_up.to(y)
+        _put_rows(use, state, rows)
 
 
 class Twin:
@@ -91,8 +94,7 @@ class Twin:
                 for value in self._graph.step(k, state):
                     if value in self._at:
                         layer, use = self._at[value]
-                        if layer.channels:
-                            project_channels(layer, use, state)
+                        project_inputs(layer, use, state, samples)
                         self._stand_ins[layer.measured.site.key].put(use, state, samples)
                 for value in dead:
                     state.pop(value, None)
@@ -104,19 +106,30 @@ def layers_by_value(layers: Sequence[Layer]) -> dict[str, tuple[Layer, Use]]:
     return {u.result.tensor: (layer, u) for layer in layers for u in layer.measured.site.uses}
 
 
-def project_channels(layer: Layer, use: Use, state: Values) -> None:
-    """Let a run hold what the node makes of its projected input channels."""
-    channels, patches = layer.measured.channels, use.inputs.patches
-    assert channels is not None
-    assert patches is not None
-    assert layer.rank is not None
-    x = state[use.inputs.tensor]
-    kernel = _tensor(layer.weight.reshape(len(layer.weight), patches.channels, *patches.kernel)).to(
-        x
-    )
-    kept = (x.movedim(1, -1) @ _tensor(channels.found.kept(layer.rank).T).to(x)).movedim(-1, 1)
+def project_inputs(layer: Layer, use: Use, state: Values, samples: int) -> None:
+    """Let a run hold what the node makes of its inputs when those are projected."""
+    projection, patches = layer.projection, use.inputs.patches
+    if projection is None:
+        return
+    x, y = state[use.inputs.tensor], state[use.result.tensor]
+    turned, weight = _tensor(projection.T).to(x), layer.weight
     # The difference alone: whatever the node adds to it, computed or not, stays.
-    state[use.result.tensor] = state[use.result.tensor] + convolved(kept - x, kernel, patches)
+    if patches and math.prod(patches.kernel) > 1:
+        change = (x.movedim(1, -1) @ turned).movedim(-1, 1) - x
+        kernel = _tensor(weight.reshape(len(weight), patches.channels, *patches.kernel)).to(x)
+        state[use.result.tensor] = y + convolved(change, kernel, patches)
+        return
+    rows = as_rows(x, use.inputs, samples)
+    change = (rows @ turned - rows) @ _tensor(weight.T).to(x)
+    _put_rows(use, state, as_rows(y, use.result, samples) + use.gain * change)
+
+
+def _put_rows(use: Use, state: Values, rows: torch.Tensor) -> None:
+    """Let a run hold these rows [samples, positions, m] for the node's output."""
+    y, view = state[use.result.tensor], use.result
+    if y.ndim > 1:
+        rows = rows.reshape(y.movedim(view.axis, -1).shape).movedim(-1, view.axis)
+    state[view.tensor] = rows.reshape(y.shape)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

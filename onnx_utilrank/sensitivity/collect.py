@@ -10,7 +10,7 @@ from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.site import Site, Use
 from onnx_utilrank.statistics.divergence import samples_in
-from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE, SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
 __all__ = ["Collector", "RowSums", "collect_sensitivity"]
@@ -96,6 +96,7 @@ class Collector:
         channels: int = 0,
         groups: Sequence[slice] = (),
         input_mean: bool = False,
+        inputs: int = 0,
     ) -> None:
         """Begin with nothing.
 
@@ -106,12 +107,14 @@ class Collector:
             channels: Input channels that are looked at beside W; 0 for none.
             groups: Outputs that make up a group of hidden features, equally many each.
             input_mean: Whether the mean of the inputs is asked for.
+            inputs: Width of the inputs, where their second moment is asked for; 0 elsewhere.
         """
         self.site = site
         self._side = side
         self._rows = RowSums(side.width, rows_wanted)
         self._samples = self._decisions = 0
         self._channels = RowSums(channels, rows_wanted) if channels else None
+        self._inputs = RowSums(inputs, ROWS_PER_FEATURE * inputs) if inputs else None
         self._groups = tuple(groups)
         self._blocks = [
             torch.zeros(g.stop - g.start, g.stop - g.start, dtype=torch.float64) for g in groups
@@ -128,6 +131,11 @@ class Collector:
     def channels(self) -> Sensitivity | None:
         """And of the input channels."""
         return self._sensitivity(self._channels) if self._channels else None
+
+    @property
+    def inputs(self) -> SecondMoment | None:
+        """The moment of the inputs, where it was asked for."""
+        return self._inputs.moment if self._inputs else None
 
     @property
     def input_mean(self) -> np.ndarray | None:
@@ -156,6 +164,8 @@ class Collector:
             x = as_rows(rows.inputs, use.inputs, samples)[live]
             self._input_total += x.sum(0, dtype=torch.float64).cpu().numpy()
             self._input_rows += len(x)
+        if self._inputs:
+            self._inputs.add(as_rows(rows.inputs, use.inputs, samples), (), live, share, phase)
         if self._channels and rows.channels:
             x, of_channels = rows.channels
             alive = torch.stack([g.abs().amax(-1) for g in of_channels]).amax(0) > 0

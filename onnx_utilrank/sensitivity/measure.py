@@ -17,6 +17,7 @@ from onnx_utilrank.ranking.two_sided import (
     two_sided_site,
     with_channels,
     with_heads,
+    with_units,
 )
 from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
 from onnx_utilrank.sensitivity.gradients import GradientPass
@@ -155,10 +156,13 @@ def measure_sensitivity(
     spread = np.random.default_rng(seed).permutation(len(samples))
     chosen = [samples[k] for k in sorted(spread[: effort.gradients])]
     tested = [samples[k] for k in sorted(spread[-effort.quadratics :])]
+    readers_of_units = {h.reader for h in hidden if h.units}
+    hidden = [h for h in hidden if not h.units]
     heads_of = _heads(sites, hidden)
     added = {s.key: h.added(index, s.key, s.m) for h in hidden for s in sites if s.key in h.sites}
     readers = {g.met.site for h in hidden for g in h.groups if g.met.side == "columns"}
-    kernels = _kernels(index, sites) if channels else {}
+    looked_into = sites if channels else [s for s in sites if s.key in readers_of_units]
+    kernels = _kernels(index, looked_into)
     measured = []
     passes = list(_groups(sites, effort.statistics_bytes))
     if len(passes) > 1:
@@ -178,6 +182,7 @@ def measure_sensitivity(
                 channels=kernels[s.uses[0].node].shape[1] if s.uses[0].node in kernels else 0,
                 groups=[rows for rows, _ in heads_of.get(s.key, ())],
                 input_mean=s.key in readers,
+                inputs=s.d if s.key in readers_of_units and s.uses[0].node not in kernels else 0,
             )
             for s in group
         }
@@ -219,16 +224,21 @@ def measure_sensitivity(
                 channels_seen = collector.channels
                 if channels_seen is not None and channels_seen.moment.rows:
                     one = with_channels(one, channels_seen)
+                if site.key in readers_of_units:
+                    of_units = channels_seen.moment if channels_seen else collector.inputs
+                    assert of_units is not None
+                    one = with_units(one, weight, of_units, channels_seen)
                 found.append(one)
         progress("decomposing", len(collectors), len(collectors))
         measured += _predicted(
-            graph, found, sides, losses, kernels, data, tested, effort, seed, progress
+            graph, index, found, sides, losses, kernels, data, tested, effort, seed, progress
         )
     return measured
 
 
 def _predicted(
     graph: TorchGraph,
+    index: GraphIndex,
     found: Sequence[TwoSidedSite],
     sides: Mapping[str, SmallerSide],
     losses: Sequence[OutputLoss],
@@ -252,6 +262,15 @@ def _predicted(
         if f.channels is not None:
             of_channels = Probe(found=f.channels.found, rows="channels", mean=f.channels.mean)
             probes[f.site.key].append(of_channels)
+        if f.units is not None:
+            inner = f.channels is None
+            of_units = Probe(
+                found=f.units.selection.found,
+                rows="inputs" if inner else "channels",
+                mean=f.units.mean,
+                weight=site_matrix(index, f.site) if inner else None,
+            )
+            probes[f.site.key].append(of_units)
     backward = GradientPass(
         graph,
         [use for s in sites for use in s.uses],

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from onnx_utilrank.sensitivity.gradients import GradientPass
+from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.divergence import samples_in
@@ -22,14 +23,17 @@ class Probe:
 
     Attributes:
         found: L and K.
-        rows: Of what: the smaller side of the site, the node's output, or the input channels.
+        rows: Of what: the smaller side of the site, the node's output, the input channels, or the
+            inputs, whose gradient is had from that of the output.
         mean: What is taken off the rows before L and K apply: their mean, where a bias makes up
             for what is lost of it.
+        weight: W [m, d], for the inputs.
     """
 
     found: Decomposition
-    rows: Literal["smaller", "outputs", "channels"]
+    rows: Literal["smaller", "outputs", "channels", "inputs"]
     mean: np.ndarray
+    weight: np.ndarray | None = None
 
 
 def sample_quadratics(
@@ -72,6 +76,8 @@ def sample_quadratics(
                 values, gradients = rows.outputs, rows.gradients
                 if probe.rows == "smaller":
                     values, gradients = sides[key].rows(use, rows, n)
+                elif probe.rows == "inputs":
+                    values = as_rows(rows.inputs, use.inputs, n)
                 elif probe.rows == "channels":
                     assert rows.channels is not None
                     values, gradients = rows.channels
@@ -91,6 +97,9 @@ def sample_quadratics(
 
 
 def _tensors(probe: Probe) -> tuple[torch.Tensor, ...]:
-    """K^T, L and the mean, in float32."""
-    parts = (probe.found.reduce.T, probe.found.expand, probe.mean)
+    """K^T, L (for inputs W L) and the mean, in float32."""
+    expand = probe.found.expand
+    if probe.weight is not None:
+        expand = probe.weight @ expand
+    parts = (probe.found.reduce.T, expand, probe.mean)
     return tuple(torch.from_numpy(np.ascontiguousarray(p, dtype=np.float32)) for p in parts)

@@ -1,6 +1,7 @@
 """Find features that can shrink between weights."""
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import onnx
 
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.sites.follow import Meeting, Trace, Values, moves_within
+from onnx_utilrank.sites.follow_units import UnitTrace
 from onnx_utilrank.sites.hidden import Group, Hidden, Part, Repair, Vector
 from onnx_utilrank.sites.site import Site
 
@@ -25,9 +27,11 @@ def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tup
     """
     trace = Trace(index, sites, values)
     trace.run()
+    units = UnitTrace(index, sites, values)
+    units.run()
     taken: set[str] = set()
     found = []
-    for hidden in _Assembly(trace).hidden():
+    for hidden in (*_Assembly(trace).hidden(), *_Assembly(units).units(units.pairs)):
         if taken.isdisjoint(hidden.sites):
             taken.update(hidden.sites)
             found.append(hidden)
@@ -87,17 +91,52 @@ class _Assembly:
                 if made is None or met is None:
                     return None
                 groups.append(Group(made=made, met=met))
-        every = np.sort(np.concatenate(covered))
-        makers = {self._owner(int(f)).key for f in every}
+        return self._complete(groups, size, np.concatenate(covered), units=False)
+
+    def units(self, pairs: Sequence[np.ndarray]) -> Iterable[Hidden]:
+        """The units that one weight alone reads, with the gates that were multiplied with them."""
+        meetings = [m for m in self.trace.meetings if m.columns is not None]
+        read = [set(m.made.ravel().tolist()) for m in meetings]
+        for k, meeting in enumerate(meetings):
+            lines = _alike(meeting.made[0], pairs)
+            if lines is None:
+                continue
+            features = np.concatenate(lines)
+            every = set(features.tolist())
+            others = (r for j, r in enumerate(read) if j != k)
+            if not self.trace.stuck.isdisjoint(every) or not all(map(every.isdisjoint, others)):
+                continue
+            made = [self._part(line) for line in lines]
+            first = made[0]
+            assert meeting.columns is not None
+            reader = meeting.columns[0]
+            if first is None or len(every) < len(features) or len(lines[0]) < 2:
+                continue
+            patches = reader.uses[0].inputs.patches
+            taps = math.prod(patches.kernel) if patches else 1
+            met = Part(site=reader.key, side="columns", start=0, taps=taps)
+            groups = [Group(made=first, met=met)]
+            groups += [Group(made=part, met=first) for part in made[1:] if part is not None]
+            if len(groups) < len(made) or reader.key in {g.made.site for g in groups}:
+                continue
+            hidden = self._complete(groups, len(lines[0]), features, units=True)
+            if hidden is not None:
+                yield hidden
+
+    def _complete(
+        self, groups: Sequence[Group], size: int, covered: np.ndarray, *, units: bool
+    ) -> Hidden | None:
+        """What else belongs to some groups; None where their makers have other rows too."""
+        every = np.sort(covered)
+        owners = {self._owner(int(f)).key for f in every}
         wanted = [
             self.trace.first[s.key] + np.arange(s.m, dtype=np.int32)
             for s in self.trace.sites
-            if s.key in makers
+            if s.key in owners
         ]
         if not np.array_equal(every, np.concatenate(wanted)):
             return None
-        keys = set().union(*(self._sites_of(m) for m in meetings))
-        ordered = tuple(s.key for s in self.trace.sites if s.key in keys)
+        keys = owners | {p.site for g in groups for p in (g.made, g.met)}
         features = set(every.tolist())
         repairs = self._repairs(features, size)
         vectors = self._vectors(features, size)
@@ -105,7 +144,7 @@ class _Assembly:
             return None
         return Hidden(
             key=groups[0].made.site,
-            sites=ordered,
+            sites=tuple(s.key for s in self.trace.sites if s.key in keys),
             size=size,
             groups=tuple(groups),
             reshapes=tuple(r for op, r in repairs if op == "Reshape"),
@@ -117,6 +156,7 @@ class _Assembly:
                 for name, numbers in self.trace.numbers.items()
                 if int(numbers.flat[0]) in features
             ),
+            units=units,
         )
 
     def _part(self, features: np.ndarray) -> Part | None:
@@ -177,6 +217,24 @@ class _Assembly:
                 return None
             found.append(Vector(node=k, name=name, axis=axis, parts=kept))
         return tuple(found)
+
+
+def _alike(line: np.ndarray, pairs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+    """The units and those that became one with them, in the same order; None where some did not."""
+    lines = [line]
+    for known in lines:  # which grows
+        for pair in pairs:
+            for here, there in (pair, pair[::-1]):
+                partner = dict(zip(here.tolist(), there.tolist(), strict=True))
+                met = [int(f) in partner for f in known]
+                if not any(met):
+                    continue
+                if not all(met) or len(partner) < len(here) or len(set(there)) < len(there):
+                    return None
+                other = np.array([partner[int(f)] for f in known], dtype=line.dtype)
+                if not any(np.array_equal(other, each) for each in lines):
+                    lines.append(other)
+    return lines
 
 
 def _shown(node: onnx.NodeProto, rank: int) -> range:

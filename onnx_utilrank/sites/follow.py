@@ -17,25 +17,16 @@ from onnx.reference import ReferenceEvaluator
 from onnx_utilrank.model.graph import GraphIndex, attributes, captured_names
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["Meeting", "Trace", "Values", "moves_within", "values_followed"]
+__all__ = ["FOLLOWED", "Meeting", "Trace", "Values", "moves_within", "varies"]
 
 # What moves features about and changes nothing else; what reshapes them too by a shape it is told.
 _LAYOUT = frozenset({"Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Gather", "Slice"})
 _SAME = frozenset({"Identity", "Dropout"})
 _SCALING = frozenset({"Mul", "Div"})
 _ADDING = frozenset({"Add", "Sub"})
-_FOLLOWED = _LAYOUT | _SAME | _SCALING | _ADDING | {"Reshape", "MatMul"}
+FOLLOWED = _LAYOUT | _SAME | _SCALING | _ADDING | {"Reshape", "MatMul"}
 
 Values = Mapping[str, np.ndarray]
-
-
-def values_followed(index: GraphIndex) -> set[str]:
-    """Values whose extents (and for shapes, whose numbers) `find_hidden` wants of one sample."""
-    names: set[str] = set()
-    for node in index.store.proto.graph.node:
-        if node.domain in ("", "ai.onnx") and node.op_type in _FOLLOWED | {"Gemm"}:
-            names.update(name for name in (*node.input, *node.output) if name)
-    return {name for name in names if name not in index.constants}
 
 
 @dataclass(slots=True)
@@ -109,7 +100,7 @@ class Trace:
         elif node.op_type == "Shape" and node.domain in ("", "ai.onnx"):
             self.seen.append(("Shape", k, given[0]))
             passed = True
-        elif known and node.op_type in _FOLLOWED:
+        elif known and node.op_type in FOLLOWED:
             if node.op_type == "MatMul":
                 passed = self._multiply(node)
             elif node.op_type in _SCALING | _ADDING:
@@ -151,7 +142,7 @@ class Trace:
         (out,) = node.output
         if left is not None and right is not None:
             # Queries and keys: each head of the one meets a head of the other, feature by feature.
-            if left.ndim < 2 or right.ndim < 2 or _varies(left, -2) or _varies(right, -1):
+            if left.ndim < 2 or right.ndim < 2 or varies(left, -2) or varies(right, -1):
                 return False
             n = left.shape[-1]
             batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
@@ -160,7 +151,7 @@ class Trace:
             pairs = np.unique(np.concatenate([rows, others], axis=1), axis=0)
             self.meetings.append(Meeting(made=pairs[:, :n], rows=pairs[:, n:]))
             return True
-        if right is None or right.ndim < 2 or _varies(right, -2) or not _varies(right, -1):
+        if right is None or right.ndim < 2 or varies(right, -2) or not varies(right, -1):
             return False
         # Values, weighed by attention: rows are mixed, features are not.
         shape = self.values[out].shape
@@ -187,7 +178,7 @@ class Trace:
             if int(np.prod(shape)) != 1 or (node.op_type == "Div" and node.input[0] != name):
                 return False
         else:
-            axes = [a for a in range(numbers.ndim) if _varies(numbers, a)]
+            axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
             wide = [a - len(shape) + numbers.ndim for a, n in enumerate(shape) if n > 1]
             if operand is None or (node.input[0] != name and node.op_type == "Sub") or wide != axes:
                 return False
@@ -260,7 +251,8 @@ def _bare(index: GraphIndex, site: Site) -> bool:
     return use.bias.kind == "input" or not any(third)
 
 
-def _varies(numbers: np.ndarray, axis: int) -> bool:
+def varies(numbers: np.ndarray, axis: int) -> bool:
+    """Whether other features lie along the axis."""
     return bool((numbers != numbers.take([0], axis)).any())
 
 

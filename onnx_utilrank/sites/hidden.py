@@ -1,10 +1,13 @@
-"""Features that lie between weights: heads of attention, which can lose dimensions in all at once.
+"""Features that lie between weights: heads of attention, or the hidden units of an MLP.
 
 The features of a *hidden* are made by the rows of some weights and read by the columns of others,
 or met by the rows of others in a product (queries and keys). What lies between treats the n
 features of a group alike, so that any basis of them will do: y ≈ L K y, with K [k, n] applied to
 the weights that make them and L [n, k] to those that read them. No node is added, every matrix
 shrinks in its place, and there is no rank at which that does not yet pay.
+
+Units go through functions of their own on the way. Of these k are chosen, so that K is a choice of
+rows, and the weight that reads them makes up for the others by L.
 """
 
 from dataclasses import dataclass
@@ -25,11 +28,13 @@ class Part:
         site: Key of the site.
         side: `rows` are outputs of the weight, `columns` inputs.
         start: The first of them; the others follow.
+        taps: Columns that each feature has: more than one in a Conv.
     """
 
     site: str
     side: Literal["rows", "columns"]
     start: int
+    taps: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,8 @@ class Hidden:
         shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
         vectors: Constants that are added to them.
         values: Every value that holds them: what a model declares of their shapes no longer holds.
+        units: Whether functions are applied to each of them by itself, so that they cannot be
+            mixed: some are kept as they are, the same of every group.
     """
 
     key: str
@@ -104,14 +111,25 @@ class Hidden:
     shapes: tuple[Repair, ...]
     vectors: tuple[Vector, ...]
     values: tuple[str, ...]
+    units: bool = False
+
+    @property
+    def reader(self) -> str | None:
+        """The weight that reads units."""
+        return self.groups[0].met.site if self.units else None
 
     def makers(self, site: str) -> tuple[Group, ...]:
         """The groups whose features a site makes."""
         return tuple(g for g in self.groups if g.made.site == site)
 
     def added(self, index: GraphIndex, site: str, m: int) -> np.ndarray:
-        """What is added to the features that a site of m rows makes, on their way, [m]."""
+        """What is added to the features that a site of m rows makes, on their way, [m].
+
+        Of units nothing: a function lies between.
+        """
         total = np.zeros(m)
+        if self.units:
+            return total
         for vector in self.vectors:
             held = index.constant(vector.name)
             assert held is not None
@@ -124,13 +142,11 @@ class Hidden:
 
     def rows(self, site: str, m: int, kept: int) -> int:
         """Rows of a site of m once every group keeps so many features."""
-        count = sum(
-            (g.made.site == site) + (g.met.site == site and g.met.side == "rows")
-            for g in self.groups
-        )
+        parts = {p for g in self.groups for p in (g.made, g.met)}
+        count = sum(p.site == site and p.side == "rows" for p in parts)
         return m - count * (self.size - kept)
 
     def columns(self, site: str, d: int, kept: int) -> int:
         """Columns of a site of d once every group keeps so many features."""
-        count = sum(g.met.site == site and g.met.side == "columns" for g in self.groups)
-        return d - count * (self.size - kept)
+        met = (g.met for g in self.groups if g.met.side == "columns" and g.met.site == site)
+        return d - sum(part.taps for part in met) * (self.size - kept)

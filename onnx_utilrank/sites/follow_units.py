@@ -1,0 +1,141 @@
+"""Follow hidden units through the functions that are applied to each by itself.
+
+Where `follow` keeps to what treats features alike in any basis, units pass through activations,
+gates, constants of their own and pooling too. In exchange they cannot be mixed: some are kept as
+they are, and the weight that reads them makes up for the others.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.sites.follow import FOLLOWED, Meeting, Trace, moves_within, varies
+from onnx_utilrank.sites.site import Site
+
+__all__ = ["UnitTrace", "values_followed"]
+
+# fmt: off
+# Each output is a function of the input at the same place.
+_UNARY = frozenset({
+    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil",
+    "Celu", "Clip", "Cos", "Cosh", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not",
+    "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus",
+    "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+})
+# And of several inputs, which are broadcast.
+_NARY = frozenset({
+    "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max",
+    "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+})
+# fmt: on
+_CONTRIB = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"})
+# Pooling within each channel, axis 1.
+_POOLING = frozenset(
+    ["AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"]
+)
+
+
+def _units_pass(node: onnx.NodeProto) -> bool:
+    """Whether units pass a node that features in general do not."""
+    if node.domain == "com.microsoft":
+        return node.op_type in _CONTRIB
+    known = _UNARY | _NARY | _POOLING
+    return node.domain in ("", "ai.onnx") and node.op_type in known
+
+
+def values_followed(index: GraphIndex) -> set[str]:
+    """Values whose extents (and for shapes, whose numbers) `find_hidden` wants of one sample."""
+    names: set[str] = set()
+    for node in index.store.proto.graph.node:
+        layout = node.domain in ("", "ai.onnx") and node.op_type in FOLLOWED | {"Gemm", "Conv"}
+        if layout or _units_pass(node):
+            names.update(name for name in (*node.input, *node.output) if name)
+    return {name for name in names if name not in index.constants}
+
+
+@dataclass(slots=True)
+class UnitTrace(Trace):
+    """The same walk for units.
+
+    Attributes:
+        pairs: Units that make up one where they meet, [2, n] each: a gate and what it gates.
+    """
+
+    pairs: list[np.ndarray] = field(default_factory=list)
+
+    def _pass(self, k: int, node: onnx.NodeProto, site: Site | None, arriving: list[str]) -> None:
+        if (
+            _units_pass(node)
+            and site is None
+            and all(n in self.values for n in node.output if n)
+            and self._through(k, node, arriving)
+        ):
+            return
+        # `Trace` is asked for what it knows of layouts, weights and shapes; the rest ends there.
+        Trace._pass(self, k, node, site, arriving)
+
+    def _multiply(self, node: onnx.NodeProto) -> bool:
+        del node  # a product of matrices mixes units
+        return False
+
+    def _combine(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
+        del k, node, arriving  # `_through` has seen it
+        return False
+
+    def _read(self, site: Site, numbers: np.ndarray) -> bool:
+        view = site.uses[0].inputs
+        if len(site.uses) > 1 or not site.freed or site.uses[0].gain != 1.0:
+            return False
+        axis = 1 if view.patches else view.axis
+        width = view.patches.channels if view.patches else view.width
+        lines = np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])
+        if lines.shape[1] != width or (lines != lines[0]).any():
+            return False
+        self.meetings.append(Meeting(made=lines[:1].copy(), columns=(site, np.zeros(1, dtype=int))))
+        return True
+
+    def _through(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
+        """Pass a function of each unit; False where it is something else."""
+        (out, *others) = node.output
+        if any(others):
+            return False
+        numbers, shape = self.numbers[arriving[0]], self.values[out].shape
+        if node.op_type in _POOLING:
+            if numbers.ndim < 3 or any(varies(numbers, a) for a in range(2, numbers.ndim)):
+                return False
+            self.numbers[out] = np.broadcast_to(
+                numbers[(slice(None), slice(None), *(slice(0, 1),) * (numbers.ndim - 2))], shape
+            )
+            return True
+        if shape != numbers.shape:
+            return False
+        axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
+        found = []
+        for name in dict.fromkeys(filter(None, node.input)):
+            if name in self.numbers:
+                if self.numbers[name].shape != shape:
+                    return False
+                if not np.array_equal(self.numbers[name], numbers):
+                    pair = np.stack([numbers.ravel(), self.numbers[name].ravel()])
+                    self.pairs.append(np.unique(pair, axis=1))
+                continue
+            held = self.index.constant(name)
+            known = held if held is not None else self.values.get(name)
+            if known is None:
+                return False
+            if known.size == 1:
+                continue
+            wide = [a - known.ndim + numbers.ndim for a, n in enumerate(known.shape) if n > 1]
+            if held is None or wide != axes or len(axes) != 1:
+                return False
+            (axis,) = axes
+            if not moves_within(numbers, axis) or known.shape[axis - numbers.ndim] != shape[axis]:
+                return False
+            line = numbers[tuple(slice(None) if a == axis else 0 for a in range(numbers.ndim))]
+            found.append((k, name, axis - numbers.ndim, line.reshape(-1)))
+        self.vectors.extend(found)
+        self.numbers[out] = numbers
+        return True
