@@ -26,7 +26,8 @@ from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
-from onnx_utilrank.sensitivity.measure import choose_effort, measure_sensitivity
+from onnx_utilrank.sensitivity.effort import choose_effort
+from onnx_utilrank.sensitivity.measure import measure_sensitivity
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from onnx_utilrank.calibration.collect import Collected
 from onnx_utilrank.ranking.method import Measured, Method
-from onnx_utilrank.sensitivity.measure import Effort
+from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Skip
 from onnx_utilrank.statistics.divergence import OutputLoss

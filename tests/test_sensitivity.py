@@ -18,8 +18,9 @@ from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
+from onnx_utilrank.sensitivity.effort import Effort, choose_effort
 from onnx_utilrank.sensitivity.gradients import GradientPass
-from onnx_utilrank.sensitivity.measure import Effort, choose_effort, measure_sensitivity
+from onnx_utilrank.sensitivity.measure import measure_sensitivity
 from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.find import find_sites, site_matrix
@@ -84,8 +85,9 @@ def collected(
     uses = [use for site in sites for use in site.uses]
     torch_graph = TorchGraph.build(graph.store)
     backward = GradientPass(torch_graph, uses, losses, draws=draws, smooth=smooth, seed=3)
-    collect_sensitivity(backward, collectors, runs, quiet)
-    return {site.weight: collectors[site.key].found for site in sites}
+    for _ in collect_sensitivity(backward, collectors, runs):
+        pass
+    return {site.weight: collectors[site.key].seen.side for site in sites}
 
 
 # --- gradients ----------------------------------------------------------------------------------
@@ -436,7 +438,9 @@ def test_whole_measurement_predicts_the_loss_of_each_layer():
         W=first.astype(np.float32),
         V=second.astype(np.float32),
     )
-    runs = [{"x": activations(k, 16, 12).astype(np.float32)} for k in range(16)]
+    # Each half of them predicts for the other, and directions of equal weight would be arbitrary.
+    x = (activations(1, 1024, 12) * 0.8 ** np.arange(12)).astype(np.float32)
+    runs = [{"x": rows} for rows in np.split(x, 16)]
     graph = index(proto)
     sites, _ = find_sites(graph)
     loss, recorder = judged(proto, runs)

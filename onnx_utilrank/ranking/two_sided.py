@@ -186,6 +186,22 @@ class TwoSidedSite:
         errors = _larger(self.errors, first)
         return replace(self, errors=errors, heads=heads, channels=channels, units=units)
 
+    def expecting(self, others: Sequence["TwoSidedSite"]) -> "TwoSidedSite":
+        """The same with the mean of what others of the same site are predicted to lose."""
+        if not others:
+            return self
+        heads, channels, units = self.heads, self.channels, self.units
+        if heads is not None:
+            heads = replace(heads, errors=_mean([o.heads for o in others], heads.errors))
+        if channels is not None:
+            channels = replace(
+                channels, errors=_mean([o.channels for o in others], channels.errors)
+            )
+        if units is not None:
+            units = replace(units, errors=_mean([o.units for o in others], units.errors))
+        errors = np.mean([o.errors for o in others], axis=0)
+        return replace(self, errors=errors, heads=heads, channels=channels, units=units)
+
     def shrunk_error(self, hidden: Hidden, kept: int) -> float:
         """What the model is predicted to lose where so many features of each group are kept.
 
@@ -377,6 +393,14 @@ def with_units(
         mean=moment.mean if centred else np.zeros(moment.width),
     )
     return replace(site, units=units)
+
+
+def _mean(
+    parts: Sequence[Heads | InputChannels | Units | None], otherwise: np.ndarray
+) -> np.ndarray:
+    """The mean of their errors, as far as there are any."""
+    known = [part.errors for part in parts if part is not None]
+    return np.asarray(np.mean(known, axis=0)) if known else otherwise
 
 
 def _larger(errors: np.ndarray, quadratic: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Collect, in one pass over the samples, what the two-sided factors of every site rest on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE, SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
-__all__ = ["Collector", "RowSums", "collect_sensitivity"]
+__all__ = ["Collector", "RowSums", "Seen", "collect_sensitivity"]
 
 Feed = Mapping[str, np.ndarray]
 
@@ -84,6 +85,46 @@ class RowSums:
         self._rows += len(z)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What some samples show of a site; two of them add up to what both sets show.
+
+    Attributes:
+        side: Of its smaller side.
+        channels: Of the input channels of a Conv, where they were looked at.
+        inputs: The moment of the inputs, where it was asked for.
+        input_total: Their sum, where it was asked for, [d].
+        input_rows: Rows of that sum.
+    """
+
+    side: Sensitivity
+    channels: Sensitivity | None = None
+    inputs: SecondMoment | None = None
+    input_total: np.ndarray | None = None
+    input_rows: int = 0
+
+    @property
+    def input_mean(self) -> np.ndarray | None:
+        """The mean of the inputs, [d]."""
+        return None if self.input_total is None else self.input_total / max(self.input_rows, 1)
+
+    def __add__(self, other: "Seen") -> "Seen":
+        channels, inputs, total = self.channels, self.inputs, self.input_total
+        if channels is not None and other.channels is not None:
+            channels = channels + other.channels
+        if inputs is not None and other.inputs is not None:
+            inputs = inputs + other.inputs
+        if total is not None and other.input_total is not None:
+            total = total + other.input_total
+        return Seen(
+            side=self.side + other.side,
+            channels=channels,
+            inputs=inputs,
+            input_total=total,
+            input_rows=self.input_rows + other.input_rows,
+        )
+
+
 class Collector:
     """Sums over runs for one site."""
 
@@ -123,26 +164,15 @@ class Collector:
         self._input_rows = 0
 
     @property
-    def found(self) -> Sensitivity:
-        """What was collected of the site's smaller side."""
-        return self._sensitivity(self._rows, [block.numpy() for block in self._blocks])
-
-    @property
-    def channels(self) -> Sensitivity | None:
-        """And of the input channels."""
-        return self._sensitivity(self._channels) if self._channels else None
-
-    @property
-    def inputs(self) -> SecondMoment | None:
-        """The moment of the inputs, where it was asked for."""
-        return self._inputs.moment if self._inputs else None
-
-    @property
-    def input_mean(self) -> np.ndarray | None:
-        """The mean of the inputs, where it was asked for, [d]."""
-        if self._input_total is None:
-            return None
-        return self._input_total / max(self._input_rows, 1)
+    def seen(self) -> Seen:
+        """What was collected."""
+        return Seen(
+            side=self._sensitivity(self._rows, [block.numpy() for block in self._blocks]),
+            channels=self._sensitivity(self._channels) if self._channels else None,
+            inputs=self._inputs.moment if self._inputs else None,
+            input_total=self._input_total,
+            input_rows=self._input_rows,
+        )
 
     def add(self, use: Use, rows: UseRows, samples: int, share: float, phase: int) -> None:
         """Count one use in one run.
@@ -190,15 +220,15 @@ def collect_sensitivity(
     backward: GradientPass,
     collectors: Mapping[str, Collector],
     feeds: Sequence[Feed],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Run all feeds through the collectors, by key of their sites.
+) -> Iterator[int]:
+    """Run all feeds through the collectors, by key of their sites; give the samples done so far.
 
     Raises:
         ModelError: A node cannot be computed.
     """
     owner = {use.node: c for c in collectors.values() for use in c.site.uses}
     total = sum(samples_in(feed) for feed in feeds)
+    done = 0
     for k, feed in enumerate(feeds):
         n = samples_in(feed)
         seen: dict[str, int] = {}
@@ -209,4 +239,5 @@ def collect_sensitivity(
             seen[collector.site.key] = rows.decisions
         for key, collector in collectors.items():
             collector.count(n * backward.draws, seen.get(key, 0))
-        progress(k + 1, len(feeds))
+        done += n
+        yield done

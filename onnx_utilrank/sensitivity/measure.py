@@ -19,7 +19,8 @@ from onnx_utilrank.ranking.two_sided import (
     with_heads,
     with_units,
 )
-from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
+from onnx_utilrank.sensitivity.collect import Collector, Seen, collect_sensitivity
+from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
@@ -27,103 +28,15 @@ from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.divergence import OutputLoss
-from onnx_utilrank.torch_graph.footprint import Footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Effort", "choose_effort", "measure_sensitivity"]
+__all__ = ["measure_sensitivity"]
 
 logger = logging.getLogger(__name__)
 
-# Up to this many operations over all samples, about the work of a minute, nothing is spared.
-CHEAP_FLOPS = 10**12
-DRAWS = 4
-# The samples of a dear model that gradients are taken of, that losses are predicted on, and that
-# layers are refitted to: shares, the dearer the less, and at least so many samples where each holds
-# few decisions.
-GRADIENT_SHARES, QUADRATIC_SHARE, REFIT_SHARES = (1 / 4, 1 / 2), 1 / 8, (1 / 4, 1.0)
-LEAST_DECISIONS = 4096
-LEAST_SAMPLES = 16
-# Samples of one run, at most; smaller where the memory budget asks for it.
-BATCH = 16
 BYTES = 8  # all statistics are float64
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
-    """How much of the data is used, from the price of the model and never from a clock.
-
-    Attributes:
-        draws: Directions drawn at the outputs for each run.
-        gradients: Samples that Γ and Cov(x) are collected from.
-        quadratics: Samples that the losses are predicted on.
-        refit: Samples that layers are refitted to.
-        batch: Samples of one run with gradients.
-        run: Samples of one run without.
-        statistics_bytes: What the sums of one group of sites may take.
-    """
-
-    draws: int
-    gradients: int
-    quadratics: int
-    refit: int
-    batch: int
-    run: int
-    statistics_bytes: int
-
-
-def choose_effort(
-    *,
-    samples: int,
-    flops: int,
-    decisions: int,
-    footprint: Footprint,
-    batch: int,
-    budget: int,
-    run: int = 1,
-) -> Effort:
-    """How many samples and draws a model is worth.
-
-    A run with gradients and its sums costs several without (`tools/engine_cost.py` says how many).
-    So a model that is dear to run gets one draw, and gradients of a part of its samples: half of
-    them down to a quarter the dearer it is, or fewer where each sample makes many decisions (the
-    pixels of an image, the tokens of a text). Its layers are refitted to all of the samples down to
-    a quarter.
-
-    Args:
-        samples: Samples to calibrate with.
-        flops: Operations of one sample.
-        decisions: Rows of the outputs that one sample has.
-        footprint: Bytes that one sample takes.
-        batch: Samples that one run may take.
-        budget: Bytes that statistics and activations may take together.
-        run: Samples of one run, where the model fixes them.
-    """
-    room = max(1, budget // (4 * max(footprint.kept, 1)))
-    batch = max(1, min(batch, BATCH))
-    if flops * samples <= CHEAP_FLOPS:
-        draws, gradients, quadratics, refit = DRAWS, samples, samples, samples
-    else:
-        cheap = CHEAP_FLOPS / (flops * samples)
-        enough = max(LEAST_SAMPLES, -(-LEAST_DECISIONS // max(decisions, 1)))
-        draws = 1
-        gradients = min(_share(samples, cheap, *GRADIENT_SHARES), enough)
-        quadratics = min(_share(samples, QUADRATIC_SHARE, 0.0, 1.0), enough)
-        refit = _share(samples, 2 * cheap, *REFIT_SHARES)
-    # Whole runs: what is left over of one cannot be used.
-    gradients, quadratics, refit = (-(-n // run) * run for n in (gradients, quadratics, refit))
-    return Effort(
-        draws=draws,
-        gradients=min(gradients, samples),
-        quadratics=min(quadratics, samples),
-        refit=min(refit, samples),
-        batch=min(batch, room),
-        run=batch,
-        statistics_bytes=budget // 2,
-    )
-
-
-def _share(samples: int, share: float, low: float, high: float) -> int:
-    return max(int(samples * min(max(share, low), high)), 1)
+Progress = Callable[[str, int, int], None]
 
 
 def measure_sensitivity(
@@ -138,9 +51,13 @@ def measure_sensitivity(
     *,
     channels: bool,
     seed: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[TwoSidedSite]:
     """Decompose every site that the outputs depend on.
+
+    What a rank loses is predicted on other samples than those that the decomposition is of: on
+    ones that are left over, or else each half of them predicts for the decomposition of the other
+    half. On its own samples a decomposition of few rows looks better than it is.
 
     Sites whose sums do not fit the memory budget together are taken in groups, with a pass over
     the samples for each.
@@ -148,23 +65,18 @@ def measure_sensitivity(
     Raises:
         ModelError: A node cannot be computed, or a weight is not finite.
     """
-    biases = {
-        use.node: use.bias.values(index, site.m) if use.bias.kind == "input" else np.zeros(site.m)
-        for site in sites
-        for use in site.uses
-    }
+    measuring = _Measuring.of(
+        graph, index, sites, hidden, losses, data, effort, channels, seed, progress
+    )
     spread = np.random.default_rng(seed).permutation(len(samples))
     chosen = [samples[k] for k in sorted(spread[: effort.gradients])]
-    tested = [samples[k] for k in sorted(spread[-effort.quadratics :])]
-    readers_of_units = {h.reader for h in hidden if h.units}
-    hidden = [h for h in hidden if not h.units]
-    heads_of = _heads(sites, hidden)
-    added = {s.key: h.added(index, s.key, s.m) for h in hidden for s in sites if s.key in h.sites}
-    readers = {g.met.site for h in hidden for g in h.groups if g.met.side == "columns"}
-    looked_into = sites if channels else [s for s in sites if s.key in readers_of_units]
-    kernels = _kernels(index, looked_into)
-    measured = []
-    passes = list(_groups(sites, effort.statistics_bytes))
+    rest = spread[max(effort.gradients, len(spread) - effort.quadratics) :]
+    left_over = [samples[k] for k in sorted(rest)]
+    run = data.run or 1
+    parts = [chosen]
+    if not left_over and len(chosen) >= 2 * run:
+        parts = [[s for k, s in enumerate(chosen) if k // run % 2 == half] for half in range(2)]
+    passes = list(_groups(sites, effort.statistics_bytes // len(parts)))
     if len(passes) > 1:
         logger.warning(
             "%s: the statistics of all weights do not fit the memory budget; %d passes over the "
@@ -172,127 +84,216 @@ def measure_sensitivity(
             index.store.label,
             len(passes),
         )
+    measured = []
     for group in passes:
-        sides = {s.key: SmallerSide(s, site_matrix(index, s), biases) for s in group}
-        collectors = {
-            s.key: Collector(
-                s,
-                sides[s.key],
-                max(ROWS_PER_FEATURE_KEPT * s.full_rank, ROWS_KEPT),
-                channels=kernels[s.uses[0].node].shape[1] if s.uses[0].node in kernels else 0,
-                groups=[rows for rows, _ in heads_of.get(s.key, ())],
-                input_mean=s.key in readers,
-                inputs=s.d if s.key in readers_of_units and s.uses[0].node not in kernels else 0,
-            )
-            for s in group
-        }
-        backward = GradientPass(
-            graph,
-            [use for s in group for use in s.uses],
-            losses,
-            draws=effort.draws,
-            smooth=True,
+        seen = measuring.collect(group, parts)
+        if len(parts) == 1:
+            found = measuring.decompose(group, seen[0])
+            measured += measuring.predict(found, left_over or chosen)
+            continue
+        whole = {key: one + seen[1][key] for key, one in seen[0].items()}
+        halves = [
+            {f.site.key: f for f in measuring.predict(measuring.decompose(group, own), others)}
+            for own, others in zip(seen, parts[::-1], strict=True)
+        ]
+        for one in measuring.decompose(group, whole):
+            twins = [half[one.site.key] for half in halves if one.site.key in half]
+            measured.append(one.expecting(twins))
+    return measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measuring:
+    """What every step needs to know.
+
+    Attributes:
+        biases: What the node of each use adds to W x itself, [m], by node.
+        heads: By key of the site that makes hidden features of any basis: rows of each group, and
+            whether their mean may go.
+        added: By key, what is added to the features that a site makes, on their way.
+        readers: Keys of the sites that read such features.
+        readers_of_units: Keys of those that read units.
+        kernels: Kernels of Convs whose input channels are looked at, by node.
+    """
+
+    graph: TorchGraph
+    index: GraphIndex
+    losses: tuple[OutputLoss, ...]
+    data: Dataset
+    effort: Effort
+    seed: int
+    progress: Progress
+    biases: Mapping[int, np.ndarray]
+    heads: Mapping[str, Sequence[tuple[slice, bool]]]
+    added: Mapping[str, np.ndarray]
+    readers: frozenset[str]
+    readers_of_units: frozenset[str]
+    kernels: Mapping[int, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        graph: TorchGraph,
+        index: GraphIndex,
+        sites: Sequence[Site],
+        hidden: Sequence[Hidden],
+        losses: Sequence[OutputLoss],
+        data: Dataset,
+        effort: Effort,
+        channels: bool,
+        seed: int,
+        progress: Progress,
+    ) -> "_Measuring":
+        """See `measure_sensitivity`."""
+        basis = [h for h in hidden if not h.units]
+        of_units = frozenset(h.reader for h in hidden if h.reader is not None)
+        return cls(
+            graph=graph,
+            index=index,
+            losses=tuple(losses),
+            data=data,
+            effort=effort,
             seed=seed,
-            kernels=kernels,
+            progress=progress,
+            biases={
+                use.node: use.bias.values(index, site.m)
+                if use.bias.kind == "input"
+                else np.zeros(site.m)
+                for site in sites
+                for use in site.uses
+            },
+            heads=_heads(sites, basis),
+            added={
+                s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites
+            },
+            readers=frozenset(
+                g.met.site for h in basis for g in h.groups if g.met.side == "columns"
+            ),
+            readers_of_units=of_units,
+            kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
         )
-        collect_sensitivity(
-            backward,
-            collectors,
-            list(data.feeds(chosen, batch=effort.batch)),
-            lambda done, total: progress("calibrating", done, total),
-        )
+
+    def collect(
+        self, sites: Sequence[Site], parts: Sequence[Sequence[int]]
+    ) -> list[dict[str, Seen]]:
+        """What is seen of the sites in each part of the samples, by key."""
+        sides = self._sides(sites)
+        backward = self._backward(sites, self.effort.draws, smooth=True, seed=self.seed)
+        total = sum(map(len, parts))
+        seen: list[dict[str, Seen]] = []
+        done = 0
+        for part in parts:
+            collectors = {s.key: self._collector(s, sides[s.key]) for s in sites}
+            feeds = list(self.data.feeds(part, batch=self.effort.batch))
+            for k in collect_sensitivity(backward, collectors, feeds):
+                self.progress("calibrating", done + k, total)
+            done += len(part)
+            seen.append({key: collector.seen for key, collector in collectors.items()})
         if backward.dropped:
             logger.warning(
                 "%s: the gradients of %d samples of a run or more are not finite; those do not "
                 "count",
-                index.store.label,
+                self.index.store.label,
                 backward.dropped,
             )
+        return seen
+
+    def decompose(self, sites: Sequence[Site], seen: Mapping[str, Seen]) -> list[TwoSidedSite]:
+        """The sites that anything was seen of."""
         found = []
-        for k, collector in enumerate(collectors.values()):
-            progress("decomposing", k, len(collectors))
-            site = collector.site
-            seen = collector.found
-            if seen.moment.rows:
-                weight = site_matrix(index, site)
-                cost = bias_cost(index, site)
-                one = two_sided_site(site, weight, seen, cost, collector.input_mean)
-                groups = heads_of.get(site.key)
-                if groups:
-                    own, gammas = biases[site.uses[0].node], seen.block_fishers()
-                    one = with_heads(one, weight, groups, gammas, own, added[site.key])
-                channels_seen = collector.channels
-                if channels_seen is not None and channels_seen.moment.rows:
-                    one = with_channels(one, channels_seen)
-                if site.key in readers_of_units:
-                    of_units = channels_seen.moment if channels_seen else collector.inputs
-                    assert of_units is not None
-                    one = with_units(one, weight, of_units, channels_seen)
-                found.append(one)
-        progress("decomposing", len(collectors), len(collectors))
-        measured += _predicted(
-            graph, index, found, sides, losses, kernels, data, tested, effort, seed, progress
+        for k, site in enumerate(sites):
+            self.progress("decomposing", k, len(sites))
+            if seen[site.key].side.moment.rows:
+                found.append(self._decomposed(site, seen[site.key]))
+        self.progress("decomposing", len(sites), len(sites))
+        return found
+
+    def predict(self, found: Sequence[TwoSidedSite], samples: Sequence[int]) -> list[TwoSidedSite]:
+        """The same sites with the larger of both predictions."""
+        sites = [f.site for f in found]
+        # Other directions than the factors were made for.
+        draws = min(self.effort.draws, 2)
+        backward = self._backward(sites, draws, smooth=False, seed=self.seed + 1)
+        quadratics = sample_quadratics(
+            backward,
+            sites,
+            {f.site.key: self._probes(f) for f in found},
+            self._sides(sites),
+            list(self.data.feeds(samples, batch=self.effort.batch)),
+            lambda done, total: self.progress("predicting", done, total),
         )
-    return measured
+        return [f.corrected(quadratics[f.site.key]) for f in found]
 
+    def _sides(self, sites: Sequence[Site]) -> dict[str, SmallerSide]:
+        return {s.key: SmallerSide(s, site_matrix(self.index, s), self.biases) for s in sites}
 
-def _predicted(
-    graph: TorchGraph,
-    index: GraphIndex,
-    found: Sequence[TwoSidedSite],
-    sides: Mapping[str, SmallerSide],
-    losses: Sequence[OutputLoss],
-    kernels: Mapping[int, np.ndarray],
-    data: Dataset,
-    samples: Sequence[int],
-    effort: Effort,
-    seed: int,
-    progress: Callable[[str, int, int], None],
-) -> list[TwoSidedSite]:
-    """The same sites with the larger of both predictions."""
-    sites = [f.site for f in found]
-    probes = {}
-    for f in found:
-        mean = f.moment.mean if f.centred else np.zeros(f.moment.width)
-        probes[f.site.key] = [Probe(found=f.found, rows="smaller", mean=mean)]
-        if f.heads is not None:
-            lost = forgiven(f.heads.groups, f.heads.mean)
-            rest = Probe(found=f.heads.found, rows="outputs", mean=lost - f.heads.behind)
-            probes[f.site.key].append(rest)
-        if f.channels is not None:
-            of_channels = Probe(found=f.channels.found, rows="channels", mean=f.channels.mean)
-            probes[f.site.key].append(of_channels)
-        if f.units is not None:
-            inner = f.channels is None
-            of_units = Probe(
-                found=f.units.selection.found,
-                rows="inputs" if inner else "channels",
-                mean=f.units.mean,
-                weight=site_matrix(index, f.site) if inner else None,
+    def _backward(
+        self, sites: Sequence[Site], draws: int, *, smooth: bool, seed: int
+    ) -> GradientPass:
+        uses = [use for s in sites for use in s.uses]
+        return GradientPass(
+            self.graph,
+            uses,
+            self.losses,
+            draws=draws,
+            smooth=smooth,
+            seed=seed,
+            kernels=self.kernels,
+        )
+
+    def _collector(self, site: Site, side: SmallerSide) -> Collector:
+        kernel = self.kernels.get(site.uses[0].node)
+        of_inputs = site.key in self.readers_of_units and kernel is None
+        return Collector(
+            site,
+            side,
+            max(ROWS_PER_FEATURE_KEPT * site.full_rank, ROWS_KEPT),
+            channels=0 if kernel is None else kernel.shape[1],
+            groups=[rows for rows, _ in self.heads.get(site.key, ())],
+            input_mean=site.key in self.readers,
+            inputs=site.d if of_inputs else 0,
+        )
+
+    def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
+        weight = site_matrix(self.index, site)
+        cost = bias_cost(self.index, site)
+        found = two_sided_site(site, weight, seen.side, cost, seen.input_mean)
+        if site.key in self.heads:
+            own, gammas = self.biases[site.uses[0].node], seen.side.block_fishers()
+            groups, added = self.heads[site.key], self.added[site.key]
+            found = with_heads(found, weight, groups, gammas, own, added)
+        if seen.channels is not None and seen.channels.moment.rows:
+            found = with_channels(found, seen.channels)
+        if site.key in self.readers_of_units:
+            moment = seen.inputs if seen.channels is None else seen.channels.moment
+            assert moment is not None
+            found = with_units(found, weight, moment, seen.channels)
+        return found
+
+    def _probes(self, found: TwoSidedSite) -> list[Probe]:
+        """In the order that `TwoSidedSite.corrected` wants."""
+        mean = found.moment.mean if found.centred else np.zeros(found.moment.width)
+        probes = [Probe(found=found.found, rows="smaller", mean=mean)]
+        heads, channels, units = found.heads, found.channels, found.units
+        if heads is not None:
+            lost = forgiven(heads.groups, heads.mean)
+            probes.append(Probe(found=heads.found, rows="outputs", mean=lost - heads.behind))
+        if channels is not None:
+            probes.append(Probe(found=channels.found, rows="channels", mean=channels.mean))
+        if units is not None:
+            inner = channels is None
+            probes.append(
+                Probe(
+                    found=units.selection.found,
+                    rows="inputs" if inner else "channels",
+                    mean=units.mean,
+                    weight=site_matrix(self.index, found.site) if inner else None,
+                )
             )
-            probes[f.site.key].append(of_units)
-    backward = GradientPass(
-        graph,
-        [use for s in sites for use in s.uses],
-        losses,
-        draws=min(effort.draws, 2),
-        smooth=False,
-        seed=seed + 1,  # other directions than the factors were made for
-        kernels=kernels,
-    )
-    quadratics = sample_quadratics(
-        backward,
-        sites,
-        probes,
-        sides,
-        list(data.feeds(samples, batch=effort.batch)),
-        lambda done, total: progress("predicting", done, total),
-    )
-    return [f.corrected(quadratics[f.site.key]) for f in found]
+        return probes
 
 
 def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:
-    """Kernels of Convs whose input channels may be decomposed, by node."""
     found = {}
     for site in sites:
         if channel_patches(site) is not None:
@@ -303,7 +304,6 @@ def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:
 
 
 def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tuple[slice, bool]]]:
-    """By key of the site that makes them: rows of each group, and whether their mean may go."""
     takes = {s.key: s.bias in ("input", "add") for s in sites}
     found: dict[str, list[tuple[slice, bool]]] = {}
     for each in hidden:

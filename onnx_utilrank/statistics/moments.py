@@ -74,6 +74,12 @@ class SecondMoment:
         """Add the rows of another moment; the order of merges does not matter."""
         self.add(total=other.total, outer=other.outer, rows=other.rows)
 
+    def __add__(self, other: "SecondMoment") -> "SecondMoment":
+        both = SecondMoment.zero(self.width)
+        both.merge(self)
+        both.merge(other)
+        return both
+
     def shifted(self, offset: np.ndarray) -> "SecondMoment":
         """The moment of the rows x + offset, offset [d]."""
         moment = SecondMoment.zero(self.width)

@@ -33,6 +33,16 @@ class Sensitivity:
     samples: int = 0
     decisions: int = 0
 
+    def __add__(self, other: "Sensitivity") -> "Sensitivity":
+        blocks = zip(self.blocks, other.blocks, strict=True)
+        return Sensitivity(
+            moment=self.moment + other.moment,
+            gamma=self.gamma + other.gamma,
+            blocks=tuple(one + two for one, two in blocks),
+            samples=self.samples + other.samples,
+            decisions=self.decisions + other.decisions,
+        )
+
     def fisher(self, target: np.ndarray | None = None) -> np.ndarray:
         """Γ = E[Σ_positions g g^T] over samples, shrunk where there were few decisions, [p, p].
 
