@@ -20,12 +20,15 @@ from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
-from onnx_utilrank.refit.gain import is_better
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
+from onnx_utilrank.refit.twin import Twin
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Group, Hidden
+from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
+from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.validation.divergence import OutputRecorder
 
 __all__ = ["build", "fit", "fullness", "make_offers", "refit_note", "stamp"]
 
@@ -204,7 +207,7 @@ def _layers(
     )
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
     made = propagate(gradients.graph, layers, fitted, mask, job.progress)
-    if settled or is_better(gradients.graph, layers, plain, made, gradients.losses, judging):
+    if settled or _is_better(gradients.graph, layers, plain, made, gradients.losses, judging):
         return plan, made
     return replace(plan, refit=False), plain
 
@@ -237,6 +240,35 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
             )
         )
     return layers
+
+
+def _is_better(
+    graph: TorchGraph,
+    layers: Sequence[Layer],
+    plain: Mapping[str, Refitted],
+    refitted: Mapping[str, Refitted],
+    losses: Sequence[OutputLoss],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+) -> bool:
+    """Whether the outputs diverge less with the refitted layers than with the plain ones.
+
+    A regression a layer can look right at every layer and be wrong together: in few samples, or
+    where errors that one layer hides are what a later one needs.
+
+    Args:
+        graph: The model.
+        layers: What changes.
+        plain: By key of their sites, what they become without a refit.
+        refitted: And with it.
+        losses: What counts at the outputs.
+        feeds: Samples that the refit has not seen.
+
+    Raises:
+        ModelError: A node cannot be computed.
+    """
+    recorder = OutputRecorder(Twin(graph), losses, feeds)
+    lost = [recorder.compare(Twin(graph, layers, made)).mean for made in (plain, refitted)]
+    return lost[1] < lost[0]
 
 
 def _factored(job: Job, found: Measured, move: Move) -> Refitted:

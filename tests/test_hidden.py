@@ -26,9 +26,10 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.shrink import Basis, Shrinking
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.cost import count_parameters, hidden_cost
+from onnx_utilrank.ranking.inner import Heads
 from onnx_utilrank.ranking.joint import bundled
 from onnx_utilrank.ranking.method import Choice, Move
-from onnx_utilrank.ranking.two_sided import Heads, TwoSidedSite
+from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.sites.find import find_sites, site_kind, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden

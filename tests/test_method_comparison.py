@@ -136,9 +136,11 @@ def test_the_whole_chain_runs_and_is_resumed(comparison, zoo, tmp_path, capsys):
     assert not any(row["failed"] for row in missed)
     # One measurement for the five that share it.
     assert len({row["measuring"] for row in made.values()}) == 7
-    # Refitting and moves do something: these are four models.
-    shared = [made[method]["divergence"] for method in list(comparison.CONTENDERS)[6:10]]
-    assert len(set(shared)) == 4
+    # Moves do something; a refit only where it is better.
+    plain, _, moves, _ = (
+        made[method]["divergence"] for method in list(comparison.CONTENDERS)[6:10]
+    )
+    assert plain != moves
 
     row = dict(zip(health_head, health[0], strict=True))
     divergences = {method: made[method]["divergence"] for method in comparison.BASELINES}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_utilrank.ranking.budget import allocate
+from onnx_utilrank.ranking.inner import Heads, InputChannels, Units
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Side, Site
@@ -13,106 +14,20 @@ from onnx_utilrank.statistics.factorize import (
     Decomposition,
     Factors,
     Metric,
-    factored,
-    grouped,
     optimal,
 )
-from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
-from onnx_utilrank.statistics.selection import Selection, select
+from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
 __all__ = [
     "TWO_SIDED",
-    "Heads",
-    "InputChannels",
     "TwoSided",
     "TwoSidedSite",
-    "Units",
-    "forgiven",
     "two_sided_site",
     "with_channels",
     "with_heads",
     "with_units",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heads:
-    """Hidden features that a site makes, decomposed.
-
-    Attributes:
-        groups: Rows of each group, and whether the mean of what they lose is made up for by the
-            bias of the weight that reads them.
-        gammas: Γ [n, n] of each group.
-        found: The decomposition, see `statistics.factorize.grouped`.
-        errors: Predicted loss of the model at each rank of it.
-        mean: E[W x + b], [m].
-        behind: What of b an Add behind the node adds, [m].
-    """
-
-    groups: tuple[tuple[slice, bool], ...]
-    gammas: tuple[np.ndarray, ...]
-    found: Decomposition
-    errors: np.ndarray
-    mean: np.ndarray
-    behind: np.ndarray
-
-    @property
-    def met(self) -> np.ndarray:
-        """1 for the rows that are in none of the groups and only meet them, else 0, [m]."""
-        others = np.ones(len(self.mean))
-        for rows, _ in self.groups:
-            others[rows] = 0.0
-        return others
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputChannels:
-    """The input channels of a Conv, decomposed: x ≈ L K (x − μ) + μ at every position.
-
-    Attributes:
-        found: L and K.
-        errors: Predicted loss of the model at each rank.
-        mean: μ where the bias makes up for what is lost of it, else 0, [C].
-    """
-
-    found: Decomposition
-    errors: np.ndarray
-    mean: np.ndarray
-
-    def factors(self, weight: np.ndarray, rank: int) -> Factors:
-        """W' [m, r taps] and K [r, C], balanced."""
-        m, channels = len(weight), len(self.found.expand)
-        taps = weight.reshape(m, channels, -1)
-        reduced = np.einsum("mct,cr->mtr", taps, self.found.expand[:, :rank], optimize=True)
-        both = factored(reduced.reshape(-1, rank), self.found.reduce[:rank])
-        left = both.left.reshape(m, -1, rank).transpose(0, 2, 1).reshape(m, -1)
-        return Factors(left=left, right=both.right)
-
-    def lost(self, weight: np.ndarray, rank: int) -> np.ndarray:
-        """What a rank loses of the mean output away from the borders, [m]."""
-        taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
-        return np.asarray(taps @ self.found.lost(self.mean, rank))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Units:
-    """The hidden units that a site reads, a choice of which can stand for all.
-
-    Attributes:
-        selection: Which, and how the others follow from them.
-        errors: Predicted loss of the model for each number that is kept.
-        mean: Their mean where the bias makes up for what is lost of it, else 0, [n].
-    """
-
-    selection: Selection
-    errors: np.ndarray
-    mean: np.ndarray
-
-    def lost(self, weight: np.ndarray, kept: int) -> np.ndarray:
-        """What is lost of the mean output, of a Conv away from the borders, [m]."""
-        taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
-        return np.asarray(taps @ self.selection.found.lost(self.mean, kept))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,25 +234,7 @@ def with_heads(
     if not site.site.wide:
         covariance = weight @ covariance @ weight.T
     mean = site.mean_output(weight) + own + behind
-    rest = mean - forgiven(groups, mean)
-    found = grouped(gammas, covariance + np.outer(rest, rest), [rows for rows, _ in groups])
-    heads = Heads(
-        groups=tuple(groups),
-        gammas=tuple(gammas),
-        found=found,
-        errors=found.errors / 2,
-        mean=mean,
-        behind=behind,
-    )
-    return replace(site, heads=heads)
-
-
-def forgiven(groups: Sequence[tuple[slice, bool]], mean: np.ndarray) -> np.ndarray:
-    """The part of a mean output [m] that may be lost, as the bias of the next weight takes it."""
-    part = np.zeros(len(mean))
-    for rows, centred in groups:
-        part[rows] = mean[rows] * centred
-    return part
+    return replace(site, heads=Heads.of(groups, gammas, mean, covariance, behind))
 
 
 def with_channels(site: TwoSidedSite, found: Sensitivity) -> TwoSidedSite:
@@ -350,16 +247,7 @@ def with_channels(site: TwoSidedSite, found: Sensitivity) -> TwoSidedSite:
         site: The site.
         found: Rows of the input channels [C] and the gradients there.
     """
-    moment = found.moment
-    decomposition = optimal(
-        np.eye(moment.width), Metric.of(found.fisher()), outputs=moment, centred=site.centred
-    )
-    channels = InputChannels(
-        found=decomposition,
-        errors=decomposition.errors / 2,
-        mean=moment.mean if site.centred else np.zeros(moment.width),
-    )
-    return replace(site, channels=channels)
+    return replace(site, channels=InputChannels.of(found, centred=site.centred))
 
 
 def with_units(
@@ -376,23 +264,12 @@ def with_units(
     """
     # A weight that gets no new bias cannot make up for a mean.
     centred = site.site.bias in ("input", "add")
-    second = moment.covariance if centred else moment.uncentred
-    mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)
-    level = float(np.trace(second)) / moment.width
-    second = (1 - mixed) * second + mixed * level * np.eye(moment.width)
     if of_inputs is not None:
         root = Metric.of(of_inputs.fisher()).root_t
-    elif site.site.wide:
-        root = Metric.of(site.gamma).root_t @ weight
     else:
         root = Metric.of(site.gamma).root_t
-    selection = select(root, second)
-    units = Units(
-        selection=selection,
-        errors=selection.found.errors / 2,
-        mean=moment.mean if centred else np.zeros(moment.width),
-    )
-    return replace(site, units=units)
+        root = root @ weight if site.site.wide else root
+    return replace(site, units=Units.of(root, moment, centred=centred))
 
 
 def _mean(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from onnx_utilrank.ranking.two_sided import forgiven
+from onnx_utilrank.ranking.inner import forgiven
 from onnx_utilrank.refit.layer import Layer, Refitted
 from onnx_utilrank.refit.regression import CrossMoment, regression
 from onnx_utilrank.statistics.factorize import Decomposition, Metric, factored, grouped, optimal

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_utilrank.ranking.two_sided import TwoSidedSite, forgiven
+from onnx_utilrank.ranking.inner import forgiven
+from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.statistics.factorize import Decomposition, Factors
 
 __all__ = ["Layer", "Refitted", "as_measured"]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from onnx_utilrank.calibration.taps import ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import captured_names
 from onnx_utilrank.refit.fit import can_fit, fit_layer
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
@@ -25,8 +24,8 @@ from onnx_utilrank.torch_graph.graph import TorchGraph
 
 __all__ = ["propagate"]
 
-# Rows that a layer is fitted to, at most, unless it is so wide that it needs more.
-ROWS_FITTED = 65536
+# Rows that a layer is fitted to, at most, unless it is so wide that it needs more a feature.
+ROWS_FITTED, ROWS_PER_FEATURE_FITTED = 65536, 16
 # Rows whose products are formed at once.
 ROWS_AT_ONCE = 4096
 
@@ -132,7 +131,7 @@ def _moments(
     gain = use.gain if layer.outputs else 1.0
     halves = (CrossMoment.zero(view.width), CrossMoment.zero(view.width))
     waiting: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # y and x side by side
-    wanted = max(ROWS_PER_FEATURE_KEPT * view.width, ROWS_FITTED) / len(runs)
+    wanted = max(ROWS_PER_FEATURE_FITTED * view.width, ROWS_FITTED) / len(runs)
     shift: torch.Tensor | None = None
     samples = 0
     for k, run in enumerate(runs):

@@ -11,9 +11,9 @@ from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.channels import channel_patches
 from onnx_utilrank.ranking.cost import bias_cost
+from onnx_utilrank.ranking.inner import forgiven
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
-    forgiven,
     two_sided_site,
     with_channels,
     with_heads,

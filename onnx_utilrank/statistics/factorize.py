@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
 
@@ -139,8 +138,7 @@ class Metric:
 
     def undone(self, directions: np.ndarray) -> np.ndarray:
         """R^{-T} U for directions U [m, k], without the inverse."""
-        root_t, u = (torch.from_numpy(np.array(v, order="C")) for v in (self.root_t, directions))
-        return np.asarray(torch.linalg.solve_triangular(root_t, u, upper=True))
+        return np.asarray(np.linalg.solve(self.root_t, directions))
 
 
 def optimal(

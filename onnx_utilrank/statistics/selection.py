@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from onnx_utilrank.statistics.factorize import Decomposition
 
 __all__ = ["Selection", "select"]
 
-# Added to every variance, relative to their mean: features that never vary are as good as any.
-RIDGE = 1e-7
+# Added to every variance, relative to itself and to the mean of them: sums of float32 products are
+# positive semi-definite up to their rounding only, and features that never vary are still features.
+RIDGE, FLOOR = 1e-5, 1e-7
+LEAST = float(np.finfo(np.float64).tiny)
 # Features that are chosen between two looks at all of them, as a share of them all, and among how
 # many times as many of the most promising ones.
 PER_LOOK, AMONG = 1 / 48, 4
@@ -49,61 +50,60 @@ def select(root: np.ndarray, second: np.ndarray) -> Selection:
         second: C [n, n], their second moment.
     """
     n = len(second)
-    level = float(np.trace(second)) / n
-    rest = torch.from_numpy((second + second.T) / 2 + (RIDGE * level or 1.0) * np.eye(n))
-    effect = torch.from_numpy(np.array(root)) @ rest
-    expand = torch.zeros(n, n, dtype=torch.float64)
+    rest = (second + second.T) / 2
+    variances = np.diagonal(rest)
+    rest = rest + np.diag(RIDGE * variances + (FLOOR * float(variances.mean()) or 1.0))
+    effect = root @ rest
     energy = float(np.sum((root @ second) * root))
+    expand = np.zeros((n, n))
     order: list[int] = []
     gains: list[float] = []
-    alive = torch.ones(n, dtype=torch.bool)
+    alive = np.ones(n, dtype=bool)
     step = max(1, int(n * PER_LOOK))
     while len(order) < n:
         count = min(step, n - len(order))
-        scores = torch.where(alive, effect.square().sum(0) / rest.diagonal(), -1.0)
-        among = torch.topk(scores, min(AMONG * count, int(alive.sum()))).indices
-        picked, gained = _greedy(effect[:, among], rest[among][:, among], count)
+        places = np.flatnonzero(alive)
+        among = places[np.argsort(-_scores(effect, rest)[places], kind="stable")[: AMONG * count]]
+        picked, gained = _greedy(effect[:, among], rest[np.ix_(among, among)], count)
         chosen = among[picked]
-        factor = torch.linalg.cholesky(rest[chosen][:, chosen])
-        columns = torch.linalg.solve_triangular(factor, rest[chosen], upper=False).T
-        moved = torch.linalg.solve_triangular(factor, effect[:, chosen].T, upper=False).T
+        factor = np.linalg.cholesky(rest[np.ix_(chosen, chosen)])
+        columns = np.linalg.solve(factor, rest[chosen]).T
+        moved = np.linalg.solve(factor, effect[:, chosen].T).T
         expand[:, len(order) : len(order) + count] = columns
         rest -= columns @ columns.T
         effect -= moved @ columns.T
         alive[chosen] = False
-        rest[chosen, chosen] = 1.0  # nothing is left of them, and nothing is divided by it
         order += chosen.tolist()
         gains += gained
     picks = np.array(order)
-    reduce = torch.linalg.solve_triangular(
-        expand[picks].tril(), torch.eye(n, dtype=torch.float64)[picks], upper=False
-    )
+    reduce = np.linalg.solve(np.tril(expand[picks]), np.eye(n)[picks])
     left = np.maximum(energy - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
     left[-1] = 0.0
     found = Decomposition(
-        expand=expand.numpy(),
-        reduce=reduce.numpy(),
+        expand=expand,
+        reduce=reduce,
         errors=np.minimum.accumulate(left),
         energy=energy,
     )
     return Selection(order=picks, found=found)
 
 
-def _greedy(
-    effect: torch.Tensor, rest: torch.Tensor, count: int
-) -> tuple[torch.Tensor, list[float]]:
+def _scores(effect: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """What each feature would gain next."""
+    return np.asarray(np.square(effect).sum(0) / np.maximum(np.diagonal(rest), LEAST))
+
+
+def _greedy(effect: np.ndarray, rest: np.ndarray, count: int) -> tuple[list[int], list[float]]:
     """The best `count` of some features, one after the other, and what each of them gains."""
-    effect, rest = effect.clone(), rest.clone()
-    picked, gained = [], []
-    free = torch.ones(len(rest), dtype=torch.bool)
+    picked: list[int] = []
+    gained: list[float] = []
     for _ in range(count):
-        scores = torch.where(free, effect.square().sum(0) / rest.diagonal(), -1.0)
+        scores = _scores(effect, rest)
+        scores[picked] = -1.0
         best = int(scores.argmax())
         picked.append(best)
         gained.append(float(scores[best]))
         row = rest[best] / rest[best, best]
-        effect -= torch.outer(effect[:, best], row)
-        rest -= torch.outer(rest[best].clone(), row)
-        free[best] = False
-        rest[best, best] = 1.0
-    return torch.tensor(picked), gained
+        effect = effect - np.outer(effect[:, best], row)
+        rest = rest - np.outer(rest[best], row)
+    return picked, gained

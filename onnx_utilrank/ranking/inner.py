@@ -1,0 +1,152 @@
+"""What lies around a weight, decomposed: the features it makes, the channels or units it reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.statistics.factorize import (
+    Decomposition,
+    Factors,
+    Metric,
+    factored,
+    grouped,
+    optimal,
+)
+from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
+from onnx_utilrank.statistics.selection import Selection, select
+from onnx_utilrank.statistics.sensitivity import Sensitivity
+
+__all__ = ["Heads", "InputChannels", "Units", "forgiven"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Hidden features that a site makes, decomposed.
+
+    Attributes:
+        groups: Rows of each group, and whether the mean of what they lose is made up for by the
+            bias of the weight that reads them.
+        gammas: Γ [n, n] of each group.
+        found: The decomposition, see `statistics.factorize.grouped`.
+        errors: Predicted loss of the model at each rank of it.
+        mean: E[W x + b], [m].
+        behind: What of b an Add behind the node adds, [m].
+    """
+
+    groups: tuple[tuple[slice, bool], ...]
+    gammas: tuple[np.ndarray, ...]
+    found: Decomposition
+    errors: np.ndarray
+    mean: np.ndarray
+    behind: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[tuple[slice, bool]],
+        gammas: Sequence[np.ndarray],
+        mean: np.ndarray,
+        covariance: np.ndarray,
+        behind: np.ndarray,
+    ) -> "Heads":
+        """Decompose features of this mean [m] and covariance [m, m]; the rest as above."""
+        rest = mean - forgiven(groups, mean)
+        found = grouped(gammas, covariance + np.outer(rest, rest), [rows for rows, _ in groups])
+        return cls(
+            groups=tuple(groups),
+            gammas=tuple(gammas),
+            found=found,
+            errors=found.errors / 2,
+            mean=mean,
+            behind=behind,
+        )
+
+    @property
+    def met(self) -> np.ndarray:
+        """1 for the rows that are in none of the groups and only meet them, else 0, [m]."""
+        others = np.ones(len(self.mean))
+        for rows, _ in self.groups:
+            others[rows] = 0.0
+        return others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputChannels:
+    """The input channels of a Conv, decomposed: x ≈ L K (x − μ) + μ at every position.
+
+    Attributes:
+        found: L and K.
+        errors: Predicted loss of the model at each rank.
+        mean: μ where the bias makes up for what is lost of it, else 0, [C].
+    """
+
+    found: Decomposition
+    errors: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def of(cls, seen: Sensitivity, *, centred: bool) -> "InputChannels":
+        """Decompose channels of which rows and gradients were seen.
+
+        A change of the input is worth what its gradient there says, as a change of the output is:
+        the optimum is that of a weight which is the identity, in the metric of the input's
+        gradients.
+        """
+        moment = seen.moment
+        eye, metric = np.eye(moment.width), Metric.of(seen.fisher())
+        found = optimal(eye, metric, outputs=moment, centred=centred)
+        mean = moment.mean if centred else np.zeros(moment.width)
+        return cls(found=found, errors=found.errors / 2, mean=mean)
+
+    def factors(self, weight: np.ndarray, rank: int) -> Factors:
+        """W' [m, r taps] and K [r, C], balanced."""
+        m, channels = len(weight), len(self.found.expand)
+        taps = weight.reshape(m, channels, -1)
+        reduced = np.einsum("mct,cr->mtr", taps, self.found.expand[:, :rank], optimize=True)
+        both = factored(reduced.reshape(-1, rank), self.found.reduce[:rank])
+        left = both.left.reshape(m, -1, rank).transpose(0, 2, 1).reshape(m, -1)
+        return Factors(left=left, right=both.right)
+
+    def lost(self, weight: np.ndarray, rank: int) -> np.ndarray:
+        """What a rank loses of the mean output away from the borders, [m]."""
+        taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
+        return np.asarray(taps @ self.found.lost(self.mean, rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """The hidden units that a site reads, a choice of which can stand for all.
+
+    Attributes:
+        selection: Which, and how the others follow from them.
+        errors: Predicted loss of the model for each number that is kept.
+        mean: Their mean where the bias makes up for what is lost of it, else 0, [n].
+    """
+
+    selection: Selection
+    errors: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def of(cls, root: np.ndarray, moment: SecondMoment, *, centred: bool) -> "Units":
+        """Rank units of which this moment was seen, for a change that counts ‖B δ‖², B [q, n]."""
+        second = moment.covariance if centred else moment.uncentred
+        mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)
+        level = float(np.trace(second)) / moment.width
+        selection = select(root, (1 - mixed) * second + mixed * level * np.eye(moment.width))
+        mean = moment.mean if centred else np.zeros(moment.width)
+        return cls(selection=selection, errors=selection.found.errors / 2, mean=mean)
+
+    def lost(self, weight: np.ndarray, kept: int) -> np.ndarray:
+        """What is lost of the mean output, of a Conv away from the borders, [m]."""
+        taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
+        return np.asarray(taps @ self.selection.found.lost(self.mean, kept))
+
+
+def forgiven(groups: Sequence[tuple[slice, bool]], mean: np.ndarray) -> np.ndarray:
+    """The part of a mean output [m] that may be lost, as the bias of the next weight takes it."""
+    part = np.zeros(len(mean))
+    for rows, centred in groups:
+        part[rows] = mean[rows] * centred
+    return part
