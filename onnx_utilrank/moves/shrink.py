@@ -160,7 +160,9 @@ def _rewrite_vector(
     values = np.concatenate(pieces)
     shape = list(held.shape)
     shape[vector.axis] = shape[vector.axis] * len(values) // len(flat)
-    new = store(surgeon, what.sites[parts[0].site], f"{name}/shrunk", values.reshape(shape))
+    # Units may have met a Cast, or be chosen among by constants that are true or false.
+    first = what.sites[parts[0].site]
+    new = store(surgeon, first, f"{name}/shrunk", values.reshape(shape), held.dtype)
     surgeon.rewire(vector.node, name, new)
 
 

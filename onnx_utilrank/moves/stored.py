@@ -9,18 +9,25 @@ from onnx_utilrank.sites.site import Site, Use
 __all__ = ["corrected_bias", "store"]
 
 
-def store(surgeon: Surgeon, site: Site, name: str, values: np.ndarray) -> str:
-    """Add an initializer in the dtype of the site's weight; the name it got.
+def store(
+    surgeon: Surgeon,
+    site: Site,
+    name: str,
+    values: np.ndarray,
+    dtype: np.dtype[np.generic] | None = None,
+) -> str:
+    """Add an initializer in a dtype, by default that of the site's weight; the name it got.
 
     Raises:
         ModelError: A value does not fit that dtype.
     """
+    dtype = dtype or site.dtype
     with np.errstate(over="ignore"):
-        stored = values.astype(site.dtype)
+        stored = values.astype(dtype)
     if not np.isfinite(stored.astype(np.float64)).all():
         raise ModelError(
             f"{surgeon.index.store.label}: {site.uses[0].label}: a factor of weight "
-            f"{site.weight!r} does not fit {site.dtype.name}"
+            f"{site.weight!r} does not fit {dtype.name}"
         )
     return surgeon.constant(name, stored)
 
