@@ -30,7 +30,7 @@ from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import OutputRecorder
 
-__all__ = ["build", "fit", "fullness", "make_offers", "refit_note", "stamp"]
+__all__ = ["build", "fit", "fullness", "is_better", "make_offers", "refit_note", "stamp"]
 
 # Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
 PLAN_KEY = "onnx_utilrank.plan_sha256"
@@ -190,7 +190,9 @@ def _layers(
             if m.site.key in moves
         }
     layers = _changed(job, plan, measurement)
-    plain = {layer.measured.site.key: as_measured(layer) for layer in layers}
+    plain = _with_means(
+        plan, measurement, {layer.measured.site.key: as_measured(layer) for layer in layers}
+    )
     if not plan.refit:
         return plan, plain
     # Both graphs hold the live values of all samples at once.
@@ -207,7 +209,7 @@ def _layers(
     )
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
     made = propagate(gradients.graph, layers, fitted, mask, job.progress)
-    if settled or _is_better(gradients.graph, layers, plain, made, gradients.losses, judging):
+    if settled or is_better(gradients.graph, layers, plain, made, gradients.losses, judging):
         return plan, made
     return replace(plan, refit=False), plain
 
@@ -242,7 +244,7 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
     return layers
 
 
-def _is_better(
+def is_better(
     graph: TorchGraph,
     layers: Sequence[Layer],
     plain: Mapping[str, Refitted],
@@ -271,6 +273,48 @@ def _is_better(
     return lost[1] < lost[0]
 
 
+def _with_means(
+    plan: RankPlan, measurement: Measurement, made: Mapping[str, Refitted]
+) -> dict[str, Refitted]:
+    """Let the biases of weights that read heads take what those lose of their mean.
+
+    A weight that was refitted has it already.
+    """
+    sites = {m.site.key: m for m in measurement.sites}
+    hidden = {h.key: h for h in measurement.hidden}
+    found = dict(made)
+    for entry in plan.shrunk:
+        between = hidden[entry.hidden]
+        for group in between.groups if not between.units else ():
+            reader = sites[group.met.site]
+            if group.met.side == "rows" or reader.site.bias not in ("input", "add"):
+                continue
+            assert isinstance(reader, TwoSidedSite)
+            assert reader.input_mean is not None
+            basis = _basis(between, group, entry.kept or 0, made)
+            columns = slice(group.met.start, group.met.start + between.size)
+            mean = reader.input_mean[columns]
+            before = found[group.met.site]
+            lost = before.weight[:, columns] @ (mean - basis.expand @ (basis.reduce @ mean))
+            if before.lost_mean is not None:
+                lost = before.lost_mean + lost
+            found[group.met.site] = replace(before, lost_mean=lost)
+    return found
+
+
+def _basis(hidden: Hidden, group: Group, kept: int, made: Mapping[str, Refitted]) -> Basis:
+    """L and K of one group."""
+    found = made[group.made.site].heads
+    assert found is not None
+    makers = hidden.makers(group.made.site)
+    every, k = len(makers), makers.index(group)
+    rows = slice(group.made.start, group.made.start + hidden.size)
+    return Basis(
+        expand=found.expand[rows, k::every][:, :kept],
+        reduce=found.reduce[k::every, rows][:kept],
+    )
+
+
 def _factored(job: Job, found: Measured, move: Move) -> Refitted:
     weight = site_matrix(job.index, found.site)
     factors = found.factors(weight, move)
@@ -286,31 +330,15 @@ def _shrinking(
     made: Mapping[str, Refitted],
 ) -> Shrinking:
     """How hidden features shrink, with the weights that were fitted for it."""
-    bases, lost = [], {key: made[key].lost_mean for key in hidden.sites}
-    n = hidden.size
+    lost = {key: made[key].lost_mean for key in hidden.sites}
     if hidden.units:
         reader = sites[hidden.reader or ""]
         assert isinstance(reader, TwoSidedSite)
         assert reader.units is not None
         expand, reduce = reader.units.selection.basis(kept)
         bases = [Basis(expand=expand, reduce=reduce)] * len(hidden.groups)
-    for group in hidden.groups if not hidden.units else ():
-        found = made[group.made.site].heads
-        assert found is not None
-        makers = hidden.makers(group.made.site)
-        every, k = len(makers), makers.index(group)
-        rows = slice(group.made.start, group.made.start + n)
-        basis = Basis(
-            expand=found.expand[rows, k::every][:, :kept],
-            reduce=found.reduce[k::every, rows][:kept],
-        )
-        bases.append(basis)
-        met = sites[group.met.site].site
-        takes = group.met.side == "columns" and met.bias in ("input", "add")
-        if takes and made[met.key].lost_mean is None:  # a refit has it in its own
-            before = lost[met.key]
-            part = _lost(made, sites, group, basis, n)
-            lost[met.key] = part if before is None else before + part
+    else:
+        bases = [_basis(hidden, group, kept, made) for group in hidden.groups]
     biases = {}
     for key in hidden.sites:
         site = sites[key].site
@@ -325,23 +353,6 @@ def _shrinking(
         biases=biases,
         lost={key: None if key in biases else lost[key] for key in hidden.sites},
     )
-
-
-def _lost(
-    made: Mapping[str, Refitted],
-    sites: Mapping[str, Measured],
-    group: Group,
-    basis: Basis,
-    n: int,
-) -> np.ndarray:
-    """What the weight that reads a group loses of its mean output, [m]."""
-    reader = sites[group.met.site]
-    assert isinstance(reader, TwoSidedSite)
-    assert reader.input_mean is not None
-    columns = slice(group.met.start, group.met.start + n)
-    mean = reader.input_mean[columns]
-    lost = mean - basis.expand @ (basis.reduce @ mean)
-    return np.asarray(made[group.met.site].weight[:, columns] @ lost)
 
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_utilrank.ranking.inner import forgiven
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.statistics.factorize import Decomposition, Factors
 
@@ -66,8 +65,6 @@ class Refitted:
             from the old one, and no patch has to be unfolded.
         factors: Of `weight`, where it is factored.
         heads: How the hidden features that it makes are to shrink.
-        made_up: What they lose of their mean, [m], where the bias of the weight that reads them
-            makes up for it.
     """
 
     weight: np.ndarray
@@ -75,11 +72,13 @@ class Refitted:
     turn: np.ndarray | None
     factors: Factors | None = None
     heads: Decomposition | None = None
-    made_up: np.ndarray | None = None
 
 
 def as_measured(layer: Layer) -> Refitted:
-    """The layer as it is without a refit."""
+    """The layer as it is without a refit.
+
+    What heads lose of their mean is not in it: the weight that reads them takes that.
+    """
     measured = layer.measured
     if layer.units is not None:
         assert measured.units is not None
@@ -87,16 +86,12 @@ def as_measured(layer: Layer) -> Refitted:
         lost = measured.units.lost(layer.weight, layer.units) if takes else None
         return Refitted(weight=layer.weight, lost_mean=lost, turn=None)
     if layer.rank is None:
-        if measured.heads is None or layer.kept is None:
-            return Refitted(weight=layer.weight, lost_mean=None, turn=None)
-        heads = measured.heads
-        made_up = heads.found.lost(forgiven(heads.groups, heads.mean), layer.kept)
+        heads = measured.heads if layer.kept is not None else None
         return Refitted(
             weight=layer.weight,
             lost_mean=None,
             turn=None,
-            heads=heads.found,
-            made_up=made_up,
+            heads=None if heads is None else heads.found,
         )
     if layer.channels:
         assert measured.channels is not None

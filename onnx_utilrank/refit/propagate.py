@@ -6,7 +6,7 @@ dropped at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -103,12 +103,7 @@ def propagate(
                 if key not in done:
                     pairs = _moments(layer, use, runs) if can_fit(layer) else None
                     progress("solving", len(done), len(layers))
-                    # What heads lose of their mean is left to the weight that reads them.
-                    done[key] = (
-                        fit_layer(layer, *pairs)
-                        if pairs
-                        else replace(as_measured(layer), made_up=None)
-                    )
+                    done[key] = fit_layer(layer, *pairs) if pairs else as_measured(layer)
                     progress("refitting", k, len(graph.nodes))
                 stand_in = StandIn(layer, done[key])
                 for run in runs:

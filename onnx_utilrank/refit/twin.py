@@ -21,15 +21,13 @@ class StandIn:
 
     def __init__(self, layer: Layer, new: Refitted) -> None:
         self._layer = layer
-        self._change = self._turn = self._lost = self._heads = self._made_up = None
+        self._change = self._turn = self._lost = self._heads = None
         if new.turn is not None:
             self._turn = _tensor(new.turn.T)
         elif new.weight is not layer.weight:
             self._change = _tensor((new.weight - layer.weight).T)
         if new.lost_mean is not None:
             self._lost = _tensor(new.lost_mean)
-        if new.made_up is not None:
-            self._made_up = _tensor(new.made_up)
         if new.heads is not None:
             # The bias behind the node shrinks with the features.
             assert layer.kept is not None
@@ -53,8 +51,6 @@ class StandIn:
         if self._heads is not None:
             behind = self._behind.to(y)
             rows = (rows + behind) @ self._heads.to(y) - behind
-        if self._made_up is not None:
-            rows = rows + self._made_up.to(y)
         _put_rows(use, state, rows)
 
 

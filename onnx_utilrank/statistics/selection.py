@@ -8,9 +8,11 @@ from onnx_utilrank.statistics.factorize import Decomposition
 
 __all__ = ["Selection", "select"]
 
-# Added to every variance, relative to itself and to the mean of them: sums of float32 products are
-# positive semi-definite up to their rounding only, and features that never vary are still features.
-RIDGE, FLOOR = 1e-5, 1e-7
+# Added to every variance, relative to itself and to the mean of them: features that never vary are
+# still features. Tenfold, so often at most, where features repeat each other: sums of float32
+# products are positive semi-definite up to their rounding only.
+RIDGE = 1e-7
+TENFOLD = 6
 LEAST = float(np.finfo(np.float64).tiny)
 # Features that are chosen between two looks at all of them, as a share of them all, and among how
 # many times as many of the most promising ones.
@@ -50,9 +52,7 @@ def select(root: np.ndarray, second: np.ndarray) -> Selection:
         second: C [n, n], their second moment.
     """
     n = len(second)
-    rest = (second + second.T) / 2
-    variances = np.diagonal(rest)
-    rest = rest + np.diag(RIDGE * variances + (FLOOR * float(variances.mean()) or 1.0))
+    rest = _definite((second + second.T) / 2)
     effect = root @ rest
     energy = float(np.sum((root @ second) * root))
     expand = np.zeros((n, n))
@@ -86,6 +86,21 @@ def select(root: np.ndarray, second: np.ndarray) -> Selection:
         energy=energy,
     )
     return Selection(order=picks, found=found)
+
+
+def _definite(second: np.ndarray) -> np.ndarray:
+    """A second moment with the least ridge of which half is enough: the rest is room for rounding."""
+    variances = np.diagonal(second)
+    level = float(variances.mean())
+    ridge = np.diag(RIDGE * (variances + level)) if level > 0 else np.eye(len(second))
+    for _ in range(TENFOLD):
+        try:
+            np.linalg.cholesky(second + ridge / 2)
+        except np.linalg.LinAlgError:
+            ridge = 10 * ridge
+        else:
+            break
+    return np.asarray(second + ridge)
 
 
 def _scores(effect: np.ndarray, rest: np.ndarray) -> np.ndarray:
