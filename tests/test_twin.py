@@ -1,0 +1,132 @@
+"""Models in torch against the ones that are written, and refits that have to prove themselves."""
+
+import itertools
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import onnx
+import pytest
+import test_hidden
+from builders import Feed, model, noise, run
+from test_units import EPS, SHRINK, STYLES, WIDE, D, whole
+
+from onnx_utilrank import CompressConfig, compress
+from onnx_utilrank.refit.gain import is_better
+from onnx_utilrank.refit.twin import Twin
+
+# --- the twin -----------------------------------------------------------------------------------
+
+
+def units_case(name: str) -> tuple[onnx.ModelProto, Feed]:
+    return STYLES[name].proto(), STYLES[name].feed(120)
+
+
+def heads_case(body: str) -> tuple[onnx.ModelProto, Feed]:
+    return test_hidden.Style(body=body).proto(), test_hidden.data()
+
+
+TWIN_UNITS = (
+    "relu",
+    "gemm of turned weights, scaled bias",
+    "gelu with its bias",
+    "constants of their own",
+    "gate with biases",
+    "gate, packed",
+    "turned about",
+    "conv of one tap",
+    "conv of nine taps",
+    "conv without bias",
+    "conv, constants of their own",
+    "pooled all",
+    "max pooling",
+    "two convs that are added",
+)
+TWIN_HEADS = ("matmul", "gemm", "stacked, split", "no bias", "biases behind a Reshape")
+SMALL = replace(SHRINK, param_ratio=0.75, force=True)
+TWINS = {each: (partial(units_case, each), SMALL) for each in TWIN_UNITS}
+for each in TWIN_HEADS:
+    TWINS[f"heads, {each}"] = partial(heads_case, test_hidden.STYLES[each].body), SMALL
+for each, body in test_hidden.SCALED_VALUES.items():
+    TWINS[f"heads, scaled {each}"] = partial(heads_case, body), SMALL
+for each in ("relu", "gate", "conv"):
+    for moves in (("low-rank",), ("low-rank", "shrink"), ("channels",)):
+        if moves != ("channels",) or each == "conv":
+            config = CompressConfig(param_ratio=0.45, moves=moves)
+            TWINS[f"{each} by {' and '.join(moves)}"] = partial(whole, each), config
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("name", TWINS)
+def test_twin_gives_what_the_rewritten_model_gives(name: str, fitted: bool, monkeypatch):
+    """Whether a refit is better is judged on models that are never written."""
+    seen = []
+
+    def spy(graph, layers, plain, refitted, losses, feeds) -> bool:
+        is_better(graph, layers, plain, refitted, losses, feeds)
+        seen.append(Twin(graph, layers, refitted if fitted else plain))
+        return fitted
+
+    monkeypatch.setattr("onnx_utilrank.compression.is_better", spy)
+    make, config = TWINS[name]
+    proto, data = make()
+    result = compress(proto, data, config)
+    assert result.plan.refit == fitted
+    (twin,) = seen
+    feed = {"x": data["x"][:7]}
+    made, expected = twin.run(feed, ["y"])["y"], run(result.model, feed)["y"]
+    before = run(proto, feed)["y"]
+    # A sum over taps and features, another over units; scores of heads pass an exponential.
+    atol = 16 * EPS * math.sqrt(9 * (D + WIDE)) * (1 + float(np.abs(before).max()))
+    np.testing.assert_allclose(made, expected, rtol=0, atol=atol)
+    assert np.abs(expected - before).max() > 100 * atol
+
+
+# --- the refit's gate ---------------------------------------------------------------------------
+
+
+def test_refit_has_to_be_better_on_samples_apart():
+    """With few samples some refits are not: then the model is the one without."""
+    body, made = "t0 = Identity(x)", {}
+    for k in range(3):
+        body += f" h{k} = MatMul(t{k}, w{k}) s{k} = Add(h{k}, b{k}) t{k + 1} = Tanh(s{k})"
+        made[f"w{k}"] = (noise(k, 16, 16) / 4).astype(np.float32)
+        made[f"b{k}"] = (0.3 * noise(k + 10, 16)).astype(np.float32)
+    proto = model("(float[n,16] x) => (float[n,16] y)", body + " y = Neg(t3)", **made)
+    data = {"x": noise(80, 300, 16).astype(np.float32)}
+    config = CompressConfig(param_ratio=0.6, moves=("low-rank",), force=True)
+    words = "No layer was refitted"
+    taken = set()
+    for seed, count in itertools.product(range(3), (20, 300)):
+        some_of = replace(config, seed=seed, samples=count)
+        result = compress(proto, data, some_of)
+        taken.add(result.plan.refit)
+        assert result.plan.refit != any(words in note for note in result.notes)
+        if not result.plan.refit:
+            plain = compress(proto, data, replace(some_of, refit=False))
+            assert result.model.SerializeToString() == plain.model.SerializeToString()
+            assert not any(words in note for note in plain.notes)
+    assert taken == {False, True}
+
+
+def test_refit_of_noise_is_not_better_and_the_right_one_is(monkeypatch):
+    judged_on = []
+
+    def spy(graph, layers, plain, refitted, losses, feeds) -> bool:
+        judged_on.append((graph, layers, plain, losses, feeds))
+        return is_better(graph, layers, plain, refitted, losses, feeds)
+
+    monkeypatch.setattr("onnx_utilrank.compression.is_better", spy)
+    proto, data = whole("relu")
+    compress(proto, data, CompressConfig(param_ratio=0.6, moves=("low-rank",)))
+    ((graph, layers, plain, losses, feeds),) = judged_on
+    assert not is_better(graph, layers, plain, plain, losses, feeds)
+    by_key = {layer.measured.site.key: layer for layer in layers}
+    exact = {
+        k: replace(r, weight=by_key[k].weight, turn=None, lost_mean=None) for k, r in plain.items()
+    }
+    assert is_better(graph, layers, plain, exact, losses, feeds)
+    assert not is_better(graph, layers, exact, plain, losses, feeds)
+    worse = {k: replace(r, lost_mean=noise(90, len(by_key[k].weight))) for k, r in plain.items()}
+    assert not is_better(graph, layers, plain, worse, losses, feeds)
