@@ -18,7 +18,7 @@ from onnx_utilrank.model.store import ModelStore, TensorSpec, atomic_write
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.surgery.rewrite import check_contract
 
-SMALLER = CompressConfig(param_ratio=0.8)
+SMALLER = CompressConfig(param_ratio=0.8, moves=("low-rank",))
 NOTHING = CompressConfig(param_ratio=1.0, exclude=("*",))
 SIZE = 60
 

@@ -13,7 +13,7 @@ from builders import Feed, model, noise, run
 from test_units import EPS, SHRINK, STYLES, WIDE, D, whole
 
 from onnx_utilrank import CompressConfig, compress
-from onnx_utilrank.refit.gain import is_better
+from onnx_utilrank.compression import is_better
 from onnx_utilrank.refit.twin import Twin
 
 # --- the twin -----------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def select(root: np.ndarray, second: np.ndarray) -> Selection:
 
 
 def _definite(second: np.ndarray) -> np.ndarray:
-    """A second moment with the least ridge of which half is enough: the rest is room for rounding."""
+    """A second moment with the least ridge of which half is enough; the rest is for rounding."""
     variances = np.diagonal(second)
     level = float(variances.mean())
     ridge = np.diag(RIDGE * (variances + level)) if level > 0 else np.eye(len(second))
