@@ -335,8 +335,8 @@ def _shrinking(
         reader = sites[hidden.reader or ""]
         assert isinstance(reader, TwoSidedSite)
         assert reader.units is not None
-        expand, reduce = reader.units.selection.basis(kept)
-        bases = [Basis(expand=expand, reduce=reduce)] * len(hidden.groups)
+        expand, picks = reader.units.selection.basis(kept)
+        bases = [Basis(expand=expand, reduce=np.eye(hidden.size)[picks])] * len(hidden.groups)
     else:
         bases = [_basis(hidden, group, kept, made) for group in hidden.groups]
     biases = {}

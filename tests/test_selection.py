@@ -83,10 +83,12 @@ def test_what_is_kept_is_kept_as_it_is(seed, n, q, rank):
     atol = 1e-14 * n * n / RIDGE
     for kept in range(1, n + 1):
         expand, choice = chosen.basis(kept)
-        assert expand.shape == choice.T.shape == (n, kept)
+        assert expand.shape == (n, kept)
         picks = np.sort(chosen.order[:kept])
-        np.testing.assert_array_equal(choice, np.eye(n)[picks])
-        np.testing.assert_allclose(expand @ choice, chosen.found.kept(kept), rtol=0, atol=atol)
+        np.testing.assert_array_equal(choice, picks)
+        np.testing.assert_allclose(
+            expand @ np.eye(n)[choice], chosen.found.kept(kept), rtol=0, atol=atol
+        )
         np.testing.assert_allclose(expand[picks], np.eye(kept), rtol=0, atol=atol)
     np.testing.assert_allclose(chosen.found.kept(n), np.eye(n), rtol=0, atol=atol)
     mean = rng.normal(size=n)
@@ -241,7 +243,7 @@ def test_predicted_loss_of_a_linear_model_is_the_measured_one(name: str):
     assert site.units is not None
     for kept in range(1, N):
         expand, choice = site.units.selection.basis(kept)
-        bases = [Basis(expand=expand, reduce=choice)]
+        bases = [Basis(expand=expand, reduce=np.eye(len(expand))[choice])]
         what = shrinking(graph, sites, units, bases)
         what = replace(what, lost={reader.key: site.units.lost(weight, kept)})
         made = recorder.compare(open_session(rewrite(graph, [], [what]), CPU)).mean

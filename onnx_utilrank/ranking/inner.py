@@ -136,12 +136,12 @@ class Units:
         level = float(np.trace(second)) / moment.width
         selection = select(root, (1 - mixed) * second + mixed * level * np.eye(moment.width))
         mean = moment.mean if centred else np.zeros(moment.width)
-        return cls(selection=selection, errors=selection.found.errors / 2, mean=mean)
+        return cls(selection=selection, errors=selection.errors / 2, mean=mean)
 
     def lost(self, weight: np.ndarray, kept: int) -> np.ndarray:
         """What is lost of the mean output, of a Conv away from the borders, [m]."""
         taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
-        return np.asarray(taps @ self.selection.found.lost(self.mean, kept))
+        return np.asarray(taps @ self.selection.lost(self.mean, kept))
 
 
 def forgiven(groups: Sequence[tuple[slice, bool]], mean: np.ndarray) -> np.ndarray:

@@ -37,21 +37,25 @@ class Layer:
     units: int | None = None
 
     @property
-    def projection(self) -> np.ndarray | None:
-        """What its inputs, or of a Conv its input channels, are projected with before all else."""
+    def projected(self) -> bool:
+        """Whether its inputs, or of a Conv its input channels, are projected before all else."""
+        return self.channels or self.units is not None
+
+    def projection(self) -> tuple[np.ndarray, np.ndarray]:
+        """L [n, k] and K [k, n]: how they are."""
         if self.units is not None:
             assert self.measured.units is not None
-            return self.measured.units.selection.found.kept(self.units)
-        if self.channels:
-            assert self.measured.channels is not None
-            assert self.rank is not None
-            return self.measured.channels.found.kept(self.rank)
-        return None
+            expand, picks = self.measured.units.selection.basis(self.units)
+            return expand, np.eye(len(expand))[picks]
+        assert self.measured.channels is not None
+        assert self.rank is not None
+        found = self.measured.channels.found
+        return found.expand[:, : self.rank], found.reduce[: self.rank]
 
     @property
     def outputs(self) -> bool:
         """Whether it is fitted by its outputs: Ŵ = A W. Else it is by its inputs."""
-        return self.measured.site.wide or self.channels or self.units is not None
+        return self.measured.site.wide or self.projected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from onnx_utilrank.model.graph import captured_names
 from onnx_utilrank.refit.fit import can_fit, fit_layer
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.regression import CrossMoment
-from onnx_utilrank.refit.twin import StandIn, layers_by_value, project_inputs
+from onnx_utilrank.refit.twin import Projection, StandIn, layers_by_value
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
@@ -98,8 +98,10 @@ def propagate(
             if found is not None:
                 layer, use = found
                 key = layer.measured.site.key
-                for run in runs:
-                    project_inputs(layer, use, run.compressed, run.samples)
+                if layer.projected:
+                    projection = Projection(layer)
+                    for run in runs:
+                        projection.put(use, run.compressed, run.samples)
                 if key not in done:
                     pairs = _moments(layer, use, runs) if can_fit(layer) else None
                     progress("solving", len(done), len(layers))

@@ -13,7 +13,7 @@ from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.torch_graph.block import Values
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["StandIn", "Twin", "layers_by_value", "project_inputs"]
+__all__ = ["Projection", "StandIn", "Twin", "layers_by_value"]
 
 
 class StandIn:
@@ -54,6 +54,34 @@ class StandIn:
         _put_rows(use, state, rows)
 
 
+class Projection:
+    """What a layer whose inputs, or of a Conv input channels, are projected makes of them."""
+
+    def __init__(self, layer: Layer) -> None:
+        expand, reduce = layer.projection()
+        weight, patches = layer.weight, layer.measured.site.uses[0].inputs.patches
+        self._patches = patches if patches and math.prod(patches.kernel) > 1 else None
+        self._reduce, self._expand = _tensor(reduce.T), _tensor(expand.T)
+        if self._patches:
+            weight = weight.reshape(len(weight), self._patches.channels, *self._patches.kernel)
+            self._weight = _tensor(weight)
+        else:
+            self._weight, self._expand = _tensor(weight.T), _tensor((weight @ expand).T)
+
+    def put(self, use: Use, state: Values, samples: int) -> None:
+        """Put that in the place of what the run holds for the node."""
+        x, y = state[use.inputs.tensor], state[use.result.tensor]
+        reduce, expand, weight = (t.to(x) for t in (self._reduce, self._expand, self._weight))
+        # The difference alone: whatever the node adds to it, computed or not, stays.
+        if self._patches:
+            change = (x.movedim(1, -1) @ reduce @ expand).movedim(-1, 1) - x
+            state[use.result.tensor] = y + convolved(change, weight, self._patches)
+            return
+        rows = as_rows(x, use.inputs, samples)
+        change = rows @ reduce @ expand - rows @ weight
+        _put_rows(use, state, as_rows(y, use.result, samples) + use.gain * change)
+
+
 class Twin:
     """The graph with layers replaced; with none, the graph itself."""
 
@@ -72,10 +100,11 @@ class Twin:
         """
         self._graph = graph
         self._at = layers_by_value(layers)
-        self._stand_ins = {
-            layer.measured.site.key: StandIn(layer, (made or {})[layer.measured.site.key])
-            for layer in layers
-        }
+        self._parts: dict[str, list[Projection | StandIn]] = {}
+        for layer in layers:
+            key = layer.measured.site.key
+            parts: list[Projection | StandIn] = [Projection(layer)] if layer.projected else []
+            self._parts[key] = [*parts, StandIn(layer, (made or {})[key])]
 
     def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """The outputs of these names.
@@ -90,8 +119,8 @@ class Twin:
                 for value in self._graph.step(k, state):
                     if value in self._at:
                         layer, use = self._at[value]
-                        project_inputs(layer, use, state, samples)
-                        self._stand_ins[layer.measured.site.key].put(use, state, samples)
+                        for part in self._parts[layer.measured.site.key]:
+                            part.put(use, state, samples)
                 for value in dead:
                     state.pop(value, None)
         return {name: state[name].cpu().numpy() for name in outputs}
@@ -100,24 +129,6 @@ class Twin:
 def layers_by_value(layers: Sequence[Layer]) -> dict[str, tuple[Layer, Use]]:
     """The layers and their uses by the value that each use makes."""
     return {u.result.tensor: (layer, u) for layer in layers for u in layer.measured.site.uses}
-
-
-def project_inputs(layer: Layer, use: Use, state: Values, samples: int) -> None:
-    """Let a run hold what the node makes of its inputs when those are projected."""
-    projection, patches = layer.projection, use.inputs.patches
-    if projection is None:
-        return
-    x, y = state[use.inputs.tensor], state[use.result.tensor]
-    turned, weight = _tensor(projection.T).to(x), layer.weight
-    # The difference alone: whatever the node adds to it, computed or not, stays.
-    if patches and math.prod(patches.kernel) > 1:
-        change = (x.movedim(1, -1) @ turned).movedim(-1, 1) - x
-        kernel = _tensor(weight.reshape(len(weight), patches.channels, *patches.kernel)).to(x)
-        state[use.result.tensor] = y + convolved(change, kernel, patches)
-        return
-    rows = as_rows(x, use.inputs, samples)
-    change = (rows @ turned - rows) @ _tensor(weight.T).to(x)
-    _put_rows(use, state, as_rows(y, use.result, samples) + use.gain * change)
 
 
 def _put_rows(use: Use, state: Values, rows: torch.Tensor) -> None:

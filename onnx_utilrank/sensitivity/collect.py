@@ -6,15 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onnx_utilrank.calibration.taps import ROWS_KEPT
 from onnx_utilrank.sensitivity.gradients import GradientPass, UseRows
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.site import Site, Use
 from onnx_utilrank.statistics.divergence import samples_in
-from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE, SecondMoment
+from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
 __all__ = ["Collector", "RowSums", "Seen", "collect_sensitivity"]
+
+# Rows a feature that the moment of hidden units is formed from, which is dear: they are many.
+ROWS_PER_INPUT = 2
 
 Feed = Mapping[str, np.ndarray]
 
@@ -155,7 +159,7 @@ class Collector:
         self._rows = RowSums(side.width, rows_wanted)
         self._samples = self._decisions = 0
         self._channels = RowSums(channels, rows_wanted) if channels else None
-        self._inputs = RowSums(inputs, ROWS_PER_FEATURE * inputs) if inputs else None
+        self._inputs = RowSums(inputs, max(ROWS_PER_INPUT * inputs, ROWS_KEPT)) if inputs else None
         self._groups = tuple(groups)
         self._blocks = [
             torch.zeros(g.stop - g.start, g.stop - g.start, dtype=torch.float64) for g in groups

@@ -12,7 +12,7 @@ DRAWS = 4
 # The samples of a dear model that gradients are taken of, that losses are predicted on, and that
 # layers are refitted to: shares, the dearer the less, and at least so many samples where each holds
 # few decisions.
-GRADIENT_SHARES, QUADRATIC_SHARE, REFIT_SHARES = (1 / 4, 1 / 2), 1 / 8, (1 / 4, 1.0)
+GRADIENT_SHARES, QUADRATIC_SHARE, REFIT_SHARES = (1 / 4, 1 / 2), 1 / 16, (1 / 4, 1.0)
 LEAST_DECISIONS = 4096
 LEAST_SAMPLES = 16
 # Samples of one run, at most; smaller where the memory budget asks for it.

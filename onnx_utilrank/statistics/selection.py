@@ -21,23 +21,49 @@ PER_LOOK, AMONG = 1 / 48, 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Features a [n] of which k are kept and the others made up for: a ≈ L_k K_k a.
+    """Features a [n] of which k are kept and the others made up for.
 
     Attributes:
         order: The features, the most valuable first, [n].
-        found: L and K. Row k of K holds none but the first k + 1 features of `order`, so that
-            K_k a is a change of basis of those that are kept; `errors` are those of each k.
+        columns: Partial Cholesky factor V [n, n] of their second moment in that order: rows
+            `order` are lower triangular.
+        errors: Expected squared error for k = 0 … n kept, float64 [n + 1], non-increasing.
+        energy: The expected square that relative errors refer to.
     """
 
     order: np.ndarray
-    found: Decomposition
+    columns: np.ndarray
+    errors: np.ndarray
+    energy: float
+
+    @property
+    def found(self) -> Decomposition:
+        """The same as a ≈ L_k K_k a, which is made anew each time: L is V.
+
+        Row k of K = V_S^{-1} a_S holds none but the first k + 1 features of `order`, so that K_k a
+        is a change of basis of those that are kept.
+        """
+        picks = self.order
+        choice = np.eye(len(picks))[picks]
+        return Decomposition(
+            expand=self.columns,
+            reduce=np.linalg.solve(np.tril(self.columns[picks]), choice),
+            errors=self.errors,
+            energy=self.energy,
+        )
 
     def basis(self, kept: int) -> tuple[np.ndarray, np.ndarray]:
-        """How all follow from those that are kept, [n, k], and the choice of these, [k, n]."""
-        n = len(self.order)
-        chosen = np.sort(self.order[:kept])
-        choice = np.eye(n)[chosen]
-        return self.found.kept(kept) @ choice.T, choice
+        """How all follow from those that are kept, [n, k], and which these are, [k], ascending."""
+        picks = self.order[:kept]
+        own = np.tril(self.columns[picks, :kept])
+        expand = np.linalg.solve(own.T, self.columns[:, :kept].T).T
+        ascending = np.argsort(picks)
+        return expand[:, ascending], picks[ascending]
+
+    def lost(self, values: np.ndarray, kept: int) -> np.ndarray:
+        """What is lost of some values [n] of them."""
+        expand, picks = self.basis(kept)
+        return np.asarray(values - expand @ values[picks])
 
 
 def select(root: np.ndarray, second: np.ndarray) -> Selection:
@@ -75,17 +101,14 @@ def select(root: np.ndarray, second: np.ndarray) -> Selection:
         alive[chosen] = False
         order += chosen.tolist()
         gains += gained
-    picks = np.array(order)
-    reduce = np.linalg.solve(np.tril(expand[picks]), np.eye(n)[picks])
     left = np.maximum(energy - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
     left[-1] = 0.0
-    found = Decomposition(
-        expand=expand,
-        reduce=reduce,
+    return Selection(
+        order=np.array(order),
+        columns=expand,
         errors=np.minimum.accumulate(left),
         energy=energy,
     )
-    return Selection(order=picks, found=found)
 
 
 def _definite(second: np.ndarray) -> np.ndarray:
