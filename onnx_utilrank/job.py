@@ -166,7 +166,7 @@ class Job:
         gradients = self._gradients(samples, config)
         hidden: tuple[Hidden, ...] = ()
         if config.moves is None or SHRINK in config.moves:
-            hidden = self.hidden(sites, samples)
+            hidden = self._affordable(self.hidden(sites, samples), config.memory_budget)
         measured = measure_sensitivity(
             gradients.graph,
             self.index,
@@ -206,6 +206,22 @@ class Job:
         single = next(self.data.feeds(samples, batch=1))
         values = survey(self.store, values_followed(self.index), single, self.provider)
         return find_hidden(self.index, sites, values)
+
+    def _affordable(self, hidden: Sequence[Hidden], budget: int) -> tuple[Hidden, ...]:
+        """Those whose decompositions may be held at once; of n units one takes n² numbers."""
+        held, kept = 0, []
+        for each in hidden:
+            need = 8 * each.size**2 if each.units else 0
+            if held + need <= budget // 4:
+                held += need
+                kept.append(each)
+        if len(kept) < len(hidden):
+            logger.warning(
+                "%s: the memory budget leaves no room to look at the hidden units of %d layers",
+                self.store.label,
+                len(hidden) - len(kept),
+            )
+        return tuple(kept)
 
     def _gradients(self, samples: Sequence[int], config: CompressConfig) -> Gradients:
         session = open_session(self.store, self.provider)

@@ -76,7 +76,8 @@ def measure_sensitivity(
     parts = [chosen]
     if not left_over and len(chosen) >= 2 * run:
         parts = [[s for k, s in enumerate(chosen) if k // run % 2 == half] for half in range(2)]
-    passes = list(_groups(sites, effort.statistics_bytes // len(parts)))
+    limit = effort.statistics_bytes // (len(parts) * BYTES)
+    passes = list(measuring.groups(sites, limit))
     if len(passes) > 1:
         logger.warning(
             "%s: the statistics of all weights do not fit the memory budget; %d passes over the "
@@ -172,6 +173,25 @@ class _Measuring:
             readers_of_units=of_units,
             kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
         )
+
+    def groups(self, sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
+        """Sites in order, cut where their sums would hold more than `limit` numbers."""
+        group: list[Site] = []
+        held = 0
+        for site in sites:
+            kernel = self.kernels.get(site.uses[0].node)
+            need = 2 * site.full_rank**2
+            if kernel is not None:
+                need += 2 * kernel.shape[1] ** 2
+            elif site.key in self.readers_of_units:
+                need += site.d**2
+            if group and held + need > limit:
+                yield group
+                group, held = [], 0
+            group.append(site)
+            held += need
+        if group:
+            yield group
 
     def collect(
         self, sites: Sequence[Site], parts: Sequence[Sequence[int]]
@@ -312,18 +332,3 @@ def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tu
             centred = group.met.side == "columns" and takes.get(group.met.site, False)
             found.setdefault(group.made.site, []).append((rows, centred))
     return found
-
-
-def _groups(sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
-    """Sites in order, cut where their sums would take more than `limit` bytes."""
-    group: list[Site] = []
-    held = 0
-    for site in sites:
-        need = BYTES * 2 * site.full_rank**2
-        if group and held + need > limit:
-            yield group
-            group, held = [], 0
-        group.append(site)
-        held += need
-    if group:
-        yield group
