@@ -64,6 +64,7 @@ def held() -> dict[str, np.ndarray]:
     floats |= {"half": np.array(0.5), "one": np.array([1.0]), "root": np.array(math.sqrt(2))}
     floats |= {"k0": np.array(0.7978846), "k1": np.array(0.044715), "three": np.array(3.0)}
     floats |= {"ones": np.ones(N), "ones2": np.ones(N)}
+    floats |= {"gain_c": 1 + 0.3 * noise(22, N, *(n - 2 for n in PLANE))}
     made = {name: value.astype(np.float32) for name, value in floats.items()}
     whole = {"halves": [N, N], "as_rows": [-1, D], "back": [-1, T, N], "merged": [-1, N]}
     whole |= {"free": [0, -1], "pairs": [0, T, N // 2, 2], "unpairs": [0, T, N], "a1": [1]}
@@ -228,6 +229,15 @@ STYLES = {
         "w2",
         signature=POOLED,
     ),
+    "batch norm behind and before a curve": conv(
+        "h = Conv(x, c3) b = BatchNormalization(h, gain, b1, shift, ones) r = Relu(b) "
+        "k = BatchNormalization(r, slope, bg, slope, ones2) y = Conv(k, d3, b2)",
+        "c3",
+        "d3",
+    ),
+    "instance norm": conv(
+        CONVS + "k = InstanceNormalization(r, gain, shift) y = Conv(k, d3, b2)", "c3", "d3"
+    ),
     "two convs that are added": conv(
         CONVS + "k = Conv(x, e3) s = Add(r, k) e = Relu(s) y = Conv(e, d3)",
         "c3",
@@ -315,8 +325,8 @@ NONE = {
         signature=FLAT.replace(f"[n,{D}]", f"[n,{T},{D}]"),
     ),
     "pixels are read": conv(CONVS + "f = Flatten(r) y = MatMul(f, w7)", signature=POOLED),
-    "batch norm": conv(
-        CONVS + "k = BatchNormalization(r, ones, b1, shift, ones2) y = Conv(k, d3, b2)"
+    "a normalization over channels": conv(
+        CONVS + "k = LayerNormalization<axis=1>(r, gain_c) y = Conv(k, d3, b2)"
     ),
 }
 

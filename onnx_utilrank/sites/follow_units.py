@@ -31,6 +31,8 @@ _NARY = frozenset({
     "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
 })
 # fmt: on
+# Of a channel, axis 1, and of constants [C].
+_PER_CHANNEL = frozenset({"BatchNormalization", "InstanceNormalization"})
 _CONTRIB = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"})
 # Pooling within each channel, axis 1.
 _POOLING = frozenset(
@@ -42,7 +44,7 @@ def _units_pass(node: onnx.NodeProto) -> bool:
     """Whether units pass a node that features in general do not."""
     if node.domain == "com.microsoft":
         return node.op_type in _CONTRIB
-    known = _UNARY | _NARY | _POOLING
+    known = _UNARY | _NARY | _PER_CHANNEL | _POOLING
     return node.domain in ("", "ai.onnx") and node.op_type in known
 
 
@@ -113,6 +115,8 @@ class UnitTrace(Trace):
         if shape != numbers.shape:
             return False
         axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
+        if node.op_type in _PER_CHANNEL:
+            return arriving == [node.input[0]] and self._normalized(k, node, axes)
         found = []
         for name in dict.fromkeys(filter(None, node.input)):
             if name in self.numbers:
@@ -138,4 +142,15 @@ class UnitTrace(Trace):
             found.append((k, name, axis - numbers.ndim, line.reshape(-1)))
         self.vectors.extend(found)
         self.numbers[out] = numbers
+        return True
+
+    def _normalized(self, k: int, node: onnx.NodeProto, axes: list[int]) -> bool:
+        """Pass a normalization of each channel by itself."""
+        numbers = self.numbers[node.input[0]]
+        constants = [self.index.constant(name) for name in node.input[1:]]
+        if axes != [1] or any(c is None or c.shape != numbers.shape[1:2] for c in constants):
+            return False
+        line = numbers.take(0, 0).reshape(numbers.shape[1], -1)[:, 0]
+        self.vectors.extend((k, name, -1, line) for name in dict.fromkeys(node.input[1:]))
+        self.numbers[node.output[0]] = numbers
         return True
