@@ -64,6 +64,8 @@ def held() -> dict[str, np.ndarray]:
     floats |= {"half": np.array(0.5), "one": np.array([1.0]), "root": np.array(math.sqrt(2))}
     floats |= {"k0": np.array(0.7978846), "k1": np.array(0.044715), "three": np.array(3.0)}
     floats |= {"ones": np.ones(N), "ones2": np.ones(N)}
+    floats |= {"deep": noise(23, N, 1, 3, 3), "deep2": noise(24, 2 * N, 1, 3, 3)}
+    floats |= {"d6": noise(25, M, 2 * N, 1, 1)}
     floats |= {"gain_c": 1 + 0.3 * noise(22, N, *(n - 2 for n in PLANE))}
     made = {name: value.astype(np.float32) for name, value in floats.items()}
     whole = {"halves": [N, N], "as_rows": [-1, D], "back": [-1, T, N], "merged": [-1, N]}
@@ -235,6 +237,15 @@ STYLES = {
         "c3",
         "d3",
     ),
+    "depthwise": conv(
+        CONVS + f"k = Conv<group={N}, pads=[1,1,1,1]>(r, deep, bg) c = Clip(k, half) "
+        "y = Conv(c, d1, b2)",
+        "c3",
+        "d1",
+    ),
+    "depthwise without bias": conv(
+        CONVS + f"k = Conv<group={N}, strides=[2,1]>(r, deep) y = Conv(k, d1)", "c3", "d1"
+    ),
     "instance norm": conv(
         CONVS + "k = InstanceNormalization(r, gain, shift) y = Conv(k, d3, b2)", "c3", "d3"
     ),
@@ -325,6 +336,7 @@ NONE = {
         signature=FLAT.replace(f"[n,{D}]", f"[n,{T},{D}]"),
     ),
     "pixels are read": conv(CONVS + "f = Flatten(r) y = MatMul(f, w7)", signature=POOLED),
+    "depthwise with a multiplier": conv(CONVS + f"k = Conv<group={N}>(r, deep2) y = Conv(k, d6)"),
     "a normalization over channels": conv(
         CONVS + "k = LayerNormalization<axis=1>(r, gain_c) y = Conv(k, d3, b2)"
     ),

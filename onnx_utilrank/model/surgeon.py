@@ -50,6 +50,7 @@ class Surgeon:
         ]
         self._chains: dict[int, list[gs.Node]] = {}
         self._forgotten: set[str] = set()
+        self._restated: dict[int, dict[str, int]] = {}
         self._before: dict[int, list[gs.Node]] = {}
         self._new: dict[str, onnx.TensorProto] = {}
 
@@ -102,6 +103,10 @@ class Surgeon:
             if tensor.name == old:
                 node.inputs[slot] = self.tensor(new)
 
+    def restate(self, k: int, attribute: str, value: int) -> None:
+        """Let node `k` have another value of an integer attribute that it has."""
+        self._restated.setdefault(k, {})[attribute] = value
+
     def finish(self) -> ModelStore:
         """The model after the surgery, with the source's own protos wherever nothing was changed.
 
@@ -140,11 +145,15 @@ class Surgeon:
     def _kept(self, k: int, node: gs.Node) -> onnx.NodeProto:
         proto = self.index.node(k)
         names = [t.name for t in node.inputs]
-        if names == list(proto.input):
+        restated = self._restated.get(k, {})
+        if names == list(proto.input) and not restated:
             return proto
         rewired = onnx.NodeProto()
         rewired.CopyFrom(proto)
         rewired.input[:] = names
+        for attribute in rewired.attribute:
+            if attribute.name in restated:
+                attribute.i = restated[attribute.name]
         return rewired
 
     def _dead(self) -> set[str]:

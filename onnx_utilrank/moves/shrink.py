@@ -66,6 +66,8 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
         _rewrite_site(surgeon, what, site, maps.get(key))
     for vector in hidden.vectors:
         _rewrite_vector(surgeon, what, vector, maps)
+    for node in hidden.depthwise:
+        surgeon.restate(node, "group", kept)
     for repair in hidden.reshapes:
         _restate(surgeon, repair, hidden.size, kept)
     for node in hidden.splits:
@@ -148,18 +150,19 @@ def _rewrite_vector(
     n, name, parts = what.hidden.size, vector.name, vector.parts
     held = surgeon.index.constant(name)
     assert held is not None
-    flat = held.astype(np.float64).reshape(-1)
+    # More than one column has the kernel of a depthwise Conv.
+    lines = held.astype(np.float64).reshape(n * len(parts), -1)
     pieces = []
     for k, part in enumerate(parts):
         site = what.sites[part.site]
         slot = site.uses[0].bias
-        piece = flat[k * n : (k + 1) * n]
+        piece = lines[k * n : (k + 1) * n]
         if slot.kind == "add" and slot.node == vector.node and part.site in what.biases:
-            piece = what.biases[part.site][part.start : part.start + n]
+            piece = what.biases[part.site][part.start : part.start + n, None]
         pieces.append(maps[part.site][part.start] @ piece)
     values = np.concatenate(pieces)
     shape = list(held.shape)
-    shape[vector.axis] = shape[vector.axis] * len(values) // len(flat)
+    shape[vector.axis] = shape[vector.axis] * len(values) // len(lines)
     # Units may have met a Cast, or be chosen among by constants that are true or false.
     first = what.sites[parts[0].site]
     new = store(surgeon, first, f"{name}/shrunk", values.reshape(shape), held.dtype)

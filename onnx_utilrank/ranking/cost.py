@@ -75,7 +75,9 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
     """
     total = 0
     for vector in hidden.vectors:
-        held = hidden.size * len(vector.parts)
+        kind = index.constant_type(vector.name)
+        assert kind is not None
+        held = math.prod(kind[0])
         total += held * kept // hidden.size
         total -= held if index.freed_by(vector.name, frozenset({vector.node})) else 0
     for repair in (*hidden.reshapes, *hidden.shapes):

@@ -150,6 +150,7 @@ class _Assembly:
             reshapes=tuple(r for op, r in repairs if op == "Reshape"),
             splits=tuple(r.node for op, r in repairs if op == "Split"),
             shapes=tuple(r for op, r in repairs if op == "Shape"),
+            depthwise=tuple(r.node for op, r in repairs if op == "Conv"),
             vectors=vectors,
             values=tuple(
                 name
@@ -194,7 +195,7 @@ class _Assembly:
                 stated = self.trace.index.constant(self.trace.index.node(k).input[1])
                 if stated is None or any(int(n) % size for n in stated):
                     return None
-            elif self._target(k)[place] <= 0:
+            elif op == "Reshape" and self._target(k)[place] <= 0:
                 continue  # the extent follows from others
             found.append((op, Repair(node=k, place=place, length=length, extent=extent)))
         return found

@@ -44,7 +44,7 @@ def _units_pass(node: onnx.NodeProto) -> bool:
     """Whether units pass a node that features in general do not."""
     if node.domain == "com.microsoft":
         return node.op_type in _CONTRIB
-    known = _UNARY | _NARY | _PER_CHANNEL | _POOLING
+    known = _UNARY | _NARY | _PER_CHANNEL | _POOLING | {"Conv"}
     return node.domain in ("", "ai.onnx") and node.op_type in known
 
 
@@ -112,6 +112,8 @@ class UnitTrace(Trace):
                 numbers[(slice(None), slice(None), *(slice(0, 1),) * (numbers.ndim - 2))], shape
             )
             return True
+        if node.op_type == "Conv":
+            return arriving == [node.input[0]] and self._convolved(k, node)
         if shape != numbers.shape:
             return False
         axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
@@ -153,4 +155,23 @@ class UnitTrace(Trace):
         line = numbers.take(0, 0).reshape(numbers.shape[1], -1)[:, 0]
         self.vectors.extend((k, name, -1, line) for name in dict.fromkeys(node.input[1:]))
         self.numbers[node.output[0]] = numbers
+        return True
+
+    def _convolved(self, k: int, node: onnx.NodeProto) -> bool:
+        """Pass a Conv of each channel by itself."""
+        numbers, (out,) = self.numbers[node.input[0]], node.output
+        constants = [self.index.constant(name) for name in node.input[1:]]
+        axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        if axes != [1] or not moves_within(numbers, 1):
+            return False
+        if any(c is None or len(c) != groups or groups != numbers.shape[1] for c in constants):
+            return False
+        line = numbers.take(0, 0).reshape(groups, -1)
+        for name, held in zip(node.input[1:], constants, strict=True):
+            assert held is not None
+            self.vectors.append((k, name, -held.ndim, line[:, 0]))
+        self.seen.append(("Conv", k, numbers))
+        one = line[:, 0].reshape(1, groups, *(1,) * (numbers.ndim - 2))
+        self.numbers[out] = np.broadcast_to(one, self.values[out].shape)
         return True

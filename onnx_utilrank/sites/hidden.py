@@ -69,10 +69,10 @@ class Repair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vector:
-    """A constant that is added to the features on their way.
+    """A constant that is added to the features on their way, or holds something of each unit.
 
     Attributes:
-        node: The node that adds it.
+        node: The node that reads it.
         name: The constant.
         axis: Its axis that the features of a group lie along; negative.
         parts: Which rows made the features it is added to, one part for every n of them.
@@ -98,6 +98,7 @@ class Hidden:
         shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
         vectors: Constants that are added to them.
         values: Every value that holds them: what a model declares of their shapes no longer holds.
+        depthwise: Convs of each unit by itself, whose number of groups is that of the units.
         units: Whether functions are applied to each of them by itself, so that they cannot be
             mixed: some are kept as they are, the same of every group.
     """
@@ -111,6 +112,7 @@ class Hidden:
     shapes: tuple[Repair, ...]
     vectors: tuple[Vector, ...]
     values: tuple[str, ...]
+    depthwise: tuple[int, ...] = ()
     units: bool = False
 
     @property
