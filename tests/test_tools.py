@@ -371,6 +371,13 @@ def test_move_costs_prints_a_row_for_each_shape(monkeypatch, capsys):
     monkeypatch.syspath_prepend(TOOLS)
     move_costs = importlib.import_module("move_costs")
     assert move_costs.main(["--pairs", "2"]) == 0
-    head, *rows = cells(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    orders, convs = text.split("\n\n| outer")
+    head, *rows = cells(orders)
     assert len(rows) == len(move_costs.MATRICES) + len(move_costs.MAPS)
+    head_of_convs, *others = cells(f"| outer{convs}")
+    assert len(others) == len(move_costs.CONVS)
+    for row in others:
+        ratios = dict(zip(head_of_convs, row, strict=True))
+        assert all(float(ratios[f"−{n}"]) > 0 for n in move_costs.LEFT_OUT[1:])
     assert {dict(zip(head, row, strict=True))["on"] for row in rows} == {"the last axis", "axis 1"}

@@ -1,9 +1,14 @@
-"""Measure what ordering outputs costs, in multiply-accumulates that a product does meanwhile.
+"""Measure what moves cost beside their multiply-accumulates.
+
+Ordering outputs, in multiply-accumulates that a product does meanwhile:
 
 A pivot stores some outputs of a weight as they are and makes the others of them; a Gather then puts
 them in order. `onnx_utilrank/moves/pivot.py` rates an element that it moves, and the nodes that it
 adds, by the multiply-accumulates that a matrix product does in the same time. This prints them for
 the machine it runs on: features on the last axis, as after MatMul, and on axis 1, as after Conv.
+
+And two Convs with some of the channels between them left out, in the time of all of them:
+`onnx_utilrank/moves/shrink.py` keeps channels in multiples of as many as Convs are fast on.
 
 Each model is timed by turns with the product that it is compared with, in one process; the figures
 are medians over pairs.
@@ -27,6 +32,10 @@ from onnx_utilrank.runtime.sessions import Feed, Session, open_session
 __all__ = ["main"]
 
 COLUMNS = ("features", "on", "elements", "Gather, ns an element", "MACs an element", "start, MACs")
+LEFT_OUT = (0, 1, 2, 4, 8, 16, 32)
+PAIRS = ("outer channels", "channels between", "extent", "between them")
+# Channels around and between two Convs, their extent, and whether a depthwise Conv lies between.
+CONVS = ((32, 192, 28, True), (96, 576, 14, True), (64, 64, 80, False))
 # Rows and features of a text or image transformer; channels and extent of a convolution.
 MATRICES = ((197, 768), (128, 384), (50, 192))
 MAPS = ((256, 14), (128, 28), (64, 56))
@@ -95,6 +104,44 @@ def _row(shape: tuple[int, ...], axis: int, provider: Provider, pairs: int) -> t
     )
 
 
+def _convs(
+    outer: int, inner: int, extent: int, depthwise: bool, provider: Provider
+) -> tuple[Session, Feed]:
+    """Two Convs with so many channels between them."""
+    rng = np.random.default_rng(0)
+    size = 1 if depthwise else 3
+    shapes = {"v": (inner, outer, size, size), "w": (outer, inner, size, size)}
+    pads = f"pads=[{','.join([str(size // 2)] * 4)}]"
+    body = f"a = Conv<{pads}>(x, v) r = Relu(a) "
+    if depthwise:
+        shapes["d"] = (inner, 1, 3, 3)
+        body += f"b = Conv<group={inner}, pads=[1,1,1,1]>(r, d) s = Relu(b) y = Conv(s, w)"
+    else:
+        body += f"y = Conv<{pads}>(r, w)"
+    dims = f"float[1,{outer},{extent},{extent}]"
+    held = {name: rng.standard_normal(s, dtype=np.float32) for name, s in shapes.items()}
+    store = _model(body, f"({dims} x) => ({dims} y)", **held)
+    x = rng.standard_normal((1, outer, extent, extent), dtype=np.float32)
+    return open_session(store, provider), {"x": x}
+
+
+def _channels(
+    outer: int, inner: int, extent: int, depthwise: bool, provider: Provider, pairs: int
+) -> tuple[str, ...]:
+    kept = [inner - n for n in LEFT_OUT]
+    timed = [_convs(outer, n, extent, depthwise, provider) for n in kept]
+    whole, *others = _medians(timed, pairs)
+    return (
+        *(str(outer), str(inner), str(extent), "depthwise Conv" if depthwise else "–"),
+        *(f"{seconds / whole:.2f}" for seconds in others),
+    )
+
+
+def _printed(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]) -> None:
+    lines = [head, ["---" if k in words else "---:" for k in range(len(head))], *rows]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status."""
     parser = argparse.ArgumentParser(
@@ -112,8 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [_row((1, n, m), -1, provider, options.pairs) for n, m in MATRICES]
     rows += [_row((1, c, n, n), 1, provider, options.pairs) for c, n in MAPS]
     print(f"    python tools/{shlex.join([parser.prog, *given])}\n")
-    lines = [COLUMNS, tuple("---" if k == 1 else "---:" for k in range(len(COLUMNS))), *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    _printed(COLUMNS, rows, [1])
+    print()
+    rows = [_channels(*each, provider, options.pairs) for each in CONVS]
+    _printed([*PAIRS, *(f"−{n}" for n in LEFT_OUT[1:])], rows, [3])
     return 0
 
 

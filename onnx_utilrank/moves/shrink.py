@@ -13,9 +13,14 @@ from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.hidden import Hidden, Repair, Vector
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["SHRINK", "Basis", "Shrinking", "shrink"]
+__all__ = ["FAST_CHANNELS", "SHRINK", "Basis", "Shrinking", "shrink"]
 
 SHRINK = "shrink"
+
+# Convs are fast on blocks of channels: on CPUs, one of a few channels less is no faster but where
+# their number is a multiple of a few, and may take nearly twice the time where it is odd (depthwise
+# Convs; `tools/move_costs.py`).
+FAST_CHANNELS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
-from onnx_utilrank.moves.shrink import SHRINK
+from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
@@ -99,6 +99,9 @@ class Offers:
 
         sites = {m.site.key: m.site for m in measured}
 
+        # Those that are asked for by name may be slower.
+        channels = FAST_CHANNELS if config.moves is None else 1
+
         def shrunk(each: Hidden, choice: Choice, kept: int) -> Move:
             return _shrunk(index, each, sites, choice.measured.site, kept, ledger)
 
@@ -106,7 +109,9 @@ class Offers:
             index=index,
             fingerprint=index.store.fingerprint(),
             choices=choices,
-            bundles=tuple(bundled(choices, hidden, shrunk, config.rank_multiple) if hidden else ()),
+            bundles=tuple(
+                bundled(choices, hidden, shrunk, config.rank_multiple, channels) if hidden else ()
+            ),
             skips=tuple(skips),
             method=method,
             config=config,

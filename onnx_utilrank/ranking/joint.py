@@ -1,6 +1,7 @@
 """Choices that several weights make together, because the features between them may shrink."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ def bundled(
     hidden: Sequence[Hidden],
     shrunk: Callable[[Hidden, Choice, int], Move],
     multiple: int,
+    channels: int = 1,
 ) -> list[Bundle]:
     """The choices, those around hidden features joined.
 
@@ -58,6 +60,7 @@ def bundled(
         hidden: Features between sites; those of which a weight was not measured are left out.
         shrunk: The move of a site of a hidden of which so many features a group are kept.
         multiple: Features are kept in multiples of this.
+        channels: And units that are channels of Convs in multiples of this too.
     """
     place = {c.measured.site.key: k for k, c in enumerate(choices)}
     bundles: list[Bundle] = []
@@ -69,7 +72,10 @@ def bundled(
         taken.update(members)
         own = [choices[k] for k in members]
         options = _separately(own)
-        for kept in range(multiple, each.size, multiple):
+        step = multiple
+        if each.units and any(c.measured.site.op_type == "Conv" for c in own):
+            step = math.lcm(multiple, channels)
+        for kept in range(step, each.size, step):
             moves = tuple(shrunk(each, c, kept) for c in own)
             lost = 0.0
             for measured in own:

@@ -20,6 +20,7 @@ from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
 __all__ = [
+    "TRUSTED",
     "TWO_SIDED",
     "TwoSided",
     "TwoSidedSite",
@@ -28,6 +29,11 @@ __all__ = [
     "with_heads",
     "with_units",
 ]
+
+
+# A loss of one weight, in nats or half of a relative squared error, that is twice what its second
+# order says: gradients tell of small changes, and large ones turn out worse.
+TRUSTED = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +268,11 @@ def with_units(
         of_inputs: The gradients there, of a Conv of several taps; else they follow from those of
             the outputs.
     """
-    # A weight that gets no new bias cannot make up for a mean.
-    centred = site.site.bias in ("input", "add")
+    # A weight that gets no new bias cannot make up for a mean, nor one that sees zeros beyond the
+    # borders, which have another.
+    patches = site.site.uses[0].inputs.patches
+    padded = patches is not None and (any(patches.pads) or patches.auto_pad.startswith("SAME"))
+    centred = site.site.bias in ("input", "add") and not padded
     if of_inputs is not None:
         root = Metric.of(of_inputs.fisher()).root_t
     else:
@@ -282,7 +291,8 @@ def _mean(
 
 def _larger(errors: np.ndarray, quadratic: np.ndarray) -> np.ndarray:
     rising = np.maximum.accumulate(quadratic[::-1])[::-1]  # no rank is worse than a lower one
-    return np.asarray(np.maximum(errors, rising))
+    larger = np.maximum(errors, rising)
+    return np.asarray(larger + larger * larger / TRUSTED)
 
 
 class TwoSided:
