@@ -82,7 +82,7 @@ def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tu
         return ()
     return (
         "No layer was refitted to what it gets behind compressed ones: on calibration samples kept "
-        "apart for it that was no better.",
+        "apart for it that was no better, or there were too few to tell.",
     )
 
 
@@ -199,13 +199,15 @@ def _layers(
     run = job.data.run or 1
     room = max(2 * run, config.memory_budget // (4 * gradients.footprint.live))
     room = min(room // run * run, gradients.effort.refit, len(samples))
-    picked = np.random.default_rng(config.seed).permutation(len(samples))[:room]
     apart = min(JUDGED, room // 4) // run * run or run
-    if apart >= room:
+    if apart >= room and not settled:
         return replace(plan, refit=False), plain
+    # Factors may have been made of the first of these; what judges them comes last.
+    order = np.random.default_rng(config.seed).permutation(len(samples))
+    parts = (order[: max(room - apart, run)], order[-apart:])
     fitted, judging = (
         list(job.data.feeds([samples[k] for k in sorted(part)], batch=gradients.effort.run))
-        for part in (picked[apart:], picked[:apart])
+        for part in parts
     )
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
     made = propagate(gradients.graph, layers, fitted, mask, job.progress)

@@ -111,13 +111,15 @@ class CompressConfig(SiteFilter):
             the model and its outputs.
         moves: Keys of the moves that may be made, wherever they are smaller; None for all that
             the method has, where they should be faster too.
-        refit: Fit layers anew to what they get behind compressed ones.
+        refit: Fit layers anew to what they get behind compressed ones, if that is better on
+            samples kept apart for it.
         force: Factor every site, also where that saves nothing.
         rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
         samples: Samples to use, those held back included; None for all.
         seed: Seed of the choice of samples, of the split and of gradients.
         provider: Key of the execution provider to calibrate and validate on.
-        memory_budget: Bytes that running sums and the activations of gradients may take together.
+        memory_budget: Bytes that running sums and the activations of gradients may take together;
+            hidden units whose decompositions would take more than a quarter of it stay.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.

@@ -137,8 +137,16 @@ class Job:
         sites: Sequence[Site],
         samples: Sequence[int],
         config: CompressConfig,
+        hidden: tuple[Hidden, ...] | None = None,
     ) -> Measurement:
         """Decompose every site by a method; None takes the best that the model allows.
+
+        Args:
+            key: The method.
+            sites: The sites.
+            samples: Calibration samples.
+            config: Options.
+            hidden: Features that are to shrink, as a plan says; None looks for all that may.
 
         Raises:
             ModelError: The model does not run, or cannot be run in torch though the method that
@@ -149,7 +157,7 @@ class Job:
             assert isinstance(method, MomentMethod)
             return self._measure_moments(method, sites, samples)
         try:
-            return self._measure_gradients(sites, samples, config)
+            return self._measure_gradients(sites, samples, config, hidden)
         except ModelError as e:
             if key is not None:
                 raise
@@ -161,17 +169,20 @@ class Job:
             )
 
     def _measure_gradients(
-        self, sites: Sequence[Site], samples: Sequence[int], config: CompressConfig
+        self,
+        sites: Sequence[Site],
+        samples: Sequence[int],
+        config: CompressConfig,
+        hidden: tuple[Hidden, ...] | None,
     ) -> Measurement:
         gradients = self._gradients(samples, config)
-        hidden: tuple[Hidden, ...] = ()
-        if config.moves is None or SHRINK in config.moves:
+        if hidden is None and (config.moves is None or SHRINK in config.moves):
             hidden = self._affordable(self.hidden(sites, samples), config.memory_budget)
         measured = measure_sensitivity(
             gradients.graph,
             self.index,
             sites,
-            hidden,
+            hidden or (),
             gradients.losses,
             self.data,
             samples,
@@ -195,7 +206,7 @@ class Job:
         return Measurement(
             method=TWO_SIDED,
             sites=list(measured),
-            hidden=hidden,
+            hidden=hidden or (),
             skips=skips,
             notes=(*rows_notes(rows), losses_note(gradients.losses)),
             gradients=gradients,

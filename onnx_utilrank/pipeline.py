@@ -27,6 +27,7 @@ from onnx_utilrank.results import (
 )
 from onnx_utilrank.runtime.providers import find_provider
 from onnx_utilrank.search import Candidate, search
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = ["analyze", "compress", "sweep", "validate"]
@@ -133,17 +134,19 @@ def compress(
         done = ("The model already is what this plan makes of its source; nothing was changed.",)
         return CompressResult(plan=plan, store=job.store, validation=report, samples=0, notes=done)
     sites = job.sites
+    hidden: tuple[Hidden, ...] | None = None
     if plan is not None:
         check_plan(plan, job.index, sites)
         if plan.shrunk:
-            check_hidden(plan, job.index, job.hidden(sites, calibration))
+            # Of all sites: which weights share features depends on the others.
+            hidden = check_hidden(plan, job.index, job.hidden(sites, calibration))
         changed = planned_moves(plan).keys() | plan.shrinking
         sites = tuple(s for s in sites if s.key in changed)
         config = replace(config, method=plan.method, weighting=plan.weighting, moves=None)
     searched: Sequence[int] = ()
     if config.quality is not None:
         calibration, searched = _part(job, calibration, config.seed)
-    found = job.measure(config.method_key, sites, calibration, config)
+    found = job.measure(config.method_key, sites, calibration, config, hidden)
     best: Candidate | None = None
     store: ModelStore | None = None
     notes = found.notes

@@ -44,7 +44,7 @@ LAYERS = {
     "search": "compression config errors job measurement model quality ranking",
     "pipeline": (
         "calibration compression config errors job model quality ranking results runtime search"
-        " validation"
+        " sites validation"
     ),
     "__init__": "config errors pipeline ranking results validation",
     "report": "errors model quality ranking results validation",

@@ -185,7 +185,6 @@ class _Subject:
         plan, store = build(self.job, plan, found, self.samples, config)
         entry = replace(entry, seconds=time.perf_counter() - start)
         divergence = self.judge(store).divergence
-        divergence = self.judge(store).divergence
         if divergence is None:
             raise ModelError("no output holds finite floating values to compare")
         metric = None

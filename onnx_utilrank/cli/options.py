@@ -121,12 +121,13 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="MOVES",
         help=f"what may be done to weights, comma-separated: {','.join(MOVE_KEYS)}; those named "
         "are made wherever that is smaller (default: all; pivot and channels only where they "
-        "should be faster too)",
+        "should be faster too, and channels between Convs in multiples that are fast)",
     )
     parser.add_argument(
         "--no-refit",
         action="store_true",
-        help="do not fit layers anew to what they get behind compressed ones",
+        help="do not fit layers anew to what they get behind compressed ones (default: do, where "
+        "that is better on samples kept apart for it)",
     )
     parser.add_argument(
         "--rank-multiple",

@@ -3,8 +3,9 @@
 graphsurgeon loses what it does not model (metadata, doc strings, quantization annotations, function
 overloads, some attribute types). So it never sees the user's model: it gets a skeleton with the
 nodes' operators, names and edges, and no attributes or weights. After the surgery, every node
-that is still one of the skeleton's is copied from the source as it stands there; only nodes made
-during the surgery are exported by graphsurgeon.
+that is still one of the skeleton's is copied from the source as it stands there, but for inputs
+and attributes that were said to change; only nodes made during the surgery are exported by
+graphsurgeon.
 """
 
 from collections import Counter

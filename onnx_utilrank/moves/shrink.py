@@ -71,8 +71,8 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
         _rewrite_site(surgeon, what, site, maps.get(key))
     for vector in hidden.vectors:
         _rewrite_vector(surgeon, what, vector, maps)
-    for node in hidden.depthwise:
-        surgeon.restate(node, "group", kept)
+    for repair in hidden.depthwise:
+        surgeon.restate(repair.node, "group", repair.extent // hidden.size * kept)
     for repair in hidden.reshapes:
         _restate(surgeon, repair, hidden.size, kept)
     for node in hidden.splits:
@@ -155,20 +155,30 @@ def _rewrite_vector(
     n, name, parts = what.hidden.size, vector.name, vector.parts
     held = surgeon.index.constant(name)
     assert held is not None
+    own = [what.sites[part.site].uses[0].bias for part in parts]
+    fresh = [
+        slot.kind == "add" and slot.node == vector.node and part.site in what.biases
+        for part, slot in zip(parts, own, strict=True)
+    ]
     # More than one column has the kernel of a depthwise Conv.
-    lines = held.astype(np.float64).reshape(n * len(parts), -1)
+    lines = held.reshape(n * len(parts), -1)
+    shape = list(held.shape)
+    if what.hidden.units and not any(fresh):
+        # Of any type and value: units may have met a Cast, or be limited by infinities.
+        picks = np.flatnonzero(what.bases[0].reduce.any(0))
+        values = lines[np.concatenate([k * n + picks for k in range(len(parts))])]
+        shape[vector.axis] = shape[vector.axis] * len(values) // len(lines)
+        new = surgeon.constant(f"{name}/shrunk", values.reshape(shape))
+        surgeon.rewire(vector.node, name, new)
+        return
     pieces = []
     for k, part in enumerate(parts):
-        site = what.sites[part.site]
-        slot = site.uses[0].bias
-        piece = lines[k * n : (k + 1) * n]
-        if slot.kind == "add" and slot.node == vector.node and part.site in what.biases:
+        piece = lines[k * n : (k + 1) * n].astype(np.float64)
+        if fresh[k]:
             piece = what.biases[part.site][part.start : part.start + n, None]
         pieces.append(maps[part.site][part.start] @ piece)
     values = np.concatenate(pieces)
-    shape = list(held.shape)
     shape[vector.axis] = shape[vector.axis] * len(values) // len(lines)
-    # Units may have met a Cast, or be chosen among by constants that are true or false.
     first = what.sites[parts[0].site]
     new = store(surgeon, first, f"{name}/shrunk", values.reshape(shape), held.dtype)
     surgeon.rewire(vector.node, name, new)

@@ -45,7 +45,10 @@ class Ledger:
         return float(kept * site.dtype.itemsize) if self.unit == "bytes" else float(kept)
 
     def shrunk(self, site: Site, rows: int, columns: int, extra: int) -> float:
-        """What it costs with fewer rows and columns, and so many elements elsewhere."""
+        """What it costs with fewer rows and columns, and so many elements elsewhere.
+
+        Operations of depthwise Convs on the way, which become fewer too, are not told.
+        """
         if self.unit == "operations":
             return self.rows[site.key] * rows * columns
         parameters = rows * columns + extra

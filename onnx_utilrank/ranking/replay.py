@@ -53,8 +53,8 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
             )
 
 
-def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) -> None:
-    """Check that the features which a plan shrinks are those of this model.
+def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) -> tuple[Hidden, ...]:
+    """Check that the features which a plan shrinks are those of this model, and give them.
 
     Raises:
         ModelError: They are not.
@@ -79,6 +79,7 @@ def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) ->
                 f"{index.store.label}: the plan shrinks the features of {entry.hidden!r}, which "
                 "the model does not have that way"
             )
+    return tuple(known[entry.hidden] for entry in plan.shrunk)
 
 
 def planned_moves(plan: RankPlan) -> Mapping[str, Move]:

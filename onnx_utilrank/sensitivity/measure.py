@@ -57,7 +57,8 @@ def measure_sensitivity(
 
     What a rank loses is predicted on other samples than those that the decomposition is of: on
     ones that are left over, or else each half of them predicts for the decomposition of the other
-    half. On its own samples a decomposition of few rows looks better than it is.
+    half (unless there is no more than one run). On its own samples a decomposition of few rows
+    looks better than it is.
 
     Sites whose sums do not fit the memory budget together are taken in groups, with a pass over
     the samples for each.

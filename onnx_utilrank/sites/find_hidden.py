@@ -150,7 +150,7 @@ class _Assembly:
             reshapes=tuple(r for op, r in repairs if op == "Reshape"),
             splits=tuple(r.node for op, r in repairs if op == "Split"),
             shapes=tuple(r for op, r in repairs if op == "Shape"),
-            depthwise=tuple(r.node for op, r in repairs if op == "Conv"),
+            depthwise=tuple(r for op, r in repairs if op == "Conv"),
             vectors=vectors,
             values=tuple(
                 name

@@ -81,10 +81,10 @@ class Trace:
     def _begin(self, site: Site) -> None:
         use = site.uses[0]
         shape = self.values[use.result.tensor].shape
-        if not math.prod(shape):
+        behind = -use.result.axis - 1 if use.result.axis < 0 else len(shape) - 1 - use.result.axis
+        if not math.prod(shape) or behind >= len(shape):  # a vector has no axis of rows
             return
         line = np.arange(site.m, dtype=np.int32) + self.first[site.key]
-        behind = -use.result.axis - 1 if use.result.axis < 0 else len(shape) - 1 - use.result.axis
         self.numbers[use.result.tensor] = np.broadcast_to(line.reshape(-1, *(1,) * behind), shape)
 
     def _stop(self, numbers: np.ndarray) -> None:
@@ -95,7 +95,9 @@ class Trace:
         given = [self.numbers[name] for name in arriving]
         known = node.domain in ("", "ai.onnx") and all(n in self.values for n in node.output if n)
         passed = False
-        if site is not None and arriving == [site.uses[0].inputs.tensor]:
+        if any(n in self.values and not self.values[n].size for n in node.output):
+            known = False  # nothing can be seen of what is empty in this sample
+        elif site is not None and arriving == [site.uses[0].inputs.tensor]:
             passed = self._read(site, given[0])
         elif node.op_type == "Shape" and node.domain in ("", "ai.onnx"):
             self.seen.append(("Shape", k, given[0]))

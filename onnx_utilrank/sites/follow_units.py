@@ -72,7 +72,7 @@ class UnitTrace(Trace):
         if (
             _units_pass(node)
             and site is None
-            and all(n in self.values for n in node.output if n)
+            and all(n in self.values and self.values[n].size for n in node.output if n)
             and self._through(k, node, arriving)
         ):
             return
@@ -93,6 +93,8 @@ class UnitTrace(Trace):
             return False
         axis = 1 if view.patches else view.axis
         width = view.patches.channels if view.patches else view.width
+        if not -numbers.ndim <= axis < numbers.ndim:
+            return False
         lines = np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])
         if lines.shape[1] != width or (lines != lines[0]).any():
             return False
@@ -125,8 +127,7 @@ class UnitTrace(Trace):
                 if self.numbers[name].shape != shape:
                     return False
                 if not np.array_equal(self.numbers[name], numbers):
-                    pair = np.stack([numbers.ravel(), self.numbers[name].ravel()])
-                    self.pairs.append(np.unique(pair, axis=1))
+                    self.pairs.append(_pairs(numbers, self.numbers[name]))
                 continue
             held = self.index.constant(name)
             known = held if held is not None else self.values.get(name)
@@ -175,3 +176,10 @@ class UnitTrace(Trace):
         one = line[:, 0].reshape(1, groups, *(1,) * (numbers.ndim - 2))
         self.numbers[out] = np.broadcast_to(one, self.values[out].shape)
         return True
+
+
+def _pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The units of two arrays that meet, [2, n]; along most axes nothing differs."""
+    same = [not (varies(one, a) or varies(other, a)) for a in range(one.ndim)]
+    cut = tuple(slice(0, 1) if s else slice(None) for s in same)
+    return np.unique(np.stack([one[cut].ravel(), other[cut].ravel()]), axis=1)

@@ -96,9 +96,9 @@ class Hidden:
         reshapes: Reshape nodes whose targets name the features.
         splits: Split nodes that name how many features go where.
         shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
-        vectors: Constants that are added to them.
+        vectors: Constants that are added to them, or hold something of each unit.
         values: Every value that holds them: what a model declares of their shapes no longer holds.
-        depthwise: Convs of each unit by itself, whose number of groups is that of the units.
+        depthwise: Convs of each unit by itself, whose number of groups is the extent.
         units: Whether functions are applied to each of them by itself, so that they cannot be
             mixed: some are kept as they are, the same of every group.
     """
@@ -112,7 +112,7 @@ class Hidden:
     shapes: tuple[Repair, ...]
     vectors: tuple[Vector, ...]
     values: tuple[str, ...]
-    depthwise: tuple[int, ...] = ()
+    depthwise: tuple[Repair, ...] = ()
     units: bool = False
 
     @property
