@@ -23,6 +23,7 @@ from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.refit.twin import Twin
+from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.statistics.divergence import OutputLoss
@@ -204,16 +205,22 @@ def _layers(
         return replace(plan, refit=False), plain
     # Factors may have been made of the first of these; what judges them comes last.
     order = np.random.default_rng(config.seed).permutation(len(samples))
-    parts = (order[: max(room - apart, run)], order[-apart:])
-    fitted, judging = (
-        list(job.data.feeds([samples[k] for k in sorted(part)], batch=gradients.effort.run))
-        for part in parts
-    )
+    graph, effort = gradients.graph, gradients.effort
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
-    made = propagate(gradients.graph, layers, fitted, mask, job.progress)
-    if settled or is_better(gradients.graph, layers, plain, made, gradients.losses, judging):
-        return plan, made
-    return replace(plan, refit=False), plain
+
+    def feeds(part: np.ndarray) -> list[Feed]:
+        return list(job.data.feeds([samples[k] for k in sorted(part)], batch=effort.run))
+
+    def refitted(part: np.ndarray) -> dict[str, Refitted]:
+        return propagate(graph, layers, feeds(part), mask, job.progress)
+
+    fitted, judging = order[: max(room - apart, run)], order[-apart:]
+    if not (settled and effort.again):
+        made = refitted(fitted)
+        losses = gradients.losses
+        if not settled and not is_better(graph, layers, plain, made, losses, feeds(judging)):
+            return replace(plan, refit=False), plain
+    return plan, refitted(order[:room]) if effort.again else made
 
 
 def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:

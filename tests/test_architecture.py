@@ -36,8 +36,8 @@ LAYERS = {
         " statistics torch_graph validation"
     ),
     "compression": (
-        "config errors job measurement model moves ranking refit sensitivity sites statistics"
-        " surgery torch_graph validation"
+        "config errors job measurement model moves ranking refit runtime sensitivity sites"
+        " statistics surgery torch_graph validation"
     ),
     "quality": "calibration config errors job model runtime statistics validation",
     "results": "errors model quality ranking validation",

@@ -450,6 +450,7 @@ def test_whole_measurement_predicts_the_loss_of_each_layer():
         gradients=len(data),
         quadratics=len(data),
         refit=len(data),
+        again=False,
         batch=1,
         run=1,
         statistics_bytes=1,

@@ -14,6 +14,8 @@ from test_units import EPS, SHRINK, STYLES, WIDE, D, whole
 
 from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.compression import is_better
+from onnx_utilrank.refit.layer import Refitted
+from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.refit.twin import Twin
 
 # --- the twin -----------------------------------------------------------------------------------
@@ -61,19 +63,27 @@ for each in ("relu", "gate", "conv"):
 @pytest.mark.parametrize("name", TWINS)
 def test_twin_gives_what_the_rewritten_model_gives(name: str, fitted: bool, monkeypatch):
     """Whether a refit is better is judged on models that are never written."""
-    seen = []
+    seen, refits = [], []
 
     def spy(graph, layers, plain, refitted, losses, feeds) -> bool:
         is_better(graph, layers, plain, refitted, losses, feeds)
-        seen.append(Twin(graph, layers, refitted if fitted else plain))
+        seen.append((graph, layers, plain))
         return fitted
 
+    def refit(*given) -> dict[str, Refitted]:
+        refits.append(propagate(*given))
+        return refits[-1]
+
     monkeypatch.setattr("onnx_utilrank.compression.is_better", spy)
+    monkeypatch.setattr("onnx_utilrank.compression.propagate", refit)
     make, config = TWINS[name]
     proto, data = make()
     result = compress(proto, data, config)
     assert result.plan.refit == fitted
-    (twin,) = seen
+    ((graph, layers, plain),) = seen
+    # Once it has proved itself it is made again, of the samples that judged it too.
+    assert len(refits) == 1 + fitted
+    twin = Twin(graph, layers, refits[-1] if fitted else plain)
     feed = {"x": data["x"][:7]}
     made, expected = twin.run(feed, ["y"])["y"], run(result.model, feed)["y"]
     before = run(proto, feed)["y"]

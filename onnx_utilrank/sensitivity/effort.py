@@ -28,6 +28,7 @@ class Effort:
         gradients: Samples that Γ and Cov(x) are collected from.
         quadratics: Samples that the losses are predicted on.
         refit: Samples that layers are refitted to.
+        again: Whether a refit that was better is made once more, of what judged it too.
         batch: Samples of one run with gradients.
         run: Samples of one run without.
         statistics_bytes: What the sums of one group of sites may take.
@@ -37,6 +38,7 @@ class Effort:
     gradients: int
     quadratics: int
     refit: int
+    again: bool
     batch: int
     run: int
     statistics_bytes: int
@@ -73,10 +75,11 @@ def choose_effort(
     batch = max(1, min(batch, BATCH))
     if flops * samples <= CHEAP_FLOPS:
         draws, gradients, quadratics, refit = DRAWS, samples, samples, samples
+        again = True
     else:
         cheap = CHEAP_FLOPS / (flops * samples)
         enough = max(LEAST_SAMPLES, -(-LEAST_DECISIONS // max(decisions, 1)))
-        draws = 1
+        draws, again = 1, False
         gradients = min(_share(samples, cheap, *GRADIENT_SHARES), enough)
         quadratics = min(_share(samples, QUADRATIC_SHARE, 0.0, 1.0), enough)
         refit = _share(samples, 2 * cheap, *REFIT_SHARES)
@@ -87,6 +90,7 @@ def choose_effort(
         gradients=min(gradients, samples),
         quadratics=min(quadratics, samples),
         refit=min(refit, samples),
+        again=again,
         batch=min(batch, room),
         run=batch,
         statistics_bytes=budget // 2,
