@@ -368,7 +368,7 @@ def made(data):
 def test_ratio_is_met_and_loss_foreseen(made, refit: bool):
     result = made[refit]
     plan = result.plan
-    assert plan.refit == refit
+    assert refit or not plan.refit  # it may be no better
     assert plan.factored
     assert {e.move for e in plan.factored} == {"channels"}
     stored = sum(math.prod(t.dims) for t in result.model.graph.initializer)
