@@ -42,11 +42,10 @@ class Layer:
         return self.channels or self.units is not None
 
     def projection(self) -> tuple[np.ndarray, np.ndarray]:
-        """L [n, k] and K [k, n]: how they are."""
+        """L [n, k] and K [k, n]: how they are. Of units the places [k] of those that K chooses."""
         if self.units is not None:
             assert self.measured.units is not None
-            expand, picks = self.measured.units.selection.basis(self.units)
-            return expand, np.eye(len(expand))[picks]
+            return self.measured.units.selection.basis(self.units)
         assert self.measured.channels is not None
         assert self.rank is not None
         found = self.measured.channels.found

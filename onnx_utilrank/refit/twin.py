@@ -60,7 +60,9 @@ class Projection:
     def __init__(self, layer: Layer) -> None:
         expand, reduce = layer.projection()
         weight, patches = layer.weight, layer.measured.site.uses[0].inputs.patches
+        self._biases = layer.biases
         self._patches = patches if patches and math.prod(patches.kernel) > 1 else None
+        self._picks = torch.from_numpy(reduce) if reduce.ndim == 1 else None
         self._reduce, self._expand = _tensor(reduce.T), _tensor(expand.T)
         if self._patches:
             weight = weight.reshape(len(weight), self._patches.channels, *self._patches.kernel)
@@ -71,15 +73,25 @@ class Projection:
     def put(self, use: Use, state: Values, samples: int) -> None:
         """Put that in the place of what the run holds for the node."""
         x, y = state[use.inputs.tensor], state[use.result.tensor]
-        reduce, expand, weight = (t.to(x) for t in (self._reduce, self._expand, self._weight))
-        # The difference alone: whatever the node adds to it, computed or not, stays.
         if self._patches:
-            change = (x.movedim(1, -1) @ reduce @ expand).movedim(-1, 1) - x
-            state[use.result.tensor] = y + convolved(change, weight, self._patches)
+            rows = x.movedim(1, -1)
+            change = (self._kept(rows) @ self._expand.to(x)).movedim(-1, 1) - x
+            # The difference alone: whatever the node adds to it, computed or not, stays.
+            more = convolved(change, self._weight.to(x), self._patches)
+            state[use.result.tensor] = y + more
             return
         rows = as_rows(x, use.inputs, samples)
-        change = rows @ reduce @ expand - rows @ weight
-        _put_rows(use, state, as_rows(y, use.result, samples) + use.gain * change)
+        product = use.gain * (self._kept(rows) @ self._expand.to(x))
+        if use.affine:
+            own = _tensor(self._biases[use.node]).to(x)
+        else:
+            own = as_rows(y, use.result, samples) - use.gain * (rows @ self._weight.to(x))
+        _put_rows(use, state, product + own)
+
+    def _kept(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._picks is not None:
+            return rows.index_select(-1, self._picks.to(rows.device))
+        return rows @ self._reduce.to(rows)
 
 
 class Twin:
