@@ -354,7 +354,8 @@ def data():
     return {"x": x.astype(np.float32)}
 
 
-CONFIG = CompressConfig(param_ratio=0.7, moves=("channels",))
+# Both layers change: a refit of the first alone has nothing before it to make up for.
+CONFIG = CompressConfig(param_ratio=0.6, moves=("channels",))
 
 
 @pytest.fixture(scope="module")
@@ -368,11 +369,11 @@ def made(data):
 def test_ratio_is_met_and_loss_foreseen(made, refit: bool):
     result = made[refit]
     plan = result.plan
-    assert refit or not plan.refit  # it may be no better
+    assert plan.refit == refit
     assert plan.factored
     assert {e.move for e in plan.factored} == {"channels"}
     stored = sum(math.prod(t.dims) for t in result.model.graph.initializer)
-    assert stored == plan.parameters_after <= 0.7 * plan.parameters_before
+    assert stored == plan.parameters_after <= 0.6 * plan.parameters_before
     onnx.checker.check_model(result.model, full_check=True)
     measured = result.quality.divergence.mean
     assert measured / 3 < plan.predicted_divergence < 3 * measured

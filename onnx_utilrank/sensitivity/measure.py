@@ -66,8 +66,28 @@ def measure_sensitivity(
     Raises:
         ModelError: A node cannot be computed, or a weight is not finite.
     """
-    measuring = _Measuring.of(
-        graph, index, sites, hidden, losses, data, effort, channels, seed, progress
+    basis = [h for h in hidden if not h.units]
+    of_units = frozenset(h.reader for h in hidden if h.reader is not None)
+    measuring = _Measuring(
+        graph=graph,
+        index=index,
+        losses=tuple(losses),
+        data=data,
+        effort=effort,
+        seed=seed,
+        progress=progress,
+        biases={
+            use.node: use.bias.values(index, site.m)
+            if use.bias.kind == "input"
+            else np.zeros(site.m)
+            for site in sites
+            for use in site.uses
+        },
+        heads=_heads(sites, basis),
+        added={s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites},
+        readers=frozenset(g.met.site for h in basis for g in h.groups if g.met.side == "columns"),
+        readers_of_units=of_units,
+        kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
     )
     spread = np.random.default_rng(seed).permutation(len(samples))
     chosen = [samples[k] for k in sorted(spread[: effort.gradients])]
@@ -131,49 +151,6 @@ class _Measuring:
     readers: frozenset[str]
     readers_of_units: frozenset[str]
     kernels: Mapping[int, np.ndarray]
-
-    @classmethod
-    def of(
-        cls,
-        graph: TorchGraph,
-        index: GraphIndex,
-        sites: Sequence[Site],
-        hidden: Sequence[Hidden],
-        losses: Sequence[OutputLoss],
-        data: Dataset,
-        effort: Effort,
-        channels: bool,
-        seed: int,
-        progress: Progress,
-    ) -> "_Measuring":
-        """See `measure_sensitivity`."""
-        basis = [h for h in hidden if not h.units]
-        of_units = frozenset(h.reader for h in hidden if h.reader is not None)
-        return cls(
-            graph=graph,
-            index=index,
-            losses=tuple(losses),
-            data=data,
-            effort=effort,
-            seed=seed,
-            progress=progress,
-            biases={
-                use.node: use.bias.values(index, site.m)
-                if use.bias.kind == "input"
-                else np.zeros(site.m)
-                for site in sites
-                for use in site.uses
-            },
-            heads=_heads(sites, basis),
-            added={
-                s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites
-            },
-            readers=frozenset(
-                g.met.site for h in basis for g in h.groups if g.met.side == "columns"
-            ),
-            readers_of_units=of_units,
-            kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
-        )
 
     def groups(self, sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
         """Sites in order, cut where their sums would hold more than `limit` numbers."""
