@@ -328,7 +328,7 @@ def _factored(job: Job, found: Measured, move: Move) -> Refitted:
     weight = site_matrix(job.index, found.site)
     factors = found.factors(weight, move)
     lost = found.lost_mean(weight, factors, move) if move.bias else None
-    return Refitted(weight=factors.product, lost_mean=lost, turn=None, factors=factors)
+    return Refitted(weight=factors.product, lost_mean=lost, factors=factors)
 
 
 def _shrinking(

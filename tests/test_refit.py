@@ -153,7 +153,7 @@ def plain(made: Layer) -> Refitted:
     found: TwoSidedSite = made.measured
     lost = found.lost_of(made.weight, made.rank)
     factors = found.factors_of(made.weight, made.rank)
-    return Refitted(weight=factors.product, factors=factors, lost_mean=lost, turn=None)
+    return Refitted(weight=factors.product, factors=factors, lost_mean=lost)
 
 
 def refitted(proto: onnx.ModelProto, wanted: list[Layer], runs: list[Feed]) -> dict[str, Refitted]:

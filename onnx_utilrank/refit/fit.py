@@ -69,7 +69,7 @@ def fit_layer(layer: Layer, halves: tuple[CrossMoment, CrossMoment], shift: np.n
         factors = best.factors(fitted, layer.rank)
         return Refitted(weight=factors.product, lost_mean=lost, turn=kept @ fit, factors=factors)
     factors = factored(weight @ best.expand[:, : layer.rank], reduce @ fit)
-    return Refitted(weight=factors.product, lost_mean=weight @ lost, turn=None, factors=factors)
+    return Refitted(weight=factors.product, lost_mean=weight @ lost, factors=factors)
 
 
 def _heads(layer: Layer, mean: np.ndarray, covariance: np.ndarray) -> Decomposition:

@@ -41,7 +41,23 @@ class Layer:
         """Whether its inputs, or of a Conv its input channels, are projected before all else."""
         return self.channels or self.units is not None
 
-    def projection(self) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def projected_weight(self) -> np.ndarray:
+        """W [m, d] of what the projection leaves of its inputs."""
+        if not self.projected:
+            return self.weight
+        expand, places = self._projection
+        kernels = self.weight.reshape(len(self.weight), len(expand), -1)  # a tap each, if any
+        of_kept = np.tensordot(expand, kernels, axes=(0, 1)).swapaxes(0, 1)
+        if places.ndim == 1:
+            projected = np.zeros_like(kernels)
+            projected[:, places] = of_kept
+        else:
+            projected = np.tensordot(places, of_kept, axes=(0, 1)).swapaxes(0, 1)
+        return projected.reshape(self.weight.shape)
+
+    @property
+    def _projection(self) -> tuple[np.ndarray, np.ndarray]:
         """L [n, k] and K [k, n]: how they are. Of units the places [k] of those that K chooses."""
         if self.units is not None:
             assert self.measured.units is not None
@@ -64,17 +80,24 @@ class Refitted:
     Attributes:
         weight: What takes the place of W, [m, d], hidden features as they were.
         lost_mean: What the bias has to take, [m]; None where it can take nothing.
-        turn: A [m, m] with Ŵ = A W, where the outputs are the smaller side: the new output comes
-            from the old one, and no patch has to be unfolded.
+        turn: A [m, m] with Ŵ = A W (of W behind the projection, if there is one), where it was
+            fitted by its outputs.
         factors: Of `weight`, where it is factored.
         heads: How the hidden features that it makes are to shrink.
     """
 
     weight: np.ndarray
     lost_mean: np.ndarray | None
-    turn: np.ndarray | None
+    turn: np.ndarray | None = None
     factors: Factors | None = None
     heads: Decomposition | None = None
+
+    def whole(self, layer: Layer) -> np.ndarray:
+        """The weight [m, d] that the node comes to as a whole, hidden features as they were."""
+        if not layer.projected:
+            return self.weight
+        projected = layer.projected_weight
+        return projected if self.turn is None else self.turn @ projected
 
 
 def as_measured(layer: Layer) -> Refitted:
@@ -87,13 +110,12 @@ def as_measured(layer: Layer) -> Refitted:
         assert measured.units is not None
         takes = measured.site.bias in ("input", "add")
         lost = measured.units.lost(layer.weight, layer.units) if takes else None
-        return Refitted(weight=layer.weight, lost_mean=lost, turn=None)
+        return Refitted(weight=layer.weight, lost_mean=lost)
     if layer.rank is None:
         heads = measured.heads if layer.kept is not None else None
         return Refitted(
             weight=layer.weight,
             lost_mean=None,
-            turn=None,
             heads=None if heads is None else heads.found,
         )
     if layer.channels:
@@ -103,7 +125,6 @@ def as_measured(layer: Layer) -> Refitted:
             lost_mean=measured.channels.lost(layer.weight, layer.rank)
             if measured.centred
             else None,
-            turn=np.eye(measured.site.m),  # the run holds what comes of the channels already
             factors=measured.channels.factors(layer.weight, layer.rank),
         )
     lost = None
@@ -113,6 +134,5 @@ def as_measured(layer: Layer) -> Refitted:
     return Refitted(
         weight=factors.product,
         lost_mean=lost,
-        turn=measured.found.kept(layer.rank) if measured.site.wide else None,
         factors=factors,
     )

@@ -15,7 +15,7 @@ from onnx_utilrank.model.graph import captured_names
 from onnx_utilrank.refit.fit import can_fit, fit_layer
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.regression import CrossMoment
-from onnx_utilrank.refit.twin import Projection, StandIn, layers_by_value
+from onnx_utilrank.refit.twin import Reweighted, StandIn, layers_by_value
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
@@ -85,23 +85,17 @@ def propagate(
         for k, node in enumerate(graph.nodes):
             progress("refitting", k, len(graph.nodes))
             found = at.get(node.output[0]) if node.output else None
-            reads = {*node.input, *captured_names(node)}
-            fresh = found is not None or not changed.isdisjoint(reads)
+            made: tuple[str, ...] = ()
             for run in runs:
                 made = graph.step(k, run.original)
-                if fresh:
-                    graph.step(k, run.compressed)
-                else:
-                    run.compressed.update((name, run.original[name]) for name in made)
-                if fresh:
-                    changed.update(made)
             if found is not None:
                 layer, use = found
                 key = layer.measured.site.key
-                if layer.projected:
-                    projection = Projection(layer)
+                by_outputs = key not in done and layer.outputs and can_fit(layer)
+                if by_outputs:
+                    node_now = Reweighted(layer.projected_weight)
                     for run in runs:
-                        projection.put(use, run.compressed, run.samples)
+                        node_now.step(graph, k, use, run.compressed)
                 if key not in done:
                     pairs = _moments(layer, use, runs) if can_fit(layer) else None
                     progress("solving", len(done), len(layers))
@@ -109,7 +103,18 @@ def propagate(
                     progress("refitting", k, len(graph.nodes))
                 stand_in = StandIn(layer, done[key])
                 for run in runs:
-                    stand_in.put(use, run.compressed, run.samples)
+                    if by_outputs:
+                        stand_in.turn(use, run.compressed, run.samples)
+                    else:
+                        stand_in.step(graph, k, use, run.compressed, run.samples)
+            elif changed.isdisjoint({*node.input, *captured_names(node)}):
+                for run in runs:
+                    run.compressed.update((name, run.original[name]) for name in made)
+                made = ()
+            else:
+                for run in runs:
+                    graph.step(k, run.compressed)
+            changed.update(made)
             for run in runs:
                 for name in graph.dead_after[k]:
                     run.original.pop(name, None)

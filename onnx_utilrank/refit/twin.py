@@ -1,33 +1,53 @@
 """Run the graph in torch as it will be when layers are replaced, without rewriting it."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from onnx_utilrank.refit.layer import Layer, Refitted
-from onnx_utilrank.sensitivity.rows import as_rows, convolved
+from onnx_utilrank.sensitivity.rows import as_rows
+from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.torch_graph.block import Values
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Projection", "StandIn", "Twin", "layers_by_value"]
+__all__ = ["Reweighted", "StandIn", "Twin", "layers_by_value"]
+
+
+class Reweighted:
+    """A node that is computed with another weight."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        """Take W [m, d]."""
+        self._matrix = weight
+        self._stored: torch.Tensor | None = None
+
+    def step(self, graph: TorchGraph, k: int, use: Use, state: Values) -> None:
+        """Compute the node; whatever else reads its weight finds the one it has.
+
+        Raises:
+            ModelError: The node cannot be computed.
+        """
+        own = state[use.weight]
+        if self._stored is None:
+            kind = site_kind(use.op_type)
+            stored = kind.stored(use, own.cpu().numpy(), self._matrix)
+            self._stored = _tensor(stored).to(own)
+        state[use.weight] = self._stored
+        graph.step(k, state)
+        state[use.weight] = own
 
 
 class StandIn:
     """What takes a layer's place, ready to be put into runs."""
 
     def __init__(self, layer: Layer, new: Refitted) -> None:
-        self._layer = layer
-        self._change = self._turn = self._lost = self._heads = None
-        if new.turn is not None:
-            self._turn = _tensor(new.turn.T)
-        elif new.weight is not layer.weight:
-            self._change = _tensor((new.weight - layer.weight).T)
-        if new.lost_mean is not None:
-            self._lost = _tensor(new.lost_mean)
+        self._layer, self._new = layer, new
+        self._node = Reweighted(new.whole(layer))
+        self._lost = None if new.lost_mean is None else _tensor(new.lost_mean)
+        self._heads = None
         if new.heads is not None:
             # The bias behind the node shrinks with the features.
             assert layer.kept is not None
@@ -36,62 +56,36 @@ class StandIn:
             self._heads = _tensor(projection.T)
             self._behind = _tensor(layer.behind)
 
-    def put(self, use: Use, state: Values, samples: int) -> None:
-        """Put the new output in the place of the one that the layer's own weight gives."""
+    def step(self, graph: TorchGraph, k: int, use: Use, state: Values, samples: int) -> None:
+        """Compute the node as it will be.
+
+        Raises:
+            ModelError: It cannot be computed.
+        """
+        self._node.step(graph, k, use, state)
+        self._finish(use, state, samples)
+
+    def turn(self, use: Use, state: Values, samples: int) -> None:
+        """Make the new output of the one that the layer gave before it was fitted by that."""
+        assert self._new.turn is not None
+        y = state[use.result.tensor]
+        own = _tensor(self._layer.biases[use.node]).to(y)
+        rows = (as_rows(y, use.result, samples) - own) @ _tensor(self._new.turn.T).to(y) + own
+        _put_rows(use, state, rows)
+        self._finish(use, state, samples)
+
+    def _finish(self, use: Use, state: Values, samples: int) -> None:
+        """Add what the mean loses, and let heads lose their dimensions."""
+        if self._lost is None and self._heads is None:
+            return
         y = state[use.result.tensor]
         rows = as_rows(y, use.result, samples)
-        if self._turn is not None:
-            own = _tensor(self._layer.biases[use.node]).to(y)
-            rows = (rows - own) @ self._turn.to(y) + own
-        elif self._change is not None:
-            x = as_rows(state[use.inputs.tensor], use.inputs, samples)
-            rows = rows + use.gain * (x @ self._change.to(y)).reshape(rows.shape)
         if self._lost is not None:
             rows = rows + use.gain * self._lost.to(y)
         if self._heads is not None:
             behind = self._behind.to(y)
             rows = (rows + behind) @ self._heads.to(y) - behind
         _put_rows(use, state, rows)
-
-
-class Projection:
-    """What a layer whose inputs, or of a Conv input channels, are projected makes of them."""
-
-    def __init__(self, layer: Layer) -> None:
-        expand, reduce = layer.projection()
-        weight, patches = layer.weight, layer.measured.site.uses[0].inputs.patches
-        self._biases = layer.biases
-        self._patches = patches if patches and math.prod(patches.kernel) > 1 else None
-        self._picks = torch.from_numpy(reduce) if reduce.ndim == 1 else None
-        self._reduce, self._expand = _tensor(reduce.T), _tensor(expand.T)
-        if self._patches:
-            weight = weight.reshape(len(weight), self._patches.channels, *self._patches.kernel)
-            self._weight = _tensor(weight)
-        else:
-            self._weight, self._expand = _tensor(weight.T), _tensor((weight @ expand).T)
-
-    def put(self, use: Use, state: Values, samples: int) -> None:
-        """Put that in the place of what the run holds for the node."""
-        x, y = state[use.inputs.tensor], state[use.result.tensor]
-        if self._patches:
-            rows = x.movedim(1, -1)
-            change = (self._kept(rows) @ self._expand.to(x)).movedim(-1, 1) - x
-            # The difference alone: whatever the node adds to it, computed or not, stays.
-            more = convolved(change, self._weight.to(x), self._patches)
-            state[use.result.tensor] = y + more
-            return
-        rows = as_rows(x, use.inputs, samples)
-        product = use.gain * (self._kept(rows) @ self._expand.to(x))
-        if use.affine:
-            own = _tensor(self._biases[use.node]).to(x)
-        else:
-            own = as_rows(y, use.result, samples) - use.gain * (rows @ self._weight.to(x))
-        _put_rows(use, state, product + own)
-
-    def _kept(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._picks is not None:
-            return rows.index_select(-1, self._picks.to(rows.device))
-        return rows @ self._reduce.to(rows)
 
 
 class Twin:
@@ -112,11 +106,8 @@ class Twin:
         """
         self._graph = graph
         self._at = layers_by_value(layers)
-        self._parts: dict[str, list[Projection | StandIn]] = {}
-        for layer in layers:
-            key = layer.measured.site.key
-            parts: list[Projection | StandIn] = [Projection(layer)] if layer.projected else []
-            self._parts[key] = [*parts, StandIn(layer, (made or {})[key])]
+        keys = {layer.measured.site.key: layer for layer in layers}
+        self._parts = {key: StandIn(layer, (made or {})[key]) for key, layer in keys.items()}
 
     def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """The outputs of these names.
@@ -127,13 +118,15 @@ class Twin:
         samples = samples_in(feed)
         with torch.no_grad():
             state = self._graph.start(feed)
-            for k, dead in enumerate(self._graph.dead_after):
-                for value in self._graph.step(k, state):
-                    if value in self._at:
-                        layer, use = self._at[value]
-                        for part in self._parts[layer.measured.site.key]:
-                            part.put(use, state, samples)
-                for value in dead:
+            for k, node in enumerate(self._graph.nodes):
+                found = self._at.get(node.output[0]) if node.output else None
+                if found is None:
+                    self._graph.step(k, state)
+                else:
+                    layer, use = found
+                    part = self._parts[layer.measured.site.key]
+                    part.step(self._graph, k, use, state, samples)
+                for value in self._graph.dead_after[k]:
                     state.pop(value, None)
         return {name: state[name].cpu().numpy() for name in outputs}
 
