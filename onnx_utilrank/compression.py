@@ -24,9 +24,10 @@ from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.refit.twin import Twin
 from onnx_utilrank.runtime.sessions import Feed
-from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import OutputRecorder
@@ -192,7 +193,9 @@ def _layers(
         }
     layers = _changed(job, plan, measurement)
     plain = _with_means(
-        plan, measurement, {layer.measured.site.key: as_measured(layer) for layer in layers}
+        plan,
+        measurement,
+        {layer.measured.site.key: spilled(as_measured(layer)) for layer in layers},
     )
     if not plan.refit:
         return plan, plain
@@ -239,7 +242,7 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
         layers.append(
             Layer(
                 measured=found,
-                weight=site_matrix(job.index, found.site),
+                weight=site_weight(job.index, found.site),
                 rank=moves[key].rank if key in moves else None,
                 channels=key in moves and moves[key].kind == CHANNELS.key,
                 biases=job.own_biases(found.site),
@@ -304,7 +307,7 @@ def _with_means(
             columns = slice(group.met.start, group.met.start + between.size)
             mean = reader.input_mean[columns]
             before = found[group.met.site]
-            lost = before.weight[:, columns] @ (mean - basis.expand @ (basis.reduce @ mean))
+            lost = before.matrix[:, columns] @ (mean - basis.expand @ (basis.reduce @ mean))
             if before.lost_mean is not None:
                 lost = before.lost_mean + lost
             found[group.met.site] = replace(before, lost_mean=lost)
@@ -328,7 +331,7 @@ def _factored(job: Job, found: Measured, move: Move) -> Refitted:
     weight = site_matrix(job.index, found.site)
     factors = found.factors(weight, move)
     lost = found.lost_mean(weight, factors, move) if move.bias else None
-    return Refitted(weight=factors.product, lost_mean=lost, factors=factors)
+    return spilled(Refitted(weight=None, lost_mean=lost, factors=factors))
 
 
 def _shrinking(
@@ -358,7 +361,7 @@ def _shrinking(
         hidden=hidden,
         sites={key: sites[key].site for key in hidden.sites},
         bases=bases,
-        weights={key: made[key].weight for key in hidden.sites},
+        weights={key: made[key].matrix for key in hidden.sites},
         biases=biases,
         lost={key: None if key in biases else lost[key] for key in hidden.sites},
     )

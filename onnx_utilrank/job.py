@@ -2,14 +2,14 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
-from onnx_utilrank.calibration.collect import Collected, Progress, collect, usable_batch
+from onnx_utilrank.calibration.collect import Progress, collect, in_passes, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.config import CompressConfig, SiteFilter, ValidateConfig
@@ -20,7 +20,7 @@ from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.cost import Ledger, Unit, bias_cost, count_parameters
-from onnx_utilrank.ranking.method import Method, MomentMethod, site_moment, use_view
+from onnx_utilrank.ranking.method import Measured, MomentMethod, site_moment, use_view
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
@@ -32,8 +32,9 @@ from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
-from onnx_utilrank.sites.site import Site, Skip
+from onnx_utilrank.sites.site import RowView, Site, Skip
 from onnx_utilrank.statistics.divergence import rows_of
+from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import find_losses
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 # Samples that are looked at to tell what the outputs are.
 SAMPLES_LOOKED_AT = 64
+
+# Bytes of an entry of a moment while it is collected: the running sum, and what one run adds to it.
+SUM_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,20 +121,6 @@ class Job:
         """The samples in runs."""
         return list(self.data.feeds(samples, batch=self.batch(samples)))
 
-    def collect(self, method: Method, sites: Sequence[Site], samples: Sequence[int]) -> Collected:
-        """Moments of every tensor that the method wants to know of."""
-        sides = [(site, method.side(site)) for site in sites]
-        views = [use_view(use, side) for site, side in sides if side for use in site.uses]
-        return collect(
-            self.index,
-            views,
-            self.data,
-            samples,
-            self.provider,
-            batch=self.batch(samples),
-            progress=self.progress,
-        )
-
     def measure(
         self,
         key: str | None,
@@ -155,7 +145,7 @@ class Job:
         if key not in (None, TWO_SIDED.key):
             method = find_method(key or "")
             assert isinstance(method, MomentMethod)
-            return self._measure_moments(method, sites, samples)
+            return self.measure_moments(method, sites, samples, config.memory_budget)
         try:
             return self._measure_gradients(sites, samples, config, hidden)
         except ModelError as e:
@@ -163,7 +153,7 @@ class Job:
                 raise
             reason = f"gradients cannot be had ({e}); the factors rest on one-sided statistics"
             logger.warning("%s", reason)
-            found = self._measure_moments(ONE_SIDED, sites, samples)
+            found = self.measure_moments(ONE_SIDED, sites, samples, config.memory_budget)
             return Measurement(
                 method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
             )
@@ -178,7 +168,7 @@ class Job:
         gradients = self._gradients(samples, config)
         if hidden is None and (config.moves is None or SHRINK in config.moves):
             hidden = self._affordable(self.hidden(sites, samples), config.memory_budget)
-        measured = measure_sensitivity(
+        measured, passes = measure_sensitivity(
             gradients.graph,
             self.index,
             sites,
@@ -208,7 +198,7 @@ class Job:
             sites=list(measured),
             hidden=hidden or (),
             skips=skips,
-            notes=(*rows_notes(rows), losses_note(gradients.losses)),
+            notes=(*rows_notes(rows, passes=passes), losses_note(gradients.losses)),
             gradients=gradients,
         )
 
@@ -264,24 +254,56 @@ class Job:
         )
         return Gradients(graph=graph, losses=losses, effort=effort, footprint=taken)
 
-    def _measure_moments(
-        self, method: MomentMethod, sites: Sequence[Site], samples: Sequence[int]
+    def measure_moments(
+        self, method: MomentMethod, sites: Sequence[Site], samples: Sequence[int], budget: int
     ) -> Measurement:
-        collected = self.collect(method, sites, samples)
-        found = []
-        for k, site in enumerate(sites):
-            self.progress("decomposing", k, len(sites))
+        """Decompose every site by what taps in the graph say of the rows on its sides.
+
+        Args:
+            method: The method.
+            sites: The sites.
+            samples: Calibration samples.
+            budget: Bytes that running sums may take, twice; there are passes enough for that.
+
+        Raises:
+            ModelError: The model does not run, or a value is not finite.
+        """
+
+        def views(site: Site) -> list[RowView]:
             side = method.side(site)
-            moment = None
-            if side:
-                moment = site_moment(site, side, collected.moments, self.own_biases(site))
-            weight = site_matrix(self.index, site)
-            found.append(method.measure(site, weight, moment, bias_cost(self.index, site)))
+            return [use_view(use, side) for use in site.uses] if side else []
+
+        def sums(site: Site) -> dict[Hashable, int]:
+            return {view: SUM_BYTES * view.width**2 for view in views(site)}
+
+        found: list[Measured] = []
+        strides: dict[RowView, int] = {}
+        passes = list(in_passes(sites, sums, budget // 2))
+        for group in passes:
+            collected = collect(
+                self.index,
+                [view for site in group for view in views(site)],
+                self.data,
+                samples,
+                self.provider,
+                batch=self.batch(samples),
+                progress=self.progress,
+            )
+            strides |= collected.strides
+            for site in group:
+                self.progress("decomposing", len(found), len(sites))
+                side = method.side(site)
+                moment = None
+                if side:
+                    moment = site_moment(site, side, collected.moments, self.own_biases(site))
+                weight, cost = site_matrix(self.index, site), bias_cost(self.index, site)
+                found.append(spilled(method.measure(site, weight, moment, cost)))
         self.progress("decomposing", len(sites), len(sites))
         rows = {
             m.site.key: (m.moment.rows, m.moment.enough_rows) for m in found if m.moment is not None
         }
-        return Measurement(method=method, sites=found, notes=rows_notes(rows, collected))
+        notes = rows_notes(rows, strides, len(passes) if strides else 1)
+        return Measurement(method=method, sites=found, notes=notes)
 
     def own_biases(self, site: Site) -> dict[int, np.ndarray]:
         """What the nodes themselves add to W x; an Add behind a node is not part of it."""

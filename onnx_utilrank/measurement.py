@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_utilrank.calibration.collect import Collected
 from onnx_utilrank.ranking.method import Measured, Method
 from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sites.hidden import Hidden
-from onnx_utilrank.sites.site import Skip
+from onnx_utilrank.sites.site import RowView, Skip
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE
 from onnx_utilrank.torch_graph.footprint import Footprint
@@ -60,9 +59,17 @@ class Measurement:
 
 
 def rows_notes(
-    sites: Mapping[str, tuple[int, bool]], collected: Collected | None = None
+    sites: Mapping[str, tuple[int, bool]],
+    strides: Mapping[RowView, int] | None = None,
+    passes: int = 1,
 ) -> tuple[str, ...]:
-    """What a reader of the figures has to know about the statistics behind them."""
+    """What a reader of the figures has to know about the statistics behind them.
+
+    Args:
+        sites: By key, how many rows were seen, and whether they are enough.
+        strides: Every how many-th row of each tensor counted, where some did not.
+        passes: Over the samples.
+    """
     notes = []
     poor = {key: rows for key, (rows, trusted) in sites.items() if not trusted}
     if poor:
@@ -72,11 +79,16 @@ def rows_notes(
             f"feature (fewest: {worst!r} with {poor[worst]}), so their spectra look emptier than "
             "they are; more samples would help, and savings there are not safe."
         )
-    strided = [s for s in collected.strides.values() if s > 1] if collected else []
-    if collected and strided:
+    strided = [s for s in strides.values() if s > 1] if strides else []
+    if strides and strided:
         notes.append(
-            f"{len(strided)} of {len(collected.strides)} tensors have more rows than a rank "
+            f"{len(strided)} of {len(strides)} tensors have more rows than a rank "
             f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
+        )
+    if passes > 1:
+        notes.append(
+            f"The statistics of all weights do not fit the memory budget together: they took "
+            f"{passes} passes over the samples."
         )
     return tuple(notes)
 

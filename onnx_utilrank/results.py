@@ -121,21 +121,22 @@ class CompressResult:
 
     @property
     def model(self) -> onnx.ModelProto:
-        """The compressed model.
+        """The compressed model, with all of its weights in it.
 
         Raises:
             UtilrankError: It was a dry run.
+            ModelError: It is larger than a ModelProto can be (2 GiB); `save` writes it.
         """
-        return self._made().proto
+        return self._made().whole()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the compressed model.
+    def save(self, path: str | os.PathLike[str], *, save_as_external_data: bool = False) -> None:
+        """Write the compressed model; see `ModelStore.save`.
 
         Raises:
             UtilrankError: It was a dry run.
             ModelError: The file cannot be written.
         """
-        self._made().save(path)
+        self._made().save(path, save_as_external_data=save_as_external_data)
 
     def _made(self) -> ModelStore:
         if self.store is None:
@@ -214,8 +215,8 @@ class SweepResult:
     notes: tuple[str, ...]
     store: ModelStore | None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model that was kept.
+    def save(self, path: str | os.PathLike[str], *, save_as_external_data: bool = False) -> None:
+        """Write the model that was kept; see `ModelStore.save`.
 
         Raises:
             UtilrankError: None was.
@@ -223,7 +224,7 @@ class SweepResult:
         """
         if self.store is None:
             raise UtilrankError("the sweep kept no model")
-        self.store.save(path)
+        self.store.save(path, save_as_external_data=save_as_external_data)
 
     def as_dict(self) -> dict[str, object]:
         """The result as JSON types; each point's plan can be replayed by `compress`."""

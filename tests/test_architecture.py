@@ -17,7 +17,7 @@ MODULES = {
 # What each part may import, lowest first: a part only names parts that stand above it.
 LAYERS = {
     "errors": "",
-    "statistics": "",
+    "statistics": "errors",
     "config": "errors statistics",
     "model": "errors",
     "runtime": "errors model",

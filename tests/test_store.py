@@ -1,7 +1,9 @@
 """Files: what is read, what is refused, and what lies on disk afterwards."""
 
+import gc
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -213,7 +215,7 @@ def test_model_with_external_data_may_be_overwritten(tmp_path: Path):
     feed = feeds()[0]
     expected = run(result.store, feed)["y"]
     for _ in range(2):  # nothing is appended to what is there
-        ModelStore(proto=result.model, folder=path.parent).save(path)
+        result.save(path)
         size = size_on_disk(path.parent)
     assert files(path.parent) == ["model.onnx", "model.onnx.data", "weights.bin"]
     assert size_on_disk(path.parent) == size
@@ -230,6 +232,62 @@ def test_copy_with_external_data_holds_the_same_values(tmp_path: Path):
     for before, after in zip(arrays(source), arrays(copy), strict=True):
         np.testing.assert_array_equal(after, before)
     assert [t.name for t in copy.tensors() if uses_external_data(t)] == ["U", "D", "b"]
+
+
+def test_models_made_of_one_with_data_outside_wait_in_a_folder_that_goes_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    result = compress(outside(tmp_path / "in"), feeds(), SMALLER)
+    (made,) = temporary.iterdir()
+    assert result.store is not None
+    assert result.store.folder == made
+    feed = feeds()[0]
+    expected = run(result.store, feed)["y"]
+    whole = result.model  # which needs no folder any more
+    del result
+    gc.collect()
+    assert not made.exists()
+    assert not ModelStore.load(whole).has_external_data
+    np.testing.assert_array_equal(run(whole, feed)["y"], expected)
+
+
+def test_no_proto_holds_what_is_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    result = compress(outside(tmp_path / "in"), feeds(), SMALLER)
+    monkeypatch.setattr(store_module, "INLINE_LIMIT", 20_000)
+    with pytest.raises(ModelError, match="save it as a file"):
+        _ = result.model
+    result.save(tmp_path / "out.onnx")
+    assert files(tmp_path) == ["in", "out.onnx", "out.onnx.data"]
+
+
+def test_external_arrays_are_mapped_and_never_written_back(tmp_path: Path):
+    store = ModelStore.load(outside(tmp_path / "in"))
+    data = (tmp_path / "in" / "weights.bin").read_bytes()
+    array = store.array(store.proto.graph.initializer[0])
+    assert isinstance(array.base, np.memmap) or isinstance(array.base.base, np.memmap)
+    array[:] = 0
+    assert (tmp_path / "in" / "weights.bin").read_bytes() == data
+    assert store.array(store.proto.graph.initializer[0]).any()
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_weights_go_outside_where_that_is_asked_for(tmp_path: Path, external: bool):
+    source = outside(tmp_path / "in") if external else two_layers()
+    result = compress(source, feeds(), SMALLER)
+    for _ in range(2):  # nothing is appended to what is there
+        result.save(tmp_path / "out.onnx", save_as_external_data=True)
+    assert {"out.onnx", "out.onnx.data"} <= set(files(tmp_path))
+    saved = ModelStore.load(tmp_path / "out.onnx")
+    large = [t.name for t in saved.tensors() if np.prod(t.dims) >= 256]
+    assert large
+    assert set(large) <= {t.name for t in saved.tensors() if uses_external_data(t)}
+    assert result.store is not None
+    assert saved.file_bytes == pytest.approx(result.store.file_bytes, rel=0.05)
+    feed = feeds()[0]
+    np.testing.assert_array_equal(run(saved, feed)["y"], run(result.store, feed)["y"])
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn", "bfloat16", "int8"])

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_utilrank.config import DEFAULT_MEMORY
 from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
-from onnx_utilrank.ranking.cost import bias_cost
-from onnx_utilrank.ranking.method import Choice, Measured, Move, site_moment
+from onnx_utilrank.ranking.method import Choice, Measured, Move
 from onnx_utilrank.ranking.plain_svd import PlainSvdSite
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import site_matrix
@@ -172,13 +172,7 @@ ACTIVATION_SVD = UniformRatio("asvd", activation_svd)
 
 def measure_rival(job: Job, rival: UniformRatio, samples: Sequence[int]) -> Measurement:
     """Decompose every site by a method of one ratio."""
-    moments = job.collect(rival, job.sites, samples).moments
-    sites: list[Measured] = []
-    for site in job.sites:
-        moment = site_moment(site, rival.side(site), moments, job.own_biases(site))
-        weight = site_matrix(job.index, site)
-        sites.append(rival.measure(site, weight, moment, bias_cost(job.index, site)))
-    return Measurement(method=rival, sites=sites)
+    return job.measure_moments(rival, job.sites, samples, DEFAULT_MEMORY)
 
 
 def ratio_at(lost: np.ndarray, allowed: float) -> float:

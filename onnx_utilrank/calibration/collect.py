@@ -1,7 +1,7 @@
 """Run the model over the calibration samples and gather the moments of its rows."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,10 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import InferenceError, open_session
-from onnx_utilrank.sites.site import RowView
+from onnx_utilrank.sites.site import RowView, Site
 from onnx_utilrank.statistics.moments import SecondMoment
 
-__all__ = ["Collected", "Progress", "collect", "usable_batch"]
+__all__ = ["Collected", "Progress", "collect", "in_passes", "usable_batch"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,29 @@ class Collected:
 
     moments: dict[RowView, SecondMoment]
     strides: dict[RowView, int]
+
+
+def in_passes(
+    sites: Sequence[Site], sums: Callable[[Site], dict[Hashable, int]], budget: int
+) -> Iterator[list[Site]]:
+    """Sites in order, cut where their running sums would take more than the budget.
+
+    Args:
+        sites: The sites.
+        sums: Bytes of the sums of a site by what they are of, which sites may share.
+        budget: Bytes. A site that needs more gets a pass for itself.
+    """
+    group: list[Site] = []
+    held: dict[Hashable, int] = {}
+    for site in sites:
+        both = held | sums(site)
+        if group and sum(both.values()) > budget:
+            yield group
+            group, both = [], sums(site)
+        group.append(site)
+        held = both
+    if group:
+        yield group
 
 
 def usable_batch(index: GraphIndex, data: Dataset, samples: Sequence[int], p: Provider) -> int:

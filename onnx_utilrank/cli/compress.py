@@ -6,6 +6,7 @@ from typing import Any
 from onnx_utilrank.cli.options import (
     add_data_options,
     add_method_options,
+    add_model_output_option,
     add_output_options,
     add_provider_option,
     add_site_options,
@@ -73,6 +74,7 @@ def add_parser(verbs: Any) -> None:
     add_site_options(parser)
     add_provider_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="stop at the plan; write no model")
+    add_model_output_option(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan_out:
         result.plan.save(args.plan_out)
     if not args.dry_run:
-        result.save(args.output)
+        result.save(args.output, save_as_external_data=args.save_as_external_data)
     emit(
         result.as_dict(),
         compression_tables(result, args.output),

@@ -17,6 +17,7 @@ from onnx_utilrank.statistics.divergence import WEIGHTINGS
 __all__ = [
     "add_data_options",
     "add_method_options",
+    "add_model_output_option",
     "add_output_options",
     "add_provider_option",
     "add_site_options",
@@ -180,6 +181,16 @@ def size(text: str) -> int:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def add_model_output_option(parser: argparse.ArgumentParser) -> None:
+    """How the model that is made comes out."""
+    parser.add_argument(
+        "--save-as-external-data",
+        action="store_true",
+        help="put weights into OUT.data beside OUT, as models with external data and those beyond "
+        "2 GiB have them anyway",
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

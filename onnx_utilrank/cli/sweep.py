@@ -6,6 +6,7 @@ from typing import Any
 from onnx_utilrank.cli.options import (
     add_data_options,
     add_method_options,
+    add_model_output_option,
     add_output_options,
     add_provider_option,
     add_site_options,
@@ -51,6 +52,7 @@ def add_parser(verbs: Any) -> None:
     add_method_options(parser)
     add_site_options(parser)
     add_provider_option(parser)
+    add_model_output_option(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             args.model, args.data, config, ratios=ratios, keep=args.pick, progress=progress
         )
     if args.output:
-        result.save(args.output)
+        result.save(args.output, save_as_external_data=args.save_as_external_data)
     if args.plot:
         plot_sweep(result, args.plot)
     emit(

@@ -6,11 +6,10 @@ for. Nothing in the package mutates the proto of a store: a rewrite makes a new 
 
 import contextlib
 import hashlib
-import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -18,9 +17,17 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import uses_external_data
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.external import (
+    SMALLEST_OUTSIDE,
+    ExternalWriter,
+    Scratch,
+    external_bytes,
+    mapped_array,
+    stored_bytes,
+)
 
 __all__ = ["INLINE_LIMIT", "ModelSource", "ModelStore", "TensorSpec", "atomic_write"]
 
@@ -61,12 +68,15 @@ class ModelStore:
         folder: Where external data lie; None where the model came as a `ModelProto`.
         path: The file that `proto` was read from, as it stands there; None for any other model.
         name: What messages call a working copy of another model: that model's label.
+        scratch: The temporary folder that `folder` is, for a model that was made of one with
+            external data.
     """
 
     proto: onnx.ModelProto
     folder: Path | None = None
     path: Path | None = None
     name: str | None = None
+    scratch: Scratch | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, source: "ModelSource") -> "ModelStore":
@@ -118,7 +128,7 @@ class ModelStore:
     def file_bytes(self) -> int:
         """Bytes that the model takes as a file, external data included."""
         outside = (t for t in self.tensors() if uses_external_data(t))
-        return int(self.proto.ByteSize()) + sum(map(_outside_length, outside))
+        return int(self.proto.ByteSize()) + sum(map(stored_bytes, outside))
 
     @property
     def has_external_data(self) -> bool:
@@ -133,24 +143,72 @@ class ModelStore:
                 yield from _node_tensors(node)
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
-        """Values of one tensor of this model, read from its file where they lie outside.
+        """Values of one tensor of this model, mapped to memory where they lie in a file outside.
 
         Raises:
             ModelError: The data are missing, leave the model's folder, or disagree with the shape.
         """
         try:
-            return numpy_helper.to_array(tensor, base_dir=str(self.folder or ""))
+            if not uses_external_data(tensor):
+                return numpy_helper.to_array(tensor)
+            mapped = mapped_array(tensor, self._data_folder)
+            return numpy_helper.to_array(self.inlined(tensor)) if mapped is None else mapped
         except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as e:
-            reason = " ".join(str(e).split())
-            raise ModelError(f"{self.label}: tensor {tensor.name!r}: {reason}") from e
+            raise self._unreadable(tensor, e) from e
 
-    def _outside_bytes(self, tensor: onnx.TensorProto) -> bytes:
-        """Data of an external tensor as its file holds them: types below 8 bits stay packed."""
-        self.array(tensor)  # checks that they are as many as the shape says
+    def whole(self) -> onnx.ModelProto:
+        """The model with all of its weights in it; the very `proto` where they are already.
+
+        Raises:
+            ModelError: Data cannot be read, or come to more than protobuf takes.
+        """
+        if not self.has_external_data:
+            return self.proto
+        if self.file_bytes > INLINE_LIMIT:
+            raise ModelError(
+                f"{self.label}: {self.file_bytes:,} bytes are more than a ModelProto holds; save "
+                "it as a file"
+            )
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for tensor in ModelStore(proto=proto).tensors():
+            if uses_external_data(tensor):
+                tensor.CopyFrom(self.inlined(tensor))
+        return proto
+
+    def inlined(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """An external tensor of this model with its data in it, as they lie in their file.
+
+        Raises:
+            ModelError: See `array`.
+        """
         held = onnx.TensorProto()
         held.CopyFrom(tensor)
-        load_external_data_for_tensor(held, str(self.folder or ""))
-        return bytes(held.raw_data)
+        held.ClearField("external_data")
+        held.data_location = onnx.TensorProto.DEFAULT
+        held.raw_data = bytes(self.outside_bytes(tensor))
+        return held
+
+    def outside_bytes(self, tensor: onnx.TensorProto) -> memoryview:
+        """Data of an external tensor as its file holds them: types below 8 bits stay packed.
+
+        Raises:
+            ModelError: See `array`.
+        """
+        try:
+            return external_bytes(tensor, self._data_folder).data
+        except (OSError, ValueError, TypeError) as e:
+            raise self._unreadable(tensor, e) from e
+
+    @property
+    def _data_folder(self) -> Path:
+        if self.folder is None:
+            raise ValueError("a model that is no file has no external data")
+        return self.folder
+
+    def _unreadable(self, tensor: onnx.TensorProto, error: Exception) -> ModelError:
+        reason = " ".join(str(error).split())
+        return ModelError(f"{self.label}: tensor {tensor.name!r}: {reason}")
 
     def fingerprint(self) -> str:
         """SHA-256 of the model, external data included, as hexadecimal digits."""
@@ -160,19 +218,24 @@ class ModelStore:
                 digest.update(self.array(tensor).tobytes())
         return digest.hexdigest()
 
-    def save(self, target: str | os.PathLike[str]) -> None:
+    def save(self, target: str | os.PathLike[str], *, save_as_external_data: bool = False) -> None:
         """Write the model to `target`; a reader sees the old file or the whole new one.
 
         A store that is just as it was read is copied byte for byte. Weights go into one file
-        `target.data` where the source kept its own outside or the model passes protobuf's 2 GiB.
+        `target.data` where the source kept its own outside, where the model passes protobuf's
+        2 GiB, or where that is asked for.
+
+        Args:
+            target: The file.
+            save_as_external_data: Put weights outside in any case.
 
         Raises:
             ModelError: The model cannot be serialized, or `target` cannot be written.
         """
         path = Path(target)
         try:
-            if self.proto.ByteSize() > INLINE_LIMIT:
-                self._save_external(path, smallest=1024)
+            if save_as_external_data or self.proto.ByteSize() > INLINE_LIMIT:
+                self._save_external(path, smallest=SMALLEST_OUTSIDE)
             elif self.has_external_data:
                 self._save_external(path)
             else:
@@ -192,19 +255,12 @@ class ModelStore:
         proto.CopyFrom(self.proto)
         data = path.with_name(path.name + ".data")
         with atomic_write(data) as f:
+            writer = ExternalWriter(f, data.name)
             for tensor in ModelStore(proto=proto).tensors():
-                outside = uses_external_data(tensor)
-                if not outside and (smallest is None or len(tensor.raw_data) < smallest):
-                    continue
-                raw = self._outside_bytes(tensor) if outside else tensor.raw_data
-                f.write(b"\0" * (-f.tell() % 4096))  # page-aligned, so that readers can map it
-                entries = {"location": data.name, "offset": f.tell(), "length": len(raw)}
-                f.write(raw)
-                tensor.ClearField("raw_data")
-                tensor.ClearField("external_data")
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                for key, value in entries.items():
-                    tensor.external_data.add(key=key, value=str(value))
+                if uses_external_data(tensor):
+                    writer.put(tensor, self.outside_bytes(tensor))
+                elif smallest is not None and len(tensor.raw_data) >= smallest:
+                    writer.put(tensor, tensor.raw_data)
         with atomic_write(path) as f:
             f.write(proto.SerializeToString())
 
@@ -251,15 +307,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _outside_length(tensor: onnx.TensorProto) -> int:
-    """Bytes of an external tensor; from its shape where its entry does not say."""
-    stated = next((e.value for e in tensor.external_data if e.key == "length"), None)
-    if stated is not None:
-        return int(stated)
-    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return int(math.prod(tensor.dims) * kind.itemsize)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

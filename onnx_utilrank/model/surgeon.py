@@ -16,8 +16,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from onnx_utilrank.model.external import DATA_FILE, SMALLEST_OUTSIDE, ExternalWriter, Scratch
 from onnx_utilrank.model.graph import GraphIndex, all_names
 from onnx_utilrank.model.store import ModelStore
 
@@ -54,6 +56,8 @@ class Surgeon:
         self._restated: dict[int, dict[str, int]] = {}
         self._before: dict[int, list[gs.Node]] = {}
         self._new: dict[str, onnx.TensorProto] = {}
+        # A model with weights outside may be too large for memory: new ones go outside at once.
+        self._scratch = Scratch() if index.store.has_external_data else None
 
     def tensor(self, name: str) -> gs.Variable:
         """The value of that name in the skeleton; '' is the absent optional input or output."""
@@ -79,7 +83,15 @@ class Surgeon:
     def constant(self, hint: str, values: np.ndarray) -> str:
         """Add an initializer; the name it got."""
         name = self.unique(hint)
-        self._new[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        values = np.ascontiguousarray(values)
+        if self._scratch is None or values.nbytes < SMALLEST_OUTSIDE:
+            self._new[name] = numpy_helper.from_array(values, name)
+            return name
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        self._new[name] = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
+        with (self._scratch.path / DATA_FILE).open("ab") as f:
+            writer = ExternalWriter(f, DATA_FILE)
+            writer.put(self._new[name], values.view(np.uint8).data)
         return name
 
     def replace(self, k: int, chain: list[gs.Node]) -> None:
@@ -141,7 +153,19 @@ class Surgeon:
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
                 for t in self._new.values()
             )
-        return ModelStore(proto=result, folder=self.index.store.folder)
+        return self._stored(result)
+
+    def _stored(self, proto: onnx.ModelProto) -> ModelStore:
+        """The model with what lies outside in one folder: what is new and what is the source's."""
+        source = self.index.store
+        if self._scratch is None:
+            return ModelStore(proto=proto, folder=source.folder)
+        with (self._scratch.path / DATA_FILE).open("ab") as f:
+            writer = ExternalWriter(f, DATA_FILE)
+            for tensor in ModelStore(proto=proto).tensors():
+                if uses_external_data(tensor) and tensor.name not in self._new:
+                    writer.put(tensor, source.outside_bytes(tensor))
+        return ModelStore(proto=proto, folder=self._scratch.path, scratch=self._scratch)
 
     def _kept(self, k: int, node: gs.Node) -> onnx.NodeProto:
         proto = self.index.node(k)

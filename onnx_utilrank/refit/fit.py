@@ -67,9 +67,9 @@ def fit_layer(layer: Layer, halves: tuple[CrossMoment, CrossMoment], shift: np.n
     lost = mean - kept @ now
     if wide:
         factors = best.factors(fitted, layer.rank)
-        return Refitted(weight=factors.product, lost_mean=lost, turn=kept @ fit, factors=factors)
+        return Refitted(weight=None, lost_mean=lost, turn=kept @ fit, factors=factors)
     factors = factored(weight @ best.expand[:, : layer.rank], reduce @ fit)
-    return Refitted(weight=factors.product, lost_mean=weight @ lost, factors=factors)
+    return Refitted(weight=None, lost_mean=weight @ lost, factors=factors)
 
 
 def _heads(layer: Layer, mean: np.ndarray, covariance: np.ndarray) -> Decomposition:

@@ -17,7 +17,7 @@ class Layer:
 
     Attributes:
         measured: Its decomposition.
-        weight: W, float64 [m, d].
+        weight: W [m, d], as the model has it.
         rank: The rank of its factors; None where it shrinks.
         biases: What the node of each use adds to W x itself, [m], by node.
         behind: What an Add behind it adds, [m] (of a site that shrinks).
@@ -78,24 +78,33 @@ class Refitted:
     """What a layer became.
 
     Attributes:
-        weight: What takes the place of W, [m, d], hidden features as they were.
+        weight: What takes the place of W, [m, d], hidden features as they were; None where that
+            is the product of its factors.
         lost_mean: What the bias has to take, [m]; None where it can take nothing.
         turn: A [m, m] with Ŵ = A W (of W behind the projection, if there is one), where it was
             fitted by its outputs.
-        factors: Of `weight`, where it is factored.
+        factors: Where it is factored.
         heads: How the hidden features that it makes are to shrink.
     """
 
-    weight: np.ndarray
+    weight: np.ndarray | None
     lost_mean: np.ndarray | None
     turn: np.ndarray | None = None
     factors: Factors | None = None
     heads: Decomposition | None = None
 
+    @property
+    def matrix(self) -> np.ndarray:
+        """What takes the place of W, [m, d]."""
+        if self.weight is not None:
+            return self.weight
+        assert self.factors is not None
+        return self.factors.product
+
     def whole(self, layer: Layer) -> np.ndarray:
         """The weight [m, d] that the node comes to as a whole, hidden features as they were."""
         if not layer.projected:
-            return self.weight
+            return self.matrix
         projected = layer.projected_weight
         return projected if self.turn is None else self.turn @ projected
 
@@ -132,7 +141,7 @@ def as_measured(layer: Layer) -> Refitted:
         lost = measured.lost_of(layer.weight, layer.rank)
     factors = measured.factors_of(layer.weight, layer.rank)
     return Refitted(
-        weight=factors.product,
+        weight=None,
         lost_mean=lost,
         factors=factors,
     )

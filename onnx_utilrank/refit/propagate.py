@@ -19,6 +19,7 @@ from onnx_utilrank.refit.twin import Reweighted, StandIn, layers_by_value
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.block import Values
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
@@ -99,7 +100,7 @@ def propagate(
                 if key not in done:
                     pairs = _moments(layer, use, runs) if can_fit(layer) else None
                     progress("solving", len(done), len(layers))
-                    done[key] = fit_layer(layer, *pairs) if pairs else as_measured(layer)
+                    done[key] = spilled(fit_layer(layer, *pairs) if pairs else as_measured(layer))
                     progress("refitting", k, len(graph.nodes))
                 stand_in = StandIn(layer, done[key])
                 for run in runs:

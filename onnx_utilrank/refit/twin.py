@@ -10,6 +10,7 @@ from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.block import Values
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
@@ -34,8 +35,8 @@ class Reweighted:
         if self._stored is None:
             kind = site_kind(use.op_type)
             stored = kind.stored(use, own.cpu().numpy(), self._matrix)
-            self._stored = _tensor(stored).to(own)
-        state[use.weight] = self._stored
+            self._stored = torch.from_numpy(spilled(_tensor(stored).to(own.dtype).numpy()))
+        state[use.weight] = self._stored.to(own.device)
         graph.step(k, state)
         state[use.weight] = own
 

@@ -19,6 +19,10 @@ Feed = Mapping[str, np.ndarray]
 
 _FATAL = 4
 
+# Bytes of a model from which ONNX Runtime may not copy weights into an order of its own: copies
+# take as much memory again, where weights are mapped from their file.
+PREPACKED_LIMIT = 2**30
+
 
 class InferenceError(ModelError):
     """ONNX Runtime loaded the model but could not run it on a feed."""
@@ -83,6 +87,8 @@ def open_session(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(model.folder)
         )
+    if model.file_bytes > PREPACKED_LIMIT:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     names = [provider.name, *provider.fallback]
     try:
         # ONNX Runtime announces a fallback on stdout, which belongs to results.

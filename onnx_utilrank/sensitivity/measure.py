@@ -1,11 +1,12 @@
 """Measure every site of a model: gradients, decompositions and the predicted loss of each rank."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_utilrank.calibration.collect import in_passes
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
@@ -24,10 +25,11 @@ from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
-from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
 __all__ = ["measure_sensitivity"]
@@ -52,7 +54,7 @@ def measure_sensitivity(
     channels: bool,
     seed: int,
     progress: Progress,
-) -> list[TwoSidedSite]:
+) -> tuple[list[TwoSidedSite], int]:
     """Decompose every site that the outputs depend on.
 
     What a rank loses is predicted on other samples than those that the decomposition is of: on
@@ -62,6 +64,9 @@ def measure_sensitivity(
 
     Sites whose sums do not fit the memory budget together are taken in groups, with a pass over
     the samples for each.
+
+    Returns:
+        The sites, and how many passes there were.
 
     Raises:
         ModelError: A node cannot be computed, or a weight is not finite.
@@ -97,16 +102,9 @@ def measure_sensitivity(
     parts = [chosen]
     if not left_over and len(chosen) >= 2 * run:
         parts = [[s for k, s in enumerate(chosen) if k // run % 2 == half] for half in range(2)]
-    limit = effort.statistics_bytes // (len(parts) * BYTES)
-    passes = list(measuring.groups(sites, limit))
-    if len(passes) > 1:
-        logger.warning(
-            "%s: the statistics of all weights do not fit the memory budget; %d passes over the "
-            "samples are made",
-            index.store.label,
-            len(passes),
-        )
-    measured = []
+    budget = effort.statistics_bytes // len(parts)
+    passes = list(in_passes(sites, measuring.sums, budget))
+    measured: list[TwoSidedSite] = []
     for group in passes:
         seen = measuring.collect(group, parts)
         if len(parts) == 1:
@@ -121,7 +119,7 @@ def measure_sensitivity(
         for one in measuring.decompose(group, whole):
             twins = [half[one.site.key] for half in halves if one.site.key in half]
             measured.append(one.expecting(twins))
-    return measured
+    return measured, len(passes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,24 +150,15 @@ class _Measuring:
     readers_of_units: frozenset[str]
     kernels: Mapping[int, np.ndarray]
 
-    def groups(self, sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
-        """Sites in order, cut where their sums would hold more than `limit` numbers."""
-        group: list[Site] = []
-        held = 0
-        for site in sites:
-            kernel = self.kernels.get(site.uses[0].node)
-            need = 2 * site.full_rank**2
-            if kernel is not None:
-                need += 2 * kernel.shape[1] ** 2
-            elif site.key in self.readers_of_units:
-                need += site.d**2
-            if group and held + need > limit:
-                yield group
-                group, held = [], 0
-            group.append(site)
-            held += need
-        if group:
-            yield group
+    def sums(self, site: Site) -> dict[Hashable, int]:
+        """Bytes of the running sums of a site."""
+        kernel = self.kernels.get(site.uses[0].node)
+        numbers = 2 * site.full_rank**2
+        if kernel is not None:
+            numbers += 2 * kernel.shape[1] ** 2
+        elif site.key in self.readers_of_units:
+            numbers += site.d**2
+        return {site.key: BYTES * numbers}
 
     def collect(
         self, sites: Sequence[Site], parts: Sequence[Sequence[int]]
@@ -202,7 +191,7 @@ class _Measuring:
         for k, site in enumerate(sites):
             self.progress("decomposing", k, len(sites))
             if seen[site.key].side.moment.rows:
-                found.append(self._decomposed(site, seen[site.key]))
+                found.append(spilled(self._decomposed(site, seen[site.key])))
         self.progress("decomposing", len(sites), len(sites))
         return found
 
@@ -223,7 +212,7 @@ class _Measuring:
         return [f.corrected(quadratics[f.site.key]) for f in found]
 
     def _sides(self, sites: Sequence[Site]) -> dict[str, SmallerSide]:
-        return {s.key: SmallerSide(s, site_matrix(self.index, s), self.biases) for s in sites}
+        return {s.key: SmallerSide(s, site_weight(self.index, s), self.biases) for s in sites}
 
     def _backward(
         self, sites: Sequence[Site], draws: int, *, smooth: bool, seed: int

@@ -29,7 +29,9 @@ class SmallerSide:
         # The outputs are there already, unless something else is in them.
         self._weight = None
         if not (self._outputs and all(use.affine for use in site.uses)):
-            self._weight = torch.from_numpy(weight.astype(np.float32))
+            # That of a large model is mapped to memory, and there is room for no second one.
+            there = weight.dtype == np.float32 and weight.flags.writeable
+            self._weight = torch.from_numpy(weight if there else weight.astype(np.float32))
 
     def rows(
         self, use: Use, rows: UseRows, samples: int

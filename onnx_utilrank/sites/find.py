@@ -14,7 +14,7 @@ from onnx_utilrank.sites.gemm import GEMM
 from onnx_utilrank.sites.matmul import MATMUL
 from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
 
-__all__ = ["SITE_KINDS", "find_sites", "site_kind", "site_matrix"]
+__all__ = ["SITE_KINDS", "find_sites", "site_kind", "site_matrix", "site_weight"]
 
 # Adding an operator is one file beside this one and one entry here.
 SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV)
@@ -29,15 +29,20 @@ def site_kind(op_type: str) -> SiteKind:
     return {kind.op_type: kind for kind in SITE_KINDS}[op_type]
 
 
+def site_weight(index: GraphIndex, site: Site) -> np.ndarray:
+    """The weight of a site as W [m, d], of its own type, where the model has it."""
+    weight = index.constant(site.weight)
+    assert weight is not None, site.key
+    return site_kind(site.op_type).matrix(site.uses[0], weight)
+
+
 def site_matrix(index: GraphIndex, site: Site) -> np.ndarray:
     """The weight of a site as W [m, d], float64.
 
     Raises:
         ModelError: The weight holds NaN or infinity.
     """
-    weight = index.constant(site.weight)
-    assert weight is not None, site.key
-    matrix = site_kind(site.op_type).matrix(site.uses[0], weight).astype(np.float64)
+    matrix = site_weight(index, site).astype(np.float64)
     if not np.isfinite(matrix).all():
         raise ModelError(
             f"{index.store.label}: {site.uses[0].label}: weight {site.weight!r} holds NaN or "

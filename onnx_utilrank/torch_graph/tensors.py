@@ -65,5 +65,8 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
         array = array.astype(_WIDER[array.dtype])
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    # A copy: what a model file gives is read-only, which torch does not know.
-    return torch.from_numpy(np.array(array, order="C"))
+    # What a model file gives may be read-only, which torch does not know. What is mapped to memory
+    # is not, and stays where it is: it may be all of a large model.
+    if not (array.flags.writeable and array.flags.aligned and array.flags.c_contiguous):
+        array = np.array(array, order="C")
+    return torch.from_numpy(array)
