@@ -24,6 +24,7 @@ from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
 from onnx_utilrank.refit.twin import Twin
 from onnx_utilrank.runtime.sessions import Feed
+from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Group, Hidden
 from onnx_utilrank.statistics.divergence import OutputLoss
@@ -245,7 +246,7 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
                 weight=site_weight(job.index, found.site),
                 rank=moves[key].rank if key in moves else None,
                 channels=key in moves and moves[key].kind == CHANNELS.key,
-                biases=job.own_biases(found.site),
+                biases=own_biases(job.index, found.site),
                 behind=between.added(job.index, key, found.site.m)
                 if between
                 else np.zeros(found.site.m),

@@ -1,6 +1,7 @@
 """Everything a caller can choose, with its defaults and its limits."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -67,32 +68,53 @@ class QualityTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnalyzeConfig(SiteFilter):
+class CalibrationConfig(SiteFilter):
+    """How a model is calibrated.
+
+    Attributes:
+        samples: Samples to use, those held back included; None for all.
+        seed: Seed of the choice of samples, of the split and of gradients.
+        provider: Key of the execution provider to calibrate and validate on.
+        memory_budget: Bytes that running sums and the activations of gradients may take together;
+            hidden units whose decompositions would take more than a quarter of it stay.
+        cache: Folder in which statistics are kept and looked up; None for none.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    samples: int | None = None
+    seed: int = 0
+    provider: str = "cpu"
+    memory_budget: int = DEFAULT_MEMORY
+    cache: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.samples is None or self.samples > 0, "samples must be at least 1")
+        _check(self.seed >= 0, "seed must not be negative")
+        _check(self.memory_budget >= 2**20, "memory budget must be at least 1 MiB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalyzeConfig(CalibrationConfig):
     """Options of `analyze`.
 
     Attributes:
         energy: Share of the energy that a subspace has to hold, in (0, 1].
-        samples: Samples to use; None for all.
-        seed: Seed of the choice of samples.
-        provider: Key of the execution provider.
 
     Raises:
         ConfigError: A value is out of range.
     """
 
     energy: float = DEFAULT_ENERGY
-    samples: int | None = None
-    seed: int = 0
-    provider: str = "cpu"
 
     def __post_init__(self) -> None:
+        CalibrationConfig.__post_init__(self)
         _check(0 < self.energy <= 1, f"energy {self.energy} is not in (0, 1]")
-        _check(self.samples is None or self.samples > 0, "samples must be at least 1")
-        _check(self.seed >= 0, "seed must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompressConfig(SiteFilter):
+class CompressConfig(CalibrationConfig):
     """Options of `compress`. One target, or a plan, says how far to go.
 
     Attributes:
@@ -115,11 +137,6 @@ class CompressConfig(SiteFilter):
             samples kept apart for it.
         force: Factor every site, also where that saves nothing.
         rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
-        samples: Samples to use, those held back included; None for all.
-        seed: Seed of the choice of samples, of the split and of gradients.
-        provider: Key of the execution provider to calibrate and validate on.
-        memory_budget: Bytes that running sums and the activations of gradients may take together;
-            hidden units whose decompositions would take more than a quarter of it stay.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.

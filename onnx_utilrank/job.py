@@ -4,15 +4,17 @@ import logging
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
+from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, collect, in_passes, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
-from onnx_utilrank.config import CompressConfig, SiteFilter, ValidateConfig
+from onnx_utilrank.config import CalibrationConfig, CompressConfig, SiteFilter, ValidateConfig
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.measurement import Gradients, Measurement, losses_note, rows_notes
 from onnx_utilrank.model.graph import GraphIndex
@@ -28,6 +30,7 @@ from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
 from onnx_utilrank.sensitivity.effort import choose_effort
 from onnx_utilrank.sensitivity.measure import measure_sensitivity
+from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
@@ -145,7 +148,7 @@ class Job:
         if key not in (None, TWO_SIDED.key):
             method = find_method(key or "")
             assert isinstance(method, MomentMethod)
-            return self.measure_moments(method, sites, samples, config.memory_budget)
+            return self.measure_moments(method, sites, samples, config)
         try:
             return self._measure_gradients(sites, samples, config, hidden)
         except ModelError as e:
@@ -153,7 +156,7 @@ class Job:
                 raise
             reason = f"gradients cannot be had ({e}); the factors rest on one-sided statistics"
             logger.warning("%s", reason)
-            found = self.measure_moments(ONE_SIDED, sites, samples, config.memory_budget)
+            found = self.measure_moments(ONE_SIDED, sites, samples, config)
             return Measurement(
                 method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
             )
@@ -180,6 +183,7 @@ class Job:
             channels=config.moves is None or CHANNELS.key in config.moves,
             seed=config.seed,
             progress=self.progress,
+            cache=self._cache(samples, config),
         )
         seen = {m.site.key for m in measured}
         skips = tuple(
@@ -255,7 +259,11 @@ class Job:
         return Gradients(graph=graph, losses=losses, effort=effort, footprint=taken)
 
     def measure_moments(
-        self, method: MomentMethod, sites: Sequence[Site], samples: Sequence[int], budget: int
+        self,
+        method: MomentMethod,
+        sites: Sequence[Site],
+        samples: Sequence[int],
+        config: CalibrationConfig,
     ) -> Measurement:
         """Decompose every site by what taps in the graph say of the rows on its sides.
 
@@ -263,7 +271,7 @@ class Job:
             method: The method.
             sites: The sites.
             samples: Calibration samples.
-            budget: Bytes that running sums may take, twice; there are passes enough for that.
+            config: Options.
 
         Raises:
             ModelError: The model does not run, or a value is not finite.
@@ -277,8 +285,9 @@ class Job:
             return {view: SUM_BYTES * view.width**2 for view in views(site)}
 
         found: list[Measured] = []
+        cache = self._cache(samples, config)
         strides: dict[RowView, int] = {}
-        passes = list(in_passes(sites, sums, budget // 2))
+        passes = list(in_passes(sites, sums, config.memory_budget // 2))
         for group in passes:
             collected = collect(
                 self.index,
@@ -288,6 +297,7 @@ class Job:
                 self.provider,
                 batch=self.batch(samples),
                 progress=self.progress,
+                cache=cache,
             )
             strides |= collected.strides
             for site in group:
@@ -295,7 +305,9 @@ class Job:
                 side = method.side(site)
                 moment = None
                 if side:
-                    moment = site_moment(site, side, collected.moments, self.own_biases(site))
+                    moment = site_moment(
+                        site, side, collected.moments, own_biases(self.index, site)
+                    )
                 weight, cost = site_matrix(self.index, site), bias_cost(self.index, site)
                 found.append(spilled(method.measure(site, weight, moment, cost)))
         self.progress("decomposing", len(sites), len(sites))
@@ -305,14 +317,9 @@ class Job:
         notes = rows_notes(rows, strides, len(passes) if strides else 1)
         return Measurement(method=method, sites=found, notes=notes)
 
-    def own_biases(self, site: Site) -> dict[int, np.ndarray]:
-        """What the nodes themselves add to W x; an Add behind a node is not part of it."""
-        return {
-            use.node: use.bias.values(self.index, site.m)
-            if use.bias.kind == "input"
-            else np.zeros(site.m)
-            for use in site.uses
-        }
+    def _cache(self, samples: Sequence[int], config: CalibrationConfig) -> Cache:
+        folder = None if config.cache is None else Path(config.cache)
+        return Cache.open(folder, self.store, self.data, samples)
 
     def ledger(self, unit: Unit, sites: Sequence[Site], samples: Sequence[int]) -> Ledger:
         """What the model and its sites cost in a unit."""

@@ -63,7 +63,8 @@ def analyze(
     config = config or AnalyzeConfig()
     job = Job.open(model, data, config, config.provider, progress)
     samples = chosen_samples(job.data, config.samples, config.seed)
-    found = job.measure(UTILIZED_RANK.key, job.sites, samples, CompressConfig())
+    options = CompressConfig(memory_budget=config.memory_budget, cache=config.cache)
+    found = job.measure(UTILIZED_RANK.key, job.sites, samples, options)
     layers = []
     for measured in found.sites:
         site, moment = measured.site, measured.moment

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_utilrank.config import DEFAULT_MEMORY
+from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
@@ -172,7 +172,7 @@ ACTIVATION_SVD = UniformRatio("asvd", activation_svd)
 
 def measure_rival(job: Job, rival: UniformRatio, samples: Sequence[int]) -> Measurement:
     """Decompose every site by a method of one ratio."""
-    return job.measure_moments(rival, job.sites, samples, DEFAULT_MEMORY)
+    return job.measure_moments(rival, job.sites, samples, CompressConfig())
 
 
 def ratio_at(lost: np.ndarray, allowed: float) -> float:

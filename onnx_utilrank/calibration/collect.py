@@ -1,11 +1,13 @@
 """Run the model over the calibration samples and gather the moments of its rows."""
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_utilrank.calibration.cache import CHECKPOINT_SECONDS, Cache
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset
 from onnx_utilrank.calibration.survey import check_finite, survey
 from onnx_utilrank.calibration.taps import TappedModel, insert_taps, row_stride, view_rows
@@ -90,6 +92,7 @@ def collect(
     *,
     batch: int,
     progress: Progress,
+    cache: Cache | None = None,
 ) -> Collected:
     """Moments of the rows of every view over the given samples.
 
@@ -112,7 +115,7 @@ def collect(
         strides[view] = row_stride(rows, rows // max(runs, 1), view.width)
     tapped = insert_taps(index.store, views, observed, strides)
     del observed
-    moments = _run(index, tapped, data, samples, provider, batch, progress)
+    moments = _run(index, tapped, data, samples, provider, batch, progress, cache or Cache())
     return Collected(
         moments=moments,
         strides={tap.view: tap.stride for tap in tapped.taps},
@@ -127,13 +130,19 @@ def _run(
     provider: Provider,
     batch: int,
     progress: Progress,
+    cache: Cache,
 ) -> dict[RowView, SecondMoment]:
     # Sums of z = x - shift, of which the shift is taken out once, at the end.
     sums = {tap.view: SecondMoment.zero(tap.view.width) for tap in tapped.taps}
+    what = ("moments", provider.key, batch, [(tap.view, tap.stride) for tap in tapped.taps])
+    first = _resumed(cache.load(*what), sums)
+    saved = time.monotonic()
     session = open_session(tapped.store, provider)
     own = tuple(o.name for o in index.store.outputs)
     runs = data.count_feeds(samples, batch=batch)
     for k, feed in enumerate(data.feeds(samples, batch=batch)):
+        if k < first:
+            continue
         phases = {name: np.array([k % stride]) for stride, name in tapped.phases.items()}
         values = session.run({**feed, **phases})
         check_finite(index, {name: values[name] for name in own}, feed, provider)
@@ -149,8 +158,33 @@ def _run(
                     f"{_place(index, tap.view.tensor)} holds NaN or infinity, or its squares "
                     f"overflow {values[tap.outer].dtype.name}, on the calibration data"
                 )
+        if k + 1 == runs or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            cache.save(_state(sums, k + 1), *what)
+            saved = time.monotonic()
         progress("calibrating", k + 1, runs)
     return {tap.view: sums[tap.view].shifted(tap.shift) for tap in tapped.taps}
+
+
+def _state(sums: Mapping[RowView, SecondMoment], done: int) -> dict[str, np.ndarray]:
+    """Sums over so many feeds, as a cache keeps them."""
+    state = {"done": np.array(done)}
+    for k, held in enumerate(sums.values()):
+        state |= {
+            f"{k} outer": held.outer,
+            f"{k} total": held.total,
+            f"{k} rows": np.array(held.rows),
+        }
+    return state
+
+
+def _resumed(state: Mapping[str, np.ndarray] | None, sums: Mapping[RowView, SecondMoment]) -> int:
+    """Go on with the sums of an earlier run; how many feeds it had done."""
+    if state is None:
+        return 0
+    for k, held in enumerate(sums.values()):
+        held.outer, held.total = state[f"{k} outer"], state[f"{k} total"]
+        held.rows = int(state[f"{k} rows"])
+    return int(state["done"])
 
 
 def _place(index: GraphIndex, value: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from onnx_utilrank.cli.options import (
+    add_calibration_options,
     add_data_options,
     add_output_options,
     add_provider_option,
@@ -32,6 +33,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
     add_data_options(parser)
+    add_calibration_options(parser)
     parser.add_argument(
         "--energy",
         type=number(float, 0, 1),

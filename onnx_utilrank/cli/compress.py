@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from onnx_utilrank.cli.options import (
+    add_calibration_options,
     add_data_options,
     add_method_options,
     add_model_output_option,
@@ -38,6 +39,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
     add_data_options(parser)
+    add_calibration_options(parser)
     target = parser.add_mutually_exclusive_group(required=True)
     for name, what in (
         ("--param-ratio", "parameters to keep, as a share of all initializers and constants"),

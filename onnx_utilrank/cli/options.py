@@ -15,6 +15,7 @@ from onnx_utilrank.sites.find import SITE_KINDS
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
 __all__ = [
+    "add_calibration_options",
     "add_data_options",
     "add_method_options",
     "add_model_output_option",
@@ -63,6 +64,23 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="S",
         help="seed of that choice (default: 0)",
+    )
+
+
+def add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    """How statistics are collected."""
+    parser.add_argument(
+        "--memory-budget",
+        type=size,
+        default=DEFAULT_MEMORY,
+        metavar="BYTES",
+        help="what running sums and activations may take, such as 500M or 4G (default: 4G)",
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep statistics in this folder, and take those of the same model and data from it; "
+        "a run that was killed goes on where it was",
     )
 
 
@@ -137,13 +155,6 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="ranks are multiples of K; 8 suits GPUs (default: 1)",
     )
-    parser.add_argument(
-        "--memory-budget",
-        type=size,
-        default=DEFAULT_MEMORY,
-        metavar="BYTES",
-        help="what running sums and activations may take, such as 500M or 4G (default: 4G)",
-    )
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",
@@ -166,7 +177,6 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         "moves": args.moves,
         "refit": not args.no_refit,
         "rank_multiple": args.rank_multiple,
-        "memory_budget": args.memory_budget,
         "evaluate": args.evaluate,
         "labels": args.labels,
     }
@@ -202,8 +212,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_data_options`, `add_provider_option` and `add_site_options` were given."""
+    """What was given of data, calibration, provider and sites."""
     return {
+        "memory_budget": args.memory_budget,
+        "cache": args.cache,
         "samples": args.samples,
         "seed": args.seed,
         "provider": args.provider,

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from onnx_utilrank.cli.options import (
+    add_calibration_options,
     add_data_options,
     add_method_options,
     add_model_output_option,
@@ -37,6 +38,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     add_data_options(parser)
+    add_calibration_options(parser)
     parser.add_argument(
         "--ratios",
         type=_ratios,

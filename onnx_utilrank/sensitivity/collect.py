@@ -39,6 +39,25 @@ class RowSums:
         self._gamma = torch.zeros(width, width, dtype=torch.float64)
 
     @property
+    def state(self) -> dict[str, np.ndarray]:
+        """All there is to go on from; see `restore`."""
+        held = {"total": self._total.numpy(), "outer": self._outer.numpy()}
+        held |= {"gamma": self._gamma.numpy(), "rows": np.array(self._rows)}
+        return held if self._shift is None else held | {"shift": self._shift.cpu().numpy()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            KeyError: An array is missing.
+            ValueError: An array has another shape.
+        """
+        for name, held in (("total", self._total), ("outer", self._outer), ("gamma", self._gamma)):
+            np.copyto(held.numpy(), state[name], casting="no")
+        self._rows = int(state["rows"])
+        self._shift = torch.from_numpy(state["shift"]) if "shift" in state else None
+
+    @property
     def gamma(self) -> np.ndarray:
         """Σ g g^T, [width, width]."""
         return self._gamma.numpy()
@@ -205,6 +224,38 @@ class Collector:
             alive = torch.stack([g.abs().amax(-1) for g in of_channels]).amax(0) > 0
             self._channels.add(x, of_channels, alive, share, phase)
 
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        """All there is to go on from; see `restore`."""
+        held = {"counts": np.array([self._samples, self._decisions, self._input_rows])}
+        held |= {f"block {k}": block.numpy() for k, block in enumerate(self._blocks)}
+        if self._input_total is not None:
+            held["input total"] = self._input_total
+        for name, sums in self._sums.items():
+            held |= {f"{name} {part}": array for part, array in sums.state.items()}
+        return held
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on where `state` was taken of a collector like this one.
+
+        Raises:
+            KeyError: An array is missing.
+            ValueError: An array has another shape.
+        """
+        self._samples, self._decisions, self._input_rows = map(int, state["counts"])
+        for k, block in enumerate(self._blocks):
+            np.copyto(block.numpy(), state[f"block {k}"], casting="no")
+        if self._input_total is not None:
+            np.copyto(self._input_total, state["input total"], casting="no")
+        for name, sums in self._sums.items():
+            parts = (key for key in state if key.startswith(f"{name} "))
+            sums.restore({key.removeprefix(f"{name} "): state[key] for key in parts})
+
+    @property
+    def _sums(self) -> dict[str, RowSums]:
+        found = {"side": self._rows, "channels": self._channels, "inputs": self._inputs}
+        return {name: sums for name, sums in found.items() if sums is not None}
+
     def count(self, samples: int, decisions: int) -> None:
         """Count the samples (times draws) and decisions of one run, whether or not it was used."""
         self._samples += samples
@@ -224,16 +275,22 @@ def collect_sensitivity(
     backward: GradientPass,
     collectors: Mapping[str, Collector],
     feeds: Sequence[Feed],
+    first: int = 0,
 ) -> Iterator[int]:
-    """Run all feeds through the collectors, by key of their sites; give the samples done so far.
+    """Run feeds through the collectors, by key of their sites; give how many feeds are done.
+
+    Args:
+        backward: Gradients of all uses of the sites.
+        collectors: By key of their sites.
+        feeds: All feeds.
+        first: The feed to begin with: earlier ones were counted before.
 
     Raises:
         ModelError: A node cannot be computed.
     """
     owner = {use.node: c for c in collectors.values() for use in c.site.uses}
     total = sum(samples_in(feed) for feed in feeds)
-    done = 0
-    for k, feed in enumerate(feeds):
+    for k, feed in enumerate(feeds[first:], start=first):
         n = samples_in(feed)
         seen: dict[str, int] = {}
         for use, rows in backward.rows(feed, n):
@@ -243,5 +300,4 @@ def collect_sensitivity(
             seen[collector.site.key] = rows.decisions
         for key, collector in collectors.items():
             collector.count(n * backward.draws, seen.get(key, 0))
-        done += n
-        yield done
+        yield k + 1

@@ -77,6 +77,19 @@ class GradientPass:
         self._heads = [Draw(graph.store, loss) for loss in losses]
         self._generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def state(self) -> np.ndarray:
+        """What the next draws depend on, uint8."""
+        return self._generator.get_state().numpy()
+
+    def restore(self, state: np.ndarray) -> None:
+        """Draw as from where `state` was taken.
+
+        Raises:
+            RuntimeError: It is no such state.
+        """
+        self._generator.set_state(torch.from_numpy(state))
+
     def rows(self, feed: Mapping[str, np.ndarray], samples: int) -> Iterator[tuple[Use, UseRows]]:
         """Run one feed; give each use that the outputs depend on, with its rows and gradients.
 

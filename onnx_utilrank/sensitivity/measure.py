@@ -1,11 +1,14 @@
 """Measure every site of a model: gradients, decompositions and the predicted loss of each rank."""
 
+import itertools
 import logging
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_utilrank.calibration.cache import CHECKPOINT_SECONDS, Cache
 from onnx_utilrank.calibration.collect import in_passes
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
@@ -25,10 +28,11 @@ from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
+from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
-from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
@@ -54,6 +58,7 @@ def measure_sensitivity(
     channels: bool,
     seed: int,
     progress: Progress,
+    cache: Cache | None = None,
 ) -> tuple[list[TwoSidedSite], int]:
     """Decompose every site that the outputs depend on.
 
@@ -81,13 +86,8 @@ def measure_sensitivity(
         effort=effort,
         seed=seed,
         progress=progress,
-        biases={
-            use.node: use.bias.values(index, site.m)
-            if use.bias.kind == "input"
-            else np.zeros(site.m)
-            for site in sites
-            for use in site.uses
-        },
+        cache=cache or Cache(),
+        biases={node: b for site in sites for node, b in own_biases(index, site).items()},
         heads=_heads(sites, basis),
         added={s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites},
         readers=frozenset(g.met.site for h in basis for g in h.groups if g.met.side == "columns"),
@@ -109,12 +109,12 @@ def measure_sensitivity(
         seen = measuring.collect(group, parts)
         if len(parts) == 1:
             found = measuring.decompose(group, seen[0])
-            measured += measuring.predict(found, left_over or chosen)
+            measured += measuring.predict(found, chosen, left_over or chosen)
             continue
         whole = {key: one + seen[1][key] for key, one in seen[0].items()}
         halves = [
-            {f.site.key: f for f in measuring.predict(measuring.decompose(group, own), others)}
-            for own, others in zip(seen, parts[::-1], strict=True)
+            {f.site.key: f for f in measuring.predict(measuring.decompose(group, own), *of)}
+            for own, of in zip(seen, (parts, parts[::-1]), strict=True)
         ]
         for one in measuring.decompose(group, whole):
             twins = [half[one.site.key] for half in halves if one.site.key in half]
@@ -131,6 +131,7 @@ class _Measuring:
         heads: By key of the site that makes hidden features of any basis: rows of each group, and
             whether their mean may go.
         added: By key, what is added to the features that a site makes, on their way.
+        cache: Where what was collected is kept.
         readers: Keys of the sites that read such features.
         readers_of_units: Keys of those that read units.
         kernels: Kernels of Convs whose input channels are looked at, by node.
@@ -143,6 +144,7 @@ class _Measuring:
     effort: Effort
     seed: int
     progress: Progress
+    cache: Cache
     biases: Mapping[int, np.ndarray]
     heads: Mapping[str, Sequence[tuple[slice, bool]]]
     added: Mapping[str, np.ndarray]
@@ -171,9 +173,17 @@ class _Measuring:
         done = 0
         for part in parts:
             collectors = {s.key: self._collector(s, sides[s.key]) for s in sites}
+            what = ("gradients", *self._described(sites), tuple(part))
             feeds = list(self.data.feeds(part, batch=self.effort.batch))
-            for k in collect_sensitivity(backward, collectors, feeds):
-                self.progress("calibrating", done + k, total)
+            first = self._resumed(what, collectors, backward)
+            saved = time.monotonic()
+            for k in collect_sensitivity(backward, collectors, feeds, first):
+                late = time.monotonic() - saved > CHECKPOINT_SECONDS
+                if k == len(feeds) or late:
+                    self._keep(what, collectors, backward, k)
+                    saved = time.monotonic()
+                counted = done + sum(map(samples_in, feeds[:k]))
+                self.progress("calibrating", counted, total)
             done += len(part)
             seen.append({key: collector.seen for key, collector in collectors.items()})
         if backward.dropped:
@@ -185,6 +195,46 @@ class _Measuring:
             )
         return seen
 
+    def _described(self, sites: Sequence[Site]) -> tuple[object, ...]:
+        """All that decides what is collected of sites, beside the model and the samples."""
+        of_sites = [
+            (
+                *(s.key, s.op_type, self.heads.get(s.key), s.uses[0].node in self.kernels),
+                *(s.key in self.readers, s.key in self.readers_of_units),
+            )
+            for s in sites
+        ]
+        return self.losses, self.effort.draws, self.effort.batch, self.seed, of_sites
+
+    def _resumed(
+        self, what: tuple[object, ...], collectors: Mapping[str, Collector], backward: GradientPass
+    ) -> int:
+        """Let collectors go on where an earlier run was; how many feeds it had done."""
+        state = self.cache.load(*what)
+        if state is None:
+            return 0
+        for key, collector in collectors.items():
+            own = (name for name in state if name.startswith(f"{key}: "))
+            collector.restore({name.removeprefix(f"{key}: "): state[name] for name in own})
+        backward.restore(state["draws"])
+        backward.dropped = int(state["dropped"])
+        return int(state["done"])
+
+    def _keep(
+        self,
+        what: tuple[object, ...],
+        collectors: Mapping[str, Collector],
+        backward: GradientPass,
+        done: int,
+    ) -> None:
+        state = {
+            f"{key}: {name}": array
+            for key, collector in collectors.items()
+            for name, array in collector.state.items()
+        }
+        state |= {"draws": backward.state, "dropped": np.array(backward.dropped)}
+        self.cache.save({**state, "done": np.array(done)}, *what)
+
     def decompose(self, sites: Sequence[Site], seen: Mapping[str, Seen]) -> list[TwoSidedSite]:
         """The sites that anything was seen of."""
         found = []
@@ -195,21 +245,32 @@ class _Measuring:
         self.progress("decomposing", len(sites), len(sites))
         return found
 
-    def predict(self, found: Sequence[TwoSidedSite], samples: Sequence[int]) -> list[TwoSidedSite]:
-        """The same sites with the larger of both predictions."""
+    def predict(
+        self, found: Sequence[TwoSidedSite], fitted: Sequence[int], samples: Sequence[int]
+    ) -> list[TwoSidedSite]:
+        """The sites, decomposed on some samples, with the larger prediction on some samples."""
         sites = [f.site for f in found]
         # Other directions than the factors were made for.
         draws = min(self.effort.draws, 2)
         backward = self._backward(sites, draws, smooth=False, seed=self.seed + 1)
-        quadratics = sample_quadratics(
-            backward,
-            sites,
-            {f.site.key: self._probes(f) for f in found},
-            self._sides(sites),
-            list(self.data.feeds(samples, batch=self.effort.batch)),
-            lambda done, total: self.progress("predicting", done, total),
-        )
-        return [f.corrected(quadratics[f.site.key]) for f in found]
+        what = ("predictions", *self._described(sites), tuple(fitted), tuple(samples))
+        state = self.cache.load(*what)
+        if state is None:
+            quadratics = sample_quadratics(
+                backward,
+                sites,
+                {f.site.key: self._probes(f) for f in found},
+                self._sides(sites),
+                list(self.data.feeds(samples, batch=self.effort.batch)),
+                lambda done, total: self.progress("predicting", done, total),
+            )
+            state = {
+                f"{k} {key}": lost
+                for key, of_site in quadratics.items()
+                for k, lost in enumerate(of_site)
+            }
+            self.cache.save(state, *what)
+        return [f.corrected(_listed(state, f.site.key)) for f in found]
 
     def _sides(self, sites: Sequence[Site]) -> dict[str, SmallerSide]:
         return {s.key: SmallerSide(s, site_weight(self.index, s), self.biases) for s in sites}
@@ -278,6 +339,12 @@ class _Measuring:
                 )
             )
         return probes
+
+
+def _listed(state: Mapping[str, np.ndarray], key: str) -> list[np.ndarray]:
+    """The arrays of a site, in order."""
+    numbered = (f"{k} {key}" for k in itertools.count())
+    return [state[name] for name in itertools.takewhile(state.__contains__, numbered)]
 
 
 def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:

@@ -1,9 +1,19 @@
-"""Find the constant vector that is added right after a node."""
+"""Biases: what a node adds itself, and the constant vector that is added right after it."""
+
+import numpy as np
 
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.sites.site import BiasSlot
+from onnx_utilrank.sites.site import BiasSlot, Site
 
-__all__ = ["added_bias"]
+__all__ = ["added_bias", "own_biases"]
+
+
+def own_biases(index: GraphIndex, site: Site) -> dict[int, np.ndarray]:
+    """What the node of each use adds to W x itself, [m]; an Add behind it is not part of it."""
+    return {
+        use.node: use.bias.values(index, site.m) if use.bias.kind == "input" else np.zeros(site.m)
+        for use in site.uses
+    }
 
 
 def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlot | None:
