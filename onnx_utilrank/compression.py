@@ -105,10 +105,10 @@ def fit(
         plan, store = build(job, offers.plan(ratio), found, samples, config)
         if config.size_ratio is None or ratio is None:
             return plan, store
-        excess = store.file_bytes - math.floor(config.size_ratio * job.store.file_bytes)
+        excess = store.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
         if excess <= 0:
             return plan, store
-        ratio -= (excess + NODE_BYTES) / job.store.file_bytes
+        ratio -= (excess + NODE_BYTES) / job.source.file_bytes
         if ratio <= 0:
             break
     raise TargetMissedError(
@@ -166,7 +166,7 @@ def build(
     check_contract(job.store, store)
     entry = stamp(store) or store.proto.metadata_props.add(key=PLAN_KEY)
     entry.value = plan.fingerprint()
-    before, after = job.store.file_bytes, store.file_bytes
+    before, after = job.source.file_bytes, store.file_bytes
     if after > before and not config.force:
         raise TargetMissedError(
             f"{job.store.label}: the result would be larger, {after:,} bytes after "
@@ -370,7 +370,7 @@ def _shrinking(
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:
     if plan.met:
-        return job.store
+        return job.source
     raise TargetMissedError(
         f"{job.store.label}: no weight can be factored with a saving "
         f"({len(plan.entries)} weights looked at, {len(plan.skipped)} nodes left alone): the "

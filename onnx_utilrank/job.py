@@ -14,9 +14,11 @@ from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, collect, in_passes, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
+from onnx_utilrank.comparison import compare
 from onnx_utilrank.config import CalibrationConfig, CompressConfig, SiteFilter, ValidateConfig
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.measurement import Gradients, Measurement, losses_note, rows_notes
+from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
 from onnx_utilrank.moves.channels import CHANNELS
@@ -31,7 +33,7 @@ from onnx_utilrank.runtime.sessions import Feed, open_session
 from onnx_utilrank.sensitivity.effort import choose_effort
 from onnx_utilrank.sensitivity.measure import measure_sensitivity
 from onnx_utilrank.sites.bias import own_biases
-from onnx_utilrank.sites.find import find_sites, site_matrix
+from onnx_utilrank.sites.find import find_sites, has_sites_in_functions, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
@@ -41,10 +43,9 @@ from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import find_losses
-from onnx_utilrank.validation.report import ModelFigures, ValidationReport
-from onnx_utilrank.validation.report import validate as compare_models
+from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["Job", "chosen_samples", "compare"]
+__all__ = ["Job", "chosen_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,19 @@ SUM_BYTES = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One model with its sites and data, on one provider."""
+    """One model with its sites and data, on one provider.
 
+    Attributes:
+        source: The model as it was given.
+        index: What is worked on: the source, with functions inlined where they hold sites.
+        sites: The sites.
+        skips: Nodes that are left alone.
+        data: The samples.
+        provider: Where it runs.
+        progress: Called as work goes on.
+    """
+
+    source: ModelStore
     index: GraphIndex
     sites: tuple[Site, ...]
     skips: tuple[Skip, ...]
@@ -92,7 +104,8 @@ class Job:
             UtilrankError: One of its children, by what is wrong: options, model, data, provider.
         """
         found = find_provider(provider)
-        store = ModelStore.load(model)
+        source = ModelStore.load(model)
+        store = inlined(source) if has_sites_in_functions(source) else source
         index = GraphIndex.build(store)
         sites, skips = find_sites(
             index, op_types=config.op_types, include=config.include, exclude=config.exclude
@@ -101,6 +114,7 @@ class Job:
         if labels is not None:
             wanted.append(TensorSpec(name=labels, dtype=np.dtype(np.int64), shape=(None,)))
         return cls(
+            source=source,
             index=index,
             sites=sites,
             skips=skips,
@@ -111,7 +125,7 @@ class Job:
 
     @property
     def store(self) -> ModelStore:
-        """The model."""
+        """The model that is worked on."""
         return self.index.store
 
     def batch(self, samples: Sequence[int]) -> int:
@@ -330,7 +344,7 @@ class Job:
         if unit == "parameters":
             total = float(count_parameters(self.store))
         elif unit == "bytes":
-            total = float(self.store.file_bytes)
+            total = float(self.source.file_bytes)
         else:
             total = linear_flops(self.store, single, self.provider) / 2
         return Ledger(unit=unit, total=total, rows=rows)
@@ -340,43 +354,14 @@ class Job:
         self.progress("validating", 0, 0)
         config = ValidateConfig(providers=(self.provider.key,))
         return compare(
-            self.store, candidate, self.data, samples, self.batch(samples), [self.provider], config
+            self.source,
+            candidate,
+            self.data,
+            samples,
+            self.batch(samples),
+            [self.provider],
+            config,
         )
-
-
-def compare(
-    reference: ModelStore,
-    candidate: ModelStore,
-    data: Dataset,
-    samples: Sequence[int],
-    batch: int,
-    providers: Sequence[Provider],
-    config: ValidateConfig,
-) -> ValidationReport:
-    """Compare two models on the given samples of a data set."""
-    single = next(data.feeds(samples, batch=1))
-    feeds = list(data.feeds(samples, batch=batch))
-    return compare_models(
-        reference,
-        candidate,
-        feeds,
-        samples=len(samples),
-        providers=providers,
-        figures=(
-            _figures(reference, single, providers[0]),
-            _figures(candidate, single, providers[0]),
-        ),
-        max_error=config.max_error,
-        min_agreement=config.min_agreement,
-    )
-
-
-def _figures(store: ModelStore, feed: Feed, provider: Provider) -> ModelFigures:
-    return ModelFigures(
-        parameters=count_parameters(store),
-        file_bytes=store.file_bytes,
-        flops=linear_flops(store, feed, provider),
-    )
 
 
 def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:

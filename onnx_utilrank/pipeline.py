@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import DataSource, hold_back, import_function, open_data
+from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_note, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
-from onnx_utilrank.job import Job, chosen_samples, compare
+from onnx_utilrank.job import Job, chosen_samples
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
@@ -129,11 +130,11 @@ def compress(
     config = _with_metric(config)
     job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
-    made_by = stamp(job.store)
+    made_by = stamp(job.source)
     if plan is not None and made_by is not None and made_by.value == plan.fingerprint():
-        report = job.validate(job.store, held)
+        report = job.validate(job.source, held)
         done = ("The model already is what this plan makes of its source; nothing was changed.",)
-        return CompressResult(plan=plan, store=job.store, validation=report, samples=0, notes=done)
+        return CompressResult(plan=plan, store=job.source, validation=report, samples=0, notes=done)
     sites = job.sites
     hidden: tuple[Hidden, ...] | None = None
     if plan is not None:

@@ -100,9 +100,9 @@ class Judge:
         self._labels = config.labels
         given = config.evaluate
         self._metric = import_function(given) if isinstance(given, str) else given
-        session = open_session(job.store, job.provider)
+        session = open_session(job.source, job.provider)
         self.losses = tuple(losses) or find_losses(
-            job.store, session, self._feeds, config.weighting
+            job.source, session, self._feeds, config.weighting
         )
         if self._labels is not None and not self.losses:
             raise ConfigError(f"{job.store.label}: no output holds scores to compare labels with")
@@ -111,7 +111,7 @@ class Judge:
         self._baseline = (
             100 * float(self._right.mean())
             if self._right is not None
-            else self._evaluate(job.store)
+            else self._evaluate(job.source)
         )
 
     def __call__(self, candidate: ModelStore) -> Quality:

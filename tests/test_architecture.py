@@ -31,9 +31,10 @@ LAYERS = {
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
+    "comparison": "calibration config model ranking runtime validation",
     "job": (
-        "calibration config errors measurement model moves ranking runtime sensitivity sites"
-        " statistics torch_graph validation"
+        "calibration comparison config errors measurement model moves ranking runtime sensitivity"
+        " sites statistics torch_graph validation"
     ),
     "compression": (
         "config errors job measurement model moves ranking refit runtime sensitivity sites"
@@ -43,8 +44,8 @@ LAYERS = {
     "results": "errors model quality ranking validation",
     "search": "compression config errors job measurement model quality ranking",
     "pipeline": (
-        "calibration compression config errors job model quality ranking results runtime search"
-        " sites validation"
+        "calibration comparison compression config errors job model quality ranking results"
+        " runtime search sites validation"
     ),
     "__init__": "config errors pipeline ranking results validation",
     "report": "errors model quality ranking results validation",

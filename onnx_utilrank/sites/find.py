@@ -9,12 +9,20 @@ import onnx
 
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
+from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.sites.conv import CONV
 from onnx_utilrank.sites.gemm import GEMM
 from onnx_utilrank.sites.matmul import MATMUL
 from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
 
-__all__ = ["SITE_KINDS", "find_sites", "site_kind", "site_matrix", "site_weight"]
+__all__ = [
+    "SITE_KINDS",
+    "find_sites",
+    "has_sites_in_functions",
+    "site_kind",
+    "site_matrix",
+    "site_weight",
+]
 
 # Adding an operator is one file beside this one and one entry here.
 SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV)
@@ -109,6 +117,12 @@ def find_sites(
         if node.op_type in known
     )
     return tuple(_site(index, uses) for uses in groups.values()), tuple(skips)
+
+
+def has_sites_in_functions(store: ModelStore) -> bool:
+    """Whether a model-local function holds a node of an operator that can be factored."""
+    known = {kind.op_type for kind in SITE_KINDS}
+    return any(node.op_type in known for f in store.proto.functions for node in f.node)
 
 
 def _refused(

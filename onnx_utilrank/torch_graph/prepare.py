@@ -3,10 +3,9 @@
 import graphlib
 
 import onnx
-import onnx.inliner
-from google.protobuf.message import EncodeError
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import captured_names, subgraphs
 from onnx_utilrank.model.store import ModelStore
 
@@ -19,20 +18,15 @@ def prepared(store: ModelStore) -> ModelStore:
     Raises:
         ModelError: Its functions cannot be inlined, or its nodes wait for each other.
     """
-    if not store.proto.functions and _is_sorted(store.proto.graph):
+    store = inlined(store)
+    if _is_sorted(store.proto.graph):
         return store
     proto = onnx.ModelProto()
+    proto.CopyFrom(store.proto)
     try:
-        if store.proto.functions:
-            proto = onnx.inliner.inline_local_functions(store.proto)
-        else:
-            proto.CopyFrom(store.proto)
         _sort(proto.graph)
     except graphlib.CycleError as e:
         raise ModelError(f"{store.label}: nodes that wait for each other's outputs") from e
-    except (EncodeError, RuntimeError, ValueError) as e:
-        reason = " ".join(str(e).split())
-        raise ModelError(f"{store.label}: its functions cannot be inlined ({reason})") from e
     return ModelStore(proto=proto, folder=store.folder, name=store.label)
 
 
