@@ -16,6 +16,7 @@ import onnx.parser
 from onnx import numpy_helper
 
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
@@ -59,7 +60,7 @@ def model(
 
 
 def index(proto: onnx.ModelProto) -> GraphIndex:
-    return GraphIndex.build(ModelStore.load(proto))
+    return index_model(ModelStore.load(proto))
 
 
 def run(proto: onnx.ModelProto | ModelStore, feed: Feed) -> Feed:
@@ -193,6 +194,7 @@ def form(
     feeds: int = 10,
     opset: int = 17,
     ir: int = 10,
+    domains: str = "",
     **initializers: np.ndarray | None,
 ) -> Form:
     """A form; inputs have dynamic sizes unless `fixed`; floating initializers get its dtype."""
@@ -209,7 +211,9 @@ def form(
     held = weight.astype(DTYPES[dtype])
     return Form(
         name=name,
-        proto=model(f"({given}) => ({dtype}{outputs} y)", body, opset=opset, ir=ir, **cast),
+        proto=model(
+            f"({given}) => ({dtype}{outputs} y)", body, opset=opset, ir=ir, domains=domains, **cast
+        ),
         inputs=inputs,
         feeds=feeds,
         weight=held.astype(np.float64),
@@ -644,7 +648,161 @@ TYPES = [
     gemm("gemm_double", B, dtype="double", transA=1),
 ]
 
-FORMS = [*MATMULS, *GEMMS, *CONVS, *STORED, *versions(), *TYPES]
+# --- products within other operators ------------------------------------------------------------
+
+MICROSOFT = ', "com.microsoft" : 1'
+# A LeakyRelu of slope 1, and a Clip of far limits, let everything pass.
+OPEN = 'activation="LeakyRelu", activation_alpha=1.0'
+OPEN_CONV = 'activation="LeakyRelu", activation_params=[1.0]'
+
+
+def fused_matmul(name: str, body: str, exact: str, **changes: object) -> Form:
+    corrected = exact.replace("MatMul MatMul", "MatMul MatMul Add")
+    given = {"exact": exact, "corrected": corrected, "body": body, "domains": MICROSOFT}
+    return right(2, **given | {"name": f"fused_matmul{name}"} | changes)
+
+
+def fused_conv(
+    name: str, attrs: str, exact: str, operands: str = "x, W, b", **more: object
+) -> Form:
+    body = f"y = com.microsoft.FusedConv<{attrs}>({operands})".replace("<>", "")
+    given = {"body": body, "exact": exact, "domains": MICROSOFT, "b": B}
+    return conv(f"fused_conv{name}", PLANE, THREE, **given | more)
+
+
+SCALED = "MatMul MatMul Constant Mul"
+FUSED = [
+    fused_matmul("", "y = com.microsoft.FusedMatMul(x, W)", CHAIN),
+    fused_matmul("_alpha", "y = com.microsoft.FusedMatMul<alpha=0.5>(x, W)", SCALED, alpha=0.5),
+    fused_matmul(
+        "_turned_weight",
+        "y = com.microsoft.FusedMatMul<transB=1, alpha=-2.0>(x, W)",
+        SCALED,
+        alpha=-2.0,
+        W=W,
+    ),
+    fused_matmul(
+        "_turned_input",
+        "y = com.microsoft.FusedMatMul<transA=1>(x, W)",
+        "Transpose MatMul MatMul",
+        inputs={"x": (D, 12)},
+        rows=second_last_axis,
+        fixed=True,
+    ),
+    fused_matmul(
+        "_float16",
+        "y = com.microsoft.FusedMatMul<alpha=0.5>(x, W)",
+        SCALED,
+        alpha=0.5,
+        dtype="float16",
+    ),
+    left(
+        2,
+        name="fused_matmul_left",
+        body="y = com.microsoft.FusedMatMul<transA=1, alpha=3.0>(W, x)",
+        exact=SCALED,
+        alpha=3.0,
+        domains=MICROSOFT,
+        W=W.T,
+    ),
+    gemm(
+        "fused_gemm",
+        body=f"y = com.microsoft.FusedGemm<{OPEN}, alpha=0.5, transB=1>(x, W, C)",
+        exact="MatMul Gemm LeakyRelu",
+        corrected="MatMul Gemm LeakyRelu",
+        alpha=0.5,
+        domains=MICROSOFT,
+        W=W,
+        c=B,
+    ),
+    fused_conv("", "", "Conv Conv"),
+    fused_conv(
+        "_activation",
+        f"pads=[1, 1, 1, 1], {OPEN_CONV}",
+        "Conv Conv LeakyRelu",
+        pads=((1, 1), (1, 1)),
+    ),
+    fused_conv(
+        "_clip",
+        'activation="Clip", activation_params=[-1000.0, 1000.0]',
+        "Conv Conv Constant Constant Clip",
+    ),
+    fused_conv(
+        "_clip_opset10",
+        'activation="Clip", activation_params=[-1000.0, 1000.0]',
+        "Conv Conv Clip",
+        opset=10,
+    ),
+    fused_conv(
+        "_sum",
+        OPEN_CONV,
+        "Conv Conv Add LeakyRelu",
+        "x, W, b, z",
+        inputs={"x": (2, 2, *PLANE), "z": (2, M, 4, 5)},
+    ),
+]
+
+
+def einsum(
+    name: str, equation: str, exact: str, x: Shape, held: np.ndarray, **more: object
+) -> Form:
+    given = {
+        "inputs": {"x": x},
+        "outputs": DIMS[len(equation.split("->")[1])],
+        "body": f'y = Einsum<equation="{equation}">(x, W)',
+        "exact": exact,
+        "corrected": exact.replace("MatMul MatMul", "MatMul MatMul Add"),
+        "fixed": True,
+        "W": held,
+    }
+    return form(f"einsum_{name}", **given | more)
+
+
+SIX = noise(8, 6, 11) / math.sqrt(11)  # six outputs, as heads of three
+JOINED = noise(9, M, 6) / math.sqrt(6)  # six inputs, as heads of three
+EINSUMS = [
+    einsum("plain", "bsd,dh->bsh", CHAIN, (3, 4, D), W.T),
+    einsum("turned", "bsd,hd->bsh", CHAIN, (3, 4, D), W),
+    einsum(
+        "heads_made",
+        "bsd,dnh->bsnh",
+        "MatMul MatMul Constant Reshape",
+        (3, 4, 11),
+        SIX.T.reshape(11, 2, 3),
+        weight=SIX,
+    ),
+    einsum(
+        "heads_read",
+        "bsnh,nhd->bsd",
+        "Constant Reshape MatMul MatMul",
+        (3, 4, 2, 3),
+        JOINED.T.reshape(2, 3, M),
+        weight=JOINED,
+        rows=lambda feed: feed["x"].reshape(-1, 6),
+    ),
+    einsum(
+        "channels",
+        "bchw,oc->bohw",
+        "Transpose MatMul MatMul Transpose",
+        (2, D, 3, 4),
+        W,
+        rows=lambda feed: np.moveaxis(feed["x"], 1, -1).reshape(-1, D),
+        axis=1,
+    ),
+    einsum(
+        "first",
+        "hd,bsd->bsh",
+        CHAIN,
+        (3, 4, D),
+        W,
+        body='y = Einsum<equation=" hd, bsd -> bsh ">(W, x)',
+    ),
+    einsum(
+        "implicit", "bsd,dt->bst", CHAIN, (3, 4, D), W.T, body='y = Einsum<equation="bsd,dt">(x, W)'
+    ),
+]
+
+FORMS = [*MATMULS, *GEMMS, *CONVS, *FUSED, *EINSUMS, *STORED, *versions(), *TYPES]
 
 # ONNX Runtime has no CPU kernels for these: they are rewritten, not run.
 UNRUNNABLE = [

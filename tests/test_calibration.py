@@ -265,7 +265,7 @@ def test_stride_leaves_rows_enough_over_all_and_in_each_run(width: int):
 def test_rows_of_a_view_are_counted_from_its_shape(form: Form):
     feed = form.data()[0]
     view = only_use(form).inputs
-    shape = survey(ModelStore.load(form.proto), [view.tensor], feed, CPU)[view.tensor].shape
+    shape = survey(index(form.proto).store, [view.tensor], feed, CPU)[view.tensor].shape
     assert view_rows(view, shape) == len(form.rows(feed))
 
 

@@ -145,7 +145,7 @@ REFUSED = {
         "(float[n,7] x) => (float[n,5] y)",
         "w = DequantizeLinear(W, s) y = MatMul(x, w)",
         {"W": np.ones((7, 5), np.int8), "s": np.float32(0.5)},
-        "no operand is a constant weight",
+        "its weight is quantized: compress the model before it is quantized",
     ),
     "integers": (
         "(int32[n,7] x) => (int32[n,5] y)",

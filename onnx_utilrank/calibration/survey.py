@@ -7,6 +7,7 @@ import onnx
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, attributes, node_label
+from onnx_utilrank.model.plain import plain_model
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, InferenceError, open_session
@@ -88,12 +89,15 @@ def _is_float(value: object) -> bool:
 def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
     """Floating-point operations of the model's MatMul, Gemm and Conv nodes on one feed.
 
+    Nodes that fuse such a product with others count as the product.
+
     Two a multiply-accumulate; counted from the shapes that really occur. Subgraphs, and what other
     operators do, are not counted.
 
     Raises:
         ModelError: The model does not load or run.
     """
+    store = plain_model(store)
     nodes = [
         node
         for node in store.proto.graph.node

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["GraphIndex", "all_names", "attributes", "captured_names", "node_label"]
+__all__ = ["GraphIndex", "Span", "all_names", "attributes", "captured_names", "node_label"]
 
 # Operators that only move, cast or reshape data: a weight behind them is still a constant.
 LAYOUT_OPS = frozenset(
@@ -20,11 +20,26 @@ LAYOUT_OPS = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Nodes of a model in plain form that stand for one node.
+
+    Attributes:
+        nodes: Their places.
+        origin: The node.
+    """
+
+    nodes: range
+    origin: onnx.NodeProto
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphIndex:
     """Lookup tables of one model's main graph.
 
     Attributes:
-        store: The model.
+        store: The model, in plain form where that is another (`model.plain`).
+        source: The model as it was given.
+        spans: What was taken apart, in graph order.
         initializers: Dense initializers by name.
         constants: Names of all constant values, see `constant`.
         producers: Index of the node that makes each value.
@@ -34,6 +49,8 @@ class GraphIndex:
     """
 
     store: ModelStore
+    source: ModelStore
+    spans: tuple[Span, ...] = ()
     initializers: dict[str, onnx.TensorProto]
     constants: frozenset[str]
     producers: dict[str, int]
@@ -42,8 +59,15 @@ class GraphIndex:
     _folded: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, store: ModelStore) -> "GraphIndex":
+    def build(
+        cls, store: ModelStore, *, source: ModelStore | None = None, spans: tuple[Span, ...] = ()
+    ) -> "GraphIndex":
         """Index the main graph of `store`.
+
+        Args:
+            store: The model.
+            source: What it is the plain form of, if it is.
+            spans: What was taken apart for it.
 
         Raises:
             ModelError: Two nodes make the same value.
@@ -69,6 +93,8 @@ class GraphIndex:
                 constants.update(node.output)
         return cls(
             store=store,
+            source=source or store,
+            spans=spans,
             initializers=initializers,
             constants=frozenset(constants - {""}),
             producers=producers,
@@ -80,6 +106,10 @@ class GraphIndex:
         """The k-th node of the main graph."""
         node: onnx.NodeProto = self.store.proto.graph.node[k]
         return node
+
+    def origin(self, k: int) -> onnx.NodeProto:
+        """The node of the given model that the k-th node is, or is a part of."""
+        return next((s.origin for s in self.spans if k in s.nodes), self.node(k))
 
     def rank(self, name: str) -> int | None:
         """Number of dimensions that the model declares of an input or inner value, if it does."""
