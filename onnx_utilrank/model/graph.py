@@ -112,11 +112,18 @@ class GraphIndex:
         return next((s.origin for s in self.spans if k in s.nodes), self.node(k))
 
     def rank(self, name: str) -> int | None:
-        """Number of dimensions that the model declares of an input or inner value, if it does."""
+        """Number of dimensions that the model declares of an input or inner value, if it does.
+
+        A value that is only cast has as many as before.
+        """
         graph = self.store.proto.graph
         for value in (*graph.input, *graph.value_info):
             if value.name == name and value.type.tensor_type.HasField("shape"):
                 return len(value.type.tensor_type.shape.dim)
+        if name in self.producers:
+            node = self.node(self.producers[name])
+            if node.op_type in ("Cast", "Identity") and node.domain in ("", "ai.onnx"):
+                return self.rank(node.input[0])
         return None
 
     def constant(self, name: str) -> np.ndarray | None:

@@ -69,9 +69,10 @@ class BiasSlot:
 
     Attributes:
         kind: `input`: the node's own bias input holds a constant. `add`: the only reader of the
-            node's output adds a constant vector. `new`: there is none, and one can be added.
-            `none`: the bias is computed at run time, or a shape would change.
-        node: Index of the Add node (`add` only).
+            node's output, an Add or a node that begins with one, adds a constant vector. `new`:
+            there is none, and one can be added. `none`: the bias is computed at run time, or a
+            shape would change.
+        node: Index of the node that adds (`add` only).
         name: The constant that holds the bias (`input` and `add`).
         shape: The shape in which a corrected bias is stored.
         scale: Factor the operator applies to it (Gemm's beta).
