@@ -545,6 +545,108 @@ CONVS = [
     conv("conv1d_add_m1", (20,), (3,), **CONV_ADD, b=B[:, None]),
 ]
 
+# --- ConvTranspose ------------------------------------------------------------------------------
+
+
+def spread(
+    x: np.ndarray, kernel: Shape, strides: Shape, dilations: Shape, before: Shape, sizes: Shape
+) -> np.ndarray:
+    """What each output position of a ConvTranspose sees, by plain loops: mostly zeros."""
+    taps = list(itertools.product(*map(range, kernel)))
+    rows = np.zeros((len(x), *sizes, x.shape[1], len(taps)))
+    for position in itertools.product(*map(range, x.shape[2:])):
+        for t, tap in enumerate(taps):
+            at = zip(position, strides, tap, dilations, before, strict=True)
+            to = tuple(p * s + k * step - cut for p, s, k, step, cut in at)
+            if all(0 <= p < n for p, n in zip(to, sizes, strict=True)):
+                rows[(slice(None), *to, slice(None), t)] = x[(slice(None), slice(None), *position)]
+    return rows.reshape(-1, x.shape[1] * len(taps))
+
+
+def conv_transpose(name: str, sizes: Shape, kernel: Shape, **changes: object) -> Form:
+    """A ConvTranspose over an input [2, 2, *sizes] with a kernel [2, m, *kernel]."""
+    spatial, channels = len(kernel), 6 if math.prod(kernel) == 1 else 2
+    m: int = changes.pop("m", M)  # type: ignore[assignment]
+    ones, zeros = (1,) * spatial, (0,) * spatial
+    strides: Shape = changes.pop("strides", ones)  # type: ignore[assignment]
+    dilations: Shape = changes.pop("dilations", ones)  # type: ignore[assignment]
+    before, after = changes.pop("pads", (zeros, zeros))  # type: ignore[misc]
+    extra: Shape = changes.pop("output_padding", zeros)  # type: ignore[assignment]
+    stated = changes.pop("output_shape", None)
+    auto_pad = changes.pop("auto_pad", None)
+    bias = changes.pop("bias", None)
+    attrs = [
+        f"{key}={list(value)}"
+        for key, value, default in (
+            ("strides", strides, ones),
+            ("dilations", dilations, ones),
+            ("pads", (*before, *after), (*zeros, *zeros)),
+            ("output_padding", extra, zeros),
+            ("output_shape", stated or (), ()),
+        )
+        if tuple(value) != default
+    ]
+    full = [
+        (n - 1) * s + (k - 1) * step + 1 + e
+        for n, k, s, step, e in zip(sizes, kernel, strides, dilations, extra, strict=True)
+    ]
+    made = tuple(f - b - a for f, b, a in zip(full, before, after, strict=True))
+    if auto_pad:
+        attrs.append(f'auto_pad="{auto_pad}"')
+    if stated or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        made = stated or tuple(n * s for n, s in zip(sizes, strides, strict=True))
+        totals = [f - n for f, n in zip(full, made, strict=True)]
+        upper = auto_pad == "SAME_UPPER"
+        before = tuple(t // 2 if upper else t - t // 2 for t in totals)
+    weight = noise(6, channels, m, *kernel) / math.sqrt(channels * math.prod(kernel))
+    operands = "x, W" if bias is None else "x, W, b"
+    given = {
+        "inputs": {"x": (2, channels, *sizes)},
+        "outputs": DIMS[spatial + 2],
+        "body": f"y = ConvTranspose<{', '.join(attrs)}>({operands})".replace("<>", ""),
+        "exact": "ConvTranspose Conv",
+        "weight": np.moveaxis(weight, 1, 0).reshape(m, -1),
+        "rows": lambda feed: spread(feed["x"], kernel, strides, dilations, before, made),
+        "axis": 1,
+        "fixed": True,
+        "W": weight,
+        **({} if bias is None else {"b": bias}),
+    }
+    return form(f"conv_transpose{name}", **given | changes)  # type: ignore[arg-type]
+
+
+SMALL = (4, 5)
+CONV_TRANSPOSES = [
+    conv_transpose("1d", (12,), (3,), strides=(2,)),
+    conv_transpose("2d", SMALL, THREE),
+    conv_transpose("3d", (2, 3, 3), (2, 2, 2), strides=(1, 2, 1), bias=B),
+    conv_transpose("_bias", SMALL, THREE, strides=(2, 2), pads=((1, 1), (1, 1)), bias=B),
+    conv_transpose(
+        "_output_padding",
+        SMALL,
+        THREE,
+        strides=(2, 3),
+        pads=((1, 0), (1, 1)),
+        output_padding=(1, 2),
+        bias=B,
+    ),
+    conv_transpose("_dilations", SMALL, (2, 3), strides=(2, 1), dilations=(3, 2)),
+    conv_transpose("_same_upper", SMALL, THREE, strides=(2, 2), auto_pad="SAME_UPPER"),
+    conv_transpose("_same_lower", SMALL, THREE, strides=(2, 2), auto_pad="SAME_LOWER", bias=B),
+    conv_transpose("_valid", SMALL, THREE, strides=(2, 2), auto_pad="VALID"),
+    conv_transpose("_output_shape", SMALL, THREE, strides=(2, 2), output_shape=(8, 10), bias=B),
+    conv_transpose("_tall", SMALL, (1, 2), m=7, strides=(1, 2), bias=noise(5, 7)),
+    conv_transpose("_pointwise", SMALL, (1, 1), bias=B),
+    conv_transpose(
+        "_add",
+        SMALL,
+        THREE,
+        body="h = ConvTranspose(x, W) y = Add(h, b)",
+        exact="ConvTranspose Conv Add",
+        b=B[:, None, None],
+    ),
+]
+
 # --- where the weight comes from, versions, types -----------------------------------------------
 
 TEXT = f"float[{D},{M}] {{{', '.join(f'{w:.9g}' for w in W.T.astype(np.float32).flat)}}}"
@@ -802,7 +904,7 @@ EINSUMS = [
     ),
 ]
 
-FORMS = [*MATMULS, *GEMMS, *CONVS, *FUSED, *EINSUMS, *STORED, *versions(), *TYPES]
+FORMS = [*MATMULS, *GEMMS, *CONVS, *CONV_TRANSPOSES, *FUSED, *EINSUMS, *STORED, *versions(), *TYPES]
 
 # ONNX Runtime has no CPU kernels for these: they are rewritten, not run.
 UNRUNNABLE = [

@@ -1,5 +1,6 @@
 """Run one sample with values exposed, to learn shapes and means that the file does not tell."""
 
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx_utilrank.runtime.sessions import Feed, InferenceError, open_session
 
 __all__ = ["check_finite", "expose", "linear_flops", "survey"]
 
-LINEAR_OPS = frozenset({"MatMul", "Gemm", "Conv"})
+LINEAR_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 
 
 def expose(store: ModelStore, names: Collection[str]) -> ModelStore:
@@ -87,7 +88,7 @@ def _is_float(value: object) -> bool:
 
 
 def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
-    """Floating-point operations of the model's MatMul, Gemm and Conv nodes on one feed.
+    """Floating-point operations of MatMul, Gemm, Conv and ConvTranspose on one feed.
 
     Nodes that fuse such a product with others count as the product.
 
@@ -116,7 +117,9 @@ def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
 def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     first, second, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
     size = int(np.prod(out, dtype=np.int64))
-    if node.op_type == "Conv":
+    if node.op_type == "ConvTranspose":
+        size, depth = math.prod(first), math.prod(second[1:])
+    elif node.op_type == "Conv":
         depth = int(np.prod(second[1:], dtype=np.int64))
     elif node.op_type == "Gemm" and attributes(node).get("transA", 0):
         depth = first[0]

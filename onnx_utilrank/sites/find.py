@@ -11,6 +11,7 @@ import onnx
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
 from onnx_utilrank.sites.conv import CONV
+from onnx_utilrank.sites.conv_transpose import CONV_TRANSPOSE
 from onnx_utilrank.sites.gemm import GEMM
 from onnx_utilrank.sites.left import left_alone, quantized_operand
 from onnx_utilrank.sites.matmul import MATMUL
@@ -19,7 +20,7 @@ from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
 __all__ = ["SITE_KINDS", "find_sites", "site_kind", "site_matrix"]
 
 # Adding an operator is one file beside this one and one entry here.
-SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV)
+SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV, CONV_TRANSPOSE)
 
 # Before it, Add and Gemm broadcast by attributes that later operators do not have.
 FIRST_OPSET = 7
