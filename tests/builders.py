@@ -657,6 +657,20 @@ def behind(name: str, body: str, **changes: object) -> Form:
     return right(2, name=f"weight_{name}", body=body, **changes)
 
 
+def chained(dtype: str) -> Form:
+    """Every layout operator in a row, in one type."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(DTYPES[dtype])
+    return behind(
+        f"chained_{dtype}",
+        f"A = Identity(W) B = Cast<to={kind}>(A) F = Flatten<axis=1>(B) E = Unsqueeze(F, a) "
+        "S = Squeeze(E, a) T = Transpose(S) G = Reshape(T, s) V = Identity(G) y = MatMul(x, V)",
+        dtype=dtype,
+        W=W,
+        a=np.array([0]),
+        s=np.array([D, -1]),
+    )
+
+
 STORED = [
     behind("constant", f"V = Constant<value = {TEXT}>() y = MatMul(x, V)", W=None),
     behind(
@@ -691,6 +705,25 @@ STORED = [
         corrected="Conv Conv Add",
         opset=9,
         b=B,
+    ),
+    *(chained(kind) for kind in DTYPES if kind != "bfloat16"),
+    behind(
+        "cast_down",
+        "V = Cast<to=10>(W) y = MatMul(x, V)",
+        dtype="float16",
+        weight=HALF,
+        # Values that the cast keeps, in the wider type.
+        W=HALF.T.astype(np.float32),
+    ),
+    conv(
+        "weight_conv_chained",
+        PLANE,
+        THREE,
+        body="A = Squeeze(W, a) F = Reshape(A, s) I = Identity(F) V = Transpose<perm=[1,0,2,3]>(I) "
+        "y = Conv(x, V)",
+        W=np.moveaxis(conv("", PLANE, THREE).weight.reshape(M, 2, *THREE), 1, 0)[None],
+        a=np.array([0]),
+        s=np.array([2, M, *THREE]),
     ),
     behind("flatten", "V = Flatten(W) y = MatMul(x, V)", W=W.T[:, None]),
     gemm(
@@ -909,6 +942,7 @@ FORMS = [*MATMULS, *GEMMS, *CONVS, *CONV_TRANSPOSES, *FUSED, *EINSUMS, *STORED, 
 # ONNX Runtime has no CPU kernels for these: they are rewritten, not run.
 UNRUNNABLE = [
     right(2, name="matmul_bfloat16", dtype="bfloat16"),
+    chained("bfloat16"),
     gemm("gemm_bfloat16", B, dtype="bfloat16", alpha=2.0),
     conv("conv_bfloat16", PLANE, THREE, dtype="bfloat16", opset=22, bias=B),
     conv("conv_double", PLANE, THREE, dtype="double", bias=B),

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from builders import CONV_TRANSPOSES, Feed, Form, index, model, noise, ops, run
+from builders import CONV_TRANSPOSES, Feed, Form, constants, index, model, noise, ops, run
 
 from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.moves.channels import CHANNELS
@@ -66,8 +66,38 @@ def test_predicted_loss_of_a_decoder_is_the_measured_one(method: str):
         assert result.quality.divergence.mean == pytest.approx(predicted, rel=0.3)
 
 
-def test_default_shrinks_units_that_a_transposed_conv_makes_for_a_plain_one_only():
-    """Where one reads them, each position sees zeros between: they stay."""
+READERS = {
+    "conv": ("Conv<pads=[1, 1, 1, 1]>", (8, WIDE, 3, 3)),
+    "pointwise": ("ConvTranspose", (WIDE, 8, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_units_that_a_transposed_conv_makes_shrink(reader: str):
+    node, shape = READERS[reader]
+    proto = model(
+        f"(float[n,{C},4,4] x) => (float[n,8,8,8] y)",
+        "h = ConvTranspose<strides=[2, 2], pads=[1, 1, 1, 1]>(x, U, u) t = Relu(h) "
+        f"y = {node}(t, V, v)",
+        U=(noise(1, C, WIDE, 4, 4) / 11).astype(np.float32),
+        V=(noise(3, *shape) / 10).astype(np.float32),
+        u=noise(4, WIDE).astype(np.float32),
+        v=noise(5, 8).astype(np.float32),
+    )
+    result = compress(proto, images(80), CompressConfig(param_ratio=0.6, moves=("shrink",)))
+    ((key, kept),) = ((e.hidden, e.kept) for e in result.plan.shrunk)
+    assert key == "U"
+    assert kept is not None
+    made = constants(result.model).values()
+    assert (C, kept, 4, 4) in {values.shape for values in made}
+    assert result.plan.predicted_divergence > 1e-6
+    assert result.quality.divergence.mean == pytest.approx(
+        result.plan.predicted_divergence, rel=0.5
+    )
+
+
+def test_units_that_a_transposed_conv_reads_stay():
+    """Each of its positions sees zeros between values, which no mean makes up for."""
     result = compress(decoder(), images(80), CompressConfig(param_ratio=0.8))
     assert not result.plan.shrunk
     feed = images(3)

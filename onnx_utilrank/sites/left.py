@@ -33,8 +33,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("com.microsoft", "DecoderAttention"): WITHIN,
     ("com.microsoft", "DynamicQuantizeLSTM"): QUANTIZED,
     ("com.microsoft", "DynamicQuantizeMatMul"): QUANTIZED,
-    ("com.microsoft", "FusedConv"): FORM,
-    ("com.microsoft", "FusedGemm"): FORM,
+    ("com.microsoft", "FusedConv"): f"{FORM}: with an activation whose parameters are missing",
     ("com.microsoft", "FusedMatMul"): f"{FORM}: with batch axes behind its rows, or with an input "
     "to transpose whose rank is not known",
     ("com.microsoft", "FusedMatMulActivation"): PROCESSOR,
