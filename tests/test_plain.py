@@ -205,6 +205,75 @@ def test_forms_that_are_not_followed_are_left_with_the_reason(what: str):
     assert skip.reason == reason
 
 
+# --- groups -------------------------------------------------------------------------------------
+
+GROUPED = {
+    "plain": "y = Conv<group=2, pads=[1, 1, 1, 1], strides=[2, 1]>(x, W)",
+    "bias": 'y = Conv<group=2, auto_pad="SAME_UPPER">(x, W, b)',
+    "activation": 'y = com.microsoft.FusedConv<group=2, activation="Relu">(x, W, b)',
+}
+
+
+def grouped(what: str, opset: int = 17, m: int = 10) -> onnx.ModelProto:
+    return model(
+        f"(float[n,8,6,6] x) => (float[n,{m},h,w] y)",
+        GROUPED[what],
+        opset=opset,
+        domains=MICROSOFT,
+        W=float32(17, m, 4, 3, 3),
+        b=float32(18, m),
+    )
+
+
+def planes(count: int) -> Feed:
+    return {"x": activations(19, count, 8, 6, 6).astype(np.float32)}
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("what", GROUPED)
+def test_groups_of_a_conv_are_factored_each_by_itself(what: str, opset: int):
+    proto, feed = grouped(what, opset), planes(3)
+    sites, skips = find_sites(index(proto))
+    assert not skips
+    assert [(s.key, s.m, s.d, s.freed) for s in sites] == [
+        (f"W/group_{g}", 5, 36, True) for g in range(2)
+    ]
+    assert {s.uses[0].label.split()[1] for s in sites} == {"'y'"}
+    made = compress(proto, feed, EXACT).model
+    assert ops(made).count("Conv") == 4
+    assert "W" not in constants(made)
+    assert_same(proto, made, feed)
+    onnx.checker.check_model(made, full_check=True)
+
+
+def test_groups_may_keep_different_ranks():
+    proto = grouped("bias", m=80)
+    (weight,) = (t for t in proto.graph.initializer if t.name == "W")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[1:40] = values[:1]  # the first group makes one thing
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "W"))
+    data = planes(60)
+    result = compress(
+        proto, data, CompressConfig(param_ratio=0.6, moves=("low-rank",), refit=False)
+    )
+    first, second = result.plan.entries
+    assert first.rank is not None
+    assert first.rank < 5
+    assert second.rank is None
+    assert result.quality.divergence.mean < 1e-6
+    assert result.plan.parameters_after < 0.6 * (80 * 36 + 80)
+    before = sum(v.size for v in constants(proto).values())
+    assert result.plan.parameters_before == before
+
+
+def test_one_group_is_rewritten_where_only_one_is_chosen():
+    proto, feed = grouped("bias"), planes(3)
+    config = CompressConfig(energy=1.0, force=True, include=("W/group_1",))
+    made = compress(proto, feed, config).model
+    assert ops(made).count("Conv") == 3
+    assert_same(proto, made, feed)
+
+
 # --- measured -----------------------------------------------------------------------------------
 
 LAYERS = {
@@ -335,7 +404,7 @@ LLAMA = """
         num_heads=2, kv_num_heads=1, do_rotary=1
     >(q, k, v, past_keys, past_values, lengths, total, cos, sin)
     o = MatMul(a, O)
-    s, no_mean, no_deviation, t =
+    s, "", "", t =
         com.microsoft.SkipSimplifiedLayerNormalization<epsilon=1e-5>(x, o, scale)
     gate = MatMul(s, G)
     z = Sigmoid(gate)

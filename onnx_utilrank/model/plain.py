@@ -1,8 +1,9 @@
 """See nodes that do several things at once as the plain nodes they stand for.
 
-ONNX Runtime's own operators fuse a product with what follows it, and an Einsum may be a product in
-disguise. Their weights are then ones of MatMul, Gemm and Conv like any other, and the value W x has
-a name, at which it can be measured. What the surgery leaves alone goes back to the one node it was.
+ONNX Runtime's own operators fuse a product with what follows it, an Einsum may be a product in
+disguise, and a Conv of several groups is several Convs. Their weights are then ones of MatMul, Gemm
+and Conv like any other, and the value W x has a name, at which it can be measured. What the surgery
+leaves alone goes back to the one node it was.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,12 +18,14 @@ from onnx_utilrank.model.einsum import matrix_product
 from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["index_model", "plain_model"]
+__all__ = ["MOST_GROUPS", "index_model", "plain_model"]
 
 MICROSOFT = "com.microsoft"
 # Where Clip took its limits, and Split its sizes, from attributes to inputs.
 CLIP_LIMITS_AS_INPUTS = 11
 SPLIT_SIZES_AS_INPUT = 13
+# Groups of a Conv that are worth a node each; more of them are narrow, and slow one by one.
+MOST_GROUPS = 8
 # The first three inputs of Attention are in the product; MultiHeadAttention takes two of the rest.
 MASK, PAST, SCORES_BIAS = 3, 4, 5
 KEPT_BY_ATTENTION = ("num_heads", "scale", "mask_filter_value", "unidirectional")
@@ -42,7 +45,8 @@ def index_model(store: ModelStore) -> GraphIndex:
     plain = {}
     taken: set[str] | None = None
     for k, node in enumerate(store.proto.graph.node):
-        take_apart = _FUSED.get((node.domain, node.op_type))
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        take_apart = _FUSED.get((domain, node.op_type))
         if take_apart is None or not any(name in index.constants for name in node.input):
             continue
         taken = all_names(store.proto) if taken is None else taken
@@ -83,7 +87,10 @@ class _Parts:
 
     def value(self, hint: str) -> str:
         """A new name, after that of the node's output."""
-        stem = f"{self.node.output[0]}/{hint}"
+        return self.unique(f"{self.node.output[0]}/{hint}")
+
+    def unique(self, stem: str) -> str:
+        """A name that nothing has."""
         name, k = stem, 0
         while name in self.taken:
             k += 1
@@ -110,10 +117,17 @@ class _Parts:
         )
         return outputs[0]
 
-    def constant(self, values: np.ndarray) -> str:
+    def constant(self, values: np.ndarray, stem: str | None = None) -> str:
         """Append a Constant; its output."""
-        name = self.value("constant")
+        name = self.unique(stem) if stem else self.value("constant")
         return self.add("Constant", [], [name], value=numpy_helper.from_array(values, name))
+
+    def split(self, x: str, sizes: Sequence[int], pieces: Sequence[str], axis: int) -> None:
+        """Append a Split."""
+        if self.index.store.opset >= SPLIT_SIZES_AS_INPUT:
+            self.add("Split", [x, self.constant(np.array(sizes))], pieces, axis=axis)
+        else:
+            self.add("Split", [x], pieces, axis=axis, split=sizes)
 
     def turned(self, name: str, rank: int) -> str:
         """Append what transposes the last two axes of a value; its output."""
@@ -155,10 +169,9 @@ def _gemm(parts: _Parts) -> bool:
 PARAMETERS = {"LeakyRelu": ("alpha",), "Clip": ("min", "max"), "HardSigmoid": ("alpha", "beta")}
 
 
-def _conv(parts: _Parts) -> bool:
+def _fused_conv(parts: _Parts) -> bool:
     """FusedConv: Conv, perhaps plus a fourth input, then an activation."""
     given = attributes(parts.node)
-    own: dict[str, Any] = {k: given[k] for k in CONV_ATTRIBUTES if k in given}
     kind = _text(given, "activation")
     params = given.get("activation_params", [])
     assert isinstance(params, list)
@@ -172,12 +185,51 @@ def _conv(parts: _Parts) -> bool:
     def made(step: int, hint: str) -> str:
         return output if step == steps else parts.value(hint)
 
-    y = parts.add("Conv", inputs[:3], [made(1, "product")], named=True, **own)
+    y = made(1, "product")
+    if not _groups(parts, y):
+        parts.add("Conv", inputs[:3], [y], named=True, **_conv_attributes(given))
     if more:
         y = parts.add("Add", [y, *more], [made(2, "sum")])
     if kind:
         parts.activated(y, kind, dict(zip(names, params, strict=False)))
     return True
+
+
+def _conv(parts: _Parts) -> bool:
+    """Conv of a few groups: Split, a Conv each, and Concat."""
+    return _groups(parts, parts.node.output[0])
+
+
+def _groups(parts: _Parts, output: str) -> bool:
+    """Append the groups of a Conv, each with its own weight; False where there are none to see."""
+    given = _conv_attributes(attributes(parts.node))
+    groups = given.pop("group", 1)
+    if not 1 < groups <= MOST_GROUPS:
+        return False
+    x, *operands = parts.node.input[:3]
+    held = [parts.index.constant(name) for name in operands if name]
+    whole = [v for v in held if v is not None and v.ndim and not len(v) % groups]
+    if len(whole) < len(held):
+        return False
+    pieces = [np.split(values, groups) for values in whole]
+    channels = pieces[0][0].shape[1]
+    if channels < 2:
+        return False  # depthwise
+    names = [parts.value(f"group_{g}_of_x") for g in range(groups)]
+    parts.split(x, [channels] * groups, names, axis=1)
+    made = []
+    for g, name in enumerate(names):
+        own = [
+            parts.constant(values[g], f"{operand}/group_{g}")
+            for operand, values in zip(filter(None, operands), pieces, strict=True)
+        ]
+        made.append(parts.add("Conv", [name, *own], [parts.value(f"group_{g}")], **given))
+    parts.add("Concat", made, [output], axis=1)
+    return True
+
+
+def _conv_attributes(given: dict[str, object]) -> dict[str, Any]:
+    return {key: given[key] for key in CONV_ATTRIBUTES if key in given}
 
 
 def _matmul(parts: _Parts) -> bool:
@@ -216,14 +268,12 @@ def _attention(parts: _Parts) -> bool:
     if mask and parts.index.rank(mask) != 2:
         return False
     sizes = given.get("qkv_hidden_sizes") or [weight[0][1] // 3] * 3
+    assert isinstance(sizes, list)
     y = parts.add("MatMul", inputs[:2], [parts.value("product")], named=True)
     if inputs[2]:
         y = parts.add("Add", [y, inputs[2]], [parts.value("projected")])
     pieces = [parts.value(piece) for piece in ("query", "key", "value")]
-    if parts.index.store.opset >= SPLIT_SIZES_AS_INPUT:
-        parts.add("Split", [y, parts.constant(np.array(sizes))], pieces, axis=-1)
-    else:
-        parts.add("Split", [y], pieces, axis=-1, split=sizes)
+    parts.split(y, sizes, pieces, axis=-1)
     kept: dict[str, Any] = {k: given[k] for k in KEPT_BY_ATTENTION if k in given}
     # Its bias, third, was added above.
     parts.add(
@@ -283,10 +333,10 @@ def _trimmed(inputs: list[str]) -> list[str]:
 
 # What takes a node of each domain and operator apart; False where it is of a form it does not know.
 _FUSED: dict[tuple[str, str], Callable[[_Parts], bool]] = {
+    ("", "Conv"): _conv,
     ("", "Einsum"): _einsum,
-    ("ai.onnx", "Einsum"): _einsum,
     (MICROSOFT, "Attention"): _attention,
-    (MICROSOFT, "FusedConv"): _conv,
+    (MICROSOFT, "FusedConv"): _fused_conv,
     (MICROSOFT, "FusedGemm"): _gemm,
     (MICROSOFT, "FusedMatMul"): _matmul,
 }

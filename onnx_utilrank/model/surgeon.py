@@ -177,7 +177,8 @@ class Surgeon:
             parts: Nodes that are not written, but the nodes that they are parts of.
             origins: Those.
         """
-        before = Counter({name: len(ks) for name, ks in self.index.consumers.items()})
+        before = set(self.index.consumers)
+        before.update(name for span in self.index.spans for name in span.origin.input if name)
         now: Counter[str] = Counter()
         for origin in origins:
             now.update(name for name in origin.input if name)

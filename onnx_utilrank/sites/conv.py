@@ -7,6 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex, attributes, node_label
+from onnx_utilrank.model.plain import MOST_GROUPS
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.sites.bias import added_bias
 from onnx_utilrank.sites.site import BiasSlot, Patches, RowView, Skip, Use
@@ -23,6 +24,8 @@ class Conv:
     """
 
     op_type = "Conv"
+    # Which groups are seen as Convs of their own, and never get here.
+    exempt = f"; up to {MOST_GROUPS}, with a constant bias or none, are factored one by one"
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See `SiteKind.match`."""
@@ -34,7 +37,7 @@ class Conv:
         label, given = node_label(node), attributes(node)
         group = given.get("group", 1)
         if group != 1:
-            per_group = "depthwise" if shape[1] == 1 else f"{group} groups"
+            per_group = "depthwise" if shape[1] == 1 else f"{group} groups{self.exempt}"
             reason = f"grouped convolution ({per_group})"
             return Skip(node=label, op_type=self.op_type, reason=reason)
         if len(shape) < 3:

@@ -19,6 +19,7 @@ class ConvTranspose(Conv):
     """
 
     op_type = "ConvTranspose"
+    exempt = ""
 
     def seen(self, shape: tuple[int, ...], given: dict[str, object]) -> tuple[int, Patches]:
         """See `Conv.seen`."""
