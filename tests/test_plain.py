@@ -274,6 +274,56 @@ def test_one_group_is_rewritten_where_only_one_is_chosen():
     assert_same(proto, made, feed)
 
 
+def test_what_holds_for_all_groups_is_said_once():
+    _, skips = find_sites(index(grouped("bias")), exclude=["y"])
+    assert [(s.node, s.reason) for s in skips] == [("Conv 'y'", "excluded by a pattern")]
+
+
+MALFORMED = {
+    "no operands": "y = com.microsoft.FusedGemm()",
+    "one operand": "y = com.microsoft.FusedMatMul(x)",
+    "no second operand": "y = com.microsoft.FusedConv(x, , b)",
+    "three operands": "y = com.microsoft.FusedMatMul(x, W, b)",
+    "no kernel": "y = Conv<group=2>(x, b)",
+    "uneven groups": "y = Conv<group=3>(x, W)",
+    "no groups": "y = Conv<group=0>(x, W)",
+    "equation": 'y = Einsum<equation="x">(x, W)',
+    "indices": 'y = Einsum<equation="ab,cde->ae">(x, W)',
+    "no equation": "y = Einsum(x, W)",
+    "clip of a computed kernel": 'y = com.microsoft.FusedConv<activation="Clip">(x, x, b)',
+    "weight of one axis": "y = com.microsoft.Attention(x, b)",
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_nodes_that_make_no_sense_stay_as_they_are(what: str):
+    proto = model(
+        "(float[n,8,6,6] x) => (float[n,10,h,w] y)",
+        MALFORMED[what],
+        domains=MICROSOFT,
+        W=float32(17, 10, 4, 3, 3),
+        b=float32(18, 10),
+    )
+    graph = index(proto)
+    assert graph.store is graph.source
+    assert not find_sites(graph)[0]
+
+
+def test_functions_that_hide_an_operator_are_not_it():
+    functions = (
+        '<opset_import: ["" : 17], domain: "com.microsoft"> FusedMatMul (a, b) => (c) '
+        "{ c = Add(a, b) }"
+    )
+    proto = model(
+        f"(float[n,{D}] x) => (float[n,{D}] y)",
+        "y = com.microsoft.FusedMatMul(x, W)",
+        domains=MICROSOFT,
+        functions=functions,
+        W=float32(1, 1, D),
+    )
+    assert not find_sites(index(proto))[0]
+
+
 # --- measured -----------------------------------------------------------------------------------
 
 LAYERS = {

@@ -44,10 +44,14 @@ def index_model(store: ModelStore) -> GraphIndex:
     index = GraphIndex.build(store)
     plain = {}
     taken: set[str] | None = None
+    local = {(function.domain, function.name) for function in store.proto.functions}
     for k, node in enumerate(store.proto.graph.node):
         domain = "" if node.domain == "ai.onnx" else node.domain
         take_apart = _FUSED.get((domain, node.op_type))
-        if take_apart is None or not any(name in index.constants for name in node.input):
+        if take_apart is None or (domain, node.op_type) in local:
+            continue
+        whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
+        if not whole or index.constants.isdisjoint(node.input[:2]):
             continue
         taken = all_names(store.proto) if taken is None else taken
         parts = _Parts(index, node, taken)
@@ -212,9 +216,10 @@ def _groups(parts: _Parts, output: str) -> bool:
     if len(whole) < len(held):
         return False
     pieces = [np.split(values, groups) for values in whole]
-    channels = pieces[0][0].shape[1]
+    shape = pieces[0][0].shape
+    channels = shape[1] if len(shape) > 2 else 0
     if channels < 2:
-        return False  # depthwise
+        return False  # depthwise, or no kernel at all
     names = [parts.value(f"group_{g}_of_x") for g in range(groups)]
     parts.split(x, [channels] * groups, names, axis=1)
     made = []
@@ -235,7 +240,7 @@ def _conv_attributes(given: dict[str, object]) -> dict[str, Any]:
 def _matmul(parts: _Parts) -> bool:
     """FusedMatMul: MatMul of operands that may be transposed, then a constant factor."""
     given = attributes(parts.node)
-    if given.get("transBatchA", 0) or given.get("transBatchB", 0):
+    if given.get("transBatchA", 0) or given.get("transBatchB", 0) or len(parts.node.input) != 2:
         return False
     operands = []
     for name, flag in zip(parts.node.input, ("transA", "transB"), strict=True):

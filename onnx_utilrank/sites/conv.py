@@ -35,13 +35,13 @@ class Conv:
             return None
         shape = kind[0]
         label, given = node_label(node), attributes(node)
+        if len(shape) < 3:
+            reason = f"the kernel {list(shape)} has no spatial dimension"
+            return Skip(node=label, op_type=self.op_type, reason=reason)
         group = given.get("group", 1)
         if group != 1:
             per_group = "depthwise" if shape[1] == 1 else f"{group} groups{self.exempt}"
             reason = f"grouped convolution ({per_group})"
-            return Skip(node=label, op_type=self.op_type, reason=reason)
-        if len(shape) < 3:
-            reason = f"the kernel {list(shape)} has no spatial dimension"
             return Skip(node=label, op_type=self.op_type, reason=reason)
         m, patches = self.seen(shape, given)
         d = patches.channels * math.prod(patches.kernel)

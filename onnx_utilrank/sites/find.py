@@ -112,7 +112,9 @@ def find_sites(
         for node in function.node
         if node.op_type in known
     )
-    return tuple(_site(index, uses) for uses in groups.values()), tuple(skips)
+    # Parts of one node say the same.
+    unique = dict.fromkeys(skips) if index.spans else skips
+    return tuple(_site(index, uses) for uses in groups.values()), tuple(unique)
 
 
 def _relabelled(found: Use | Skip, label: str) -> Use | Skip:
