@@ -48,8 +48,8 @@ def index_model(store: ModelStore) -> GraphIndex:
     for k, node in enumerate(store.proto.graph.node):
         domain = "" if node.domain == "ai.onnx" else node.domain
         take_apart = _FUSED.get((domain, node.op_type))
-        if take_apart is None or (domain, node.op_type) in local:
-            continue
+        if take_apart is None or (domain, node.op_type) in local or not store.opset:
+            continue  # without ONNX's own operators there are no plain ones
         whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
         if not whole or index.constants.isdisjoint(node.input[:2]):
             continue
