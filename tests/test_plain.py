@@ -23,7 +23,8 @@ from onnx_utilrank.surgery.rewrite import rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
 EXACT = CompressConfig(energy=1.0, force=True)
-N, D, H, C = 12, 7, 8, 3
+N, D, H = 12, 7, 8
+E, F = 8, 16  # widths of transformers, outside and inside
 
 
 def float32(seed: int, *shape: int) -> np.ndarray:
@@ -375,6 +376,48 @@ def test_fused_layers_are_measured_as_plain_ones(method: str):
         assert fused.quality.divergence.mean == pytest.approx(predicted, rel=0.5)
 
 
+SCORES = {
+    "fused": "t = com.microsoft.FusedMatMul<alpha=0.5>(q, k)",
+    "plain": "s = MatMul(q, k) t = Mul(s, half)",
+}
+
+
+def heads(which: str) -> onnx.ModelProto:
+    decay = 0.6 ** np.tile(np.arange(4), 2)  # of two heads
+    return model(
+        f"(float[n,5,{E}] x) => (float[n,5,{E}] y)",
+        "a = MatMul(x, Q) b = Reshape(a, apart) q = Transpose<perm=[0,2,1,3]>(b) "
+        "c = MatMul(x, K) d = Reshape(c, apart) k = Transpose<perm=[0,2,3,1]>(d) "
+        "e = MatMul(x, V) f = Reshape(e, apart) v = Transpose<perm=[0,2,1,3]>(f) "
+        f"{SCORES[which]} p = Softmax<axis=-1>(t) g = MatMul(p, v) "
+        "h = Transpose<perm=[0,2,1,3]>(g) i = Reshape(h, joined) y = MatMul(i, O)",
+        domains=MICROSOFT,
+        apart=np.array([0, 0, 2, 4]),
+        joined=np.array([0, 0, 8]),
+        Q=(noise(1, E, 8) * decay).astype(np.float32),
+        K=(noise(2, E, 8) * decay).astype(np.float32),
+        V=float32(3, E, 8),
+        O=float32(4, 8, E),
+        **({"half": np.float32(0.5)} if which == "plain" else {}),
+    )
+
+
+def test_heads_are_followed_through_fused_scores():
+    data = {"x": activations(20, 60, 5, E).astype(np.float32)}
+    config = CompressConfig(param_ratio=0.8, moves=("shrink",))
+    made = {which: compress(heads(which), data, config) for which in SCORES}
+    fused, plain = (
+        [(e.hidden, e.kept) for e in made[which].plan.shrunk] for which in ("fused", "plain")
+    )
+    assert fused == plain
+    assert "Q" in dict(fused)
+    (scores,) = (n for n in made["fused"].model.graph.node if n.op_type == "FusedMatMul")
+    assert scores in heads("fused").graph.node
+    feed = {"x": data["x"][:3]}
+    one, other = (run(made[which].model, feed)["y"] for which in ("fused", "plain"))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
 # --- put together again -------------------------------------------------------------------------
 
 ALL = """
@@ -433,7 +476,6 @@ def test_plan_and_figures_are_of_the_given_model():
 
 # --- as exporters write them --------------------------------------------------------------------
 
-E, F, V = 8, 16, 11  # width, hidden width, vocabulary
 NORM = {"scale": np.ones(E, np.float32), "shift": np.zeros(E, np.float32)}
 # A layer of BERT as ONNX Runtime's transformer optimizer leaves it.
 BERT = """

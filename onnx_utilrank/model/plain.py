@@ -24,6 +24,7 @@ MICROSOFT = "com.microsoft"
 # Where Clip took its limits, and Split its sizes, from attributes to inputs.
 CLIP_LIMITS_AS_INPUTS = 11
 SPLIT_SIZES_AS_INPUT = 13
+CAST_LIKE = 15  # since when there is one
 # Groups of a Conv that are worth a node each; more of them are narrow, and slow one by one.
 MOST_GROUPS = 8
 # The first three inputs of Attention are in the product; MultiHeadAttention takes two of the rest.
@@ -35,8 +36,8 @@ CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "st
 def index_model(store: ModelStore) -> GraphIndex:
     """The index of a model in plain form.
 
-    Only nodes with a constant operand are taken apart; where there are none, the index is of the
-    model itself.
+    Only nodes with a constant operand are taken apart, and products of attention, which heads are
+    followed through; where there are none, the index is of the model itself.
 
     Raises:
         ModelError: Two nodes make the same value, or a constant cannot be read.
@@ -51,7 +52,9 @@ def index_model(store: ModelStore) -> GraphIndex:
         if take_apart is None or (domain, node.op_type) in local or not store.opset:
             continue  # without ONNX's own operators there are no plain ones
         whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
-        if not whole or index.constants.isdisjoint(node.input[:2]):
+        if not whole:
+            continue
+        if index.constants.isdisjoint(node.input[:2]) and take_apart is not _matmul:
             continue
         taken = all_names(store.proto) if taken is None else taken
         parts = _Parts(index, node, taken)
@@ -147,10 +150,10 @@ class _Parts:
         self.add(kind, inputs, [self.node.output[0]], **options)
 
     @property
-    def dtype(self) -> np.dtype[np.generic]:
-        """Element type of the node's constant operand."""
+    def dtype(self) -> np.dtype[np.generic] | None:
+        """Element type of the node's constant operand; None where both are computed."""
         kinds = (self.index.constant_type(name) for name in self.node.input[:2])
-        return next(kind[1] for kind in kinds if kind is not None)
+        return next((kind[1] for kind in kinds if kind is not None), None)
 
 
 def _gemm(parts: _Parts) -> bool:
@@ -255,8 +258,14 @@ def _matmul(parts: _Parts) -> bool:
     if alpha == 1.0:
         parts.add("MatMul", operands, [output], named=True)
         return True
+    dtype = parts.dtype
+    if dtype is None and parts.index.store.opset < CAST_LIKE:
+        return False
     product = parts.add("MatMul", operands, [parts.value("product")], named=True)
-    parts.add("Mul", [product, parts.constant(np.array(alpha, parts.dtype))], [output])
+    factor = parts.constant(np.array(alpha, dtype or np.float32))
+    if dtype is None:
+        factor = parts.add("CastLike", [factor, product], [parts.value("factor")])
+    parts.add("Mul", [product, factor], [output])
     return True
 
 
