@@ -170,6 +170,14 @@ class GraphIndex:
         value = self.constant(name)
         return None if value is None else (value.shape, value.dtype)
 
+    def stored_type(self, name: str) -> np.dtype[np.generic]:
+        """Element type in which the data behind a constant are held."""
+        while name in self.producers and self.node(self.producers[name]).op_type != "Constant":
+            name = self.node(self.producers[name]).input[0]
+        kind = self.constant_type(name)
+        assert kind is not None, name
+        return kind[1]
+
     def freed_by(self, name: str, readers: frozenset[int]) -> bool:
         """Whether the data behind constant `name` could go if nodes `readers` stopped reading it.
 

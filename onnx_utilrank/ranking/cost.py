@@ -42,7 +42,7 @@ class Ledger:
             return self.rows[site.key] * site.parameters * site.density
         # A weight that stays whatever happens to this site is none of its cost.
         kept = site.parameters if site.freed else 0
-        return float(kept * site.dtype.itemsize) if self.unit == "bytes" else float(kept)
+        return float(kept * site.stored.itemsize) if self.unit == "bytes" else float(kept)
 
     def shrunk(self, site: Site, rows: int, columns: int, extra: int) -> float:
         """What it costs with fewer rows and columns, and so many elements elsewhere.

@@ -172,6 +172,7 @@ def _site(index: GraphIndex, uses: list[Use]) -> Site:
         m=first.m,
         d=first.d,
         dtype=kind[1],
+        stored=index.stored_type(first.weight),
         freed=index.freed_by(first.weight, readers),
     )
 

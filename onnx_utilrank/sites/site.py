@@ -174,6 +174,7 @@ class Site:
         m: Output features.
         d: Input features.
         dtype: Element type of the weight, which the factors keep.
+        stored: Element type that the file holds it in: another one where a Cast lies between.
         freed: Whether the weight goes from the file once the uses are rewritten; False where
             something else reads it too, so that factors would come on top of it.
     """
@@ -185,6 +186,7 @@ class Site:
     m: int
     d: int
     dtype: np.dtype[np.generic]
+    stored: np.dtype[np.generic]
     freed: bool
 
     @property
