@@ -542,6 +542,42 @@ def test_layer_of_an_optimized_encoder_is_factored_throughout():
     assert_same(proto, made, texts(1)[0])
 
 
+# Three products for one attention, whose biases it adds itself.
+SEPARATE = """
+    m = Cast<to=6>(mask)
+    q = MatMul(x, Q)
+    k = MatMul(x, K)
+    v = MatMul(x, L)
+    a = com.microsoft.MultiHeadAttention<num_heads=2>(q, k, v, qkv, m)
+    o = MatMul(a, O)
+    y = com.microsoft.SkipLayerNormalization<epsilon=1e-5>(x, o, scale, shift)
+"""
+
+
+def test_products_around_a_multi_head_attention_are_factored():
+    weights = {name: float32(k, E, E) for k, name in enumerate("QKLO")}
+    proto = model(
+        f"(float[n,s,{E}] x, int64[n,s] mask) => (float[n,s,{E}] y)",
+        SEPARATE,
+        domains=MICROSOFT,
+        qkv=float32(5, 3 * E),
+        **weights,
+        **NORM,
+    )
+    graph = index(proto)
+    assert graph.store is graph.source
+    sites, skips = find_sites(graph)
+    assert not skips
+    # No Add lies behind them; one can be put there.
+    assert [(s.key, s.bias) for s in sites] == [(w, "new") for w in "QKLO"]
+    made = compress(proto, texts(3), EXACT).model
+    assert ops(made).count("MatMul") == 8
+    assert_same(proto, made, texts(1)[0])
+    result = compress(proto, texts(60), CompressConfig(param_ratio=0.9, force=True))
+    assert result.plan.method == "two-sided"
+    assert result.plan.changes
+
+
 @pytest.mark.parametrize("method", ["two-sided", "one-sided"])
 def test_biases_behind_take_the_lost_mean(method: str):
     proto, data = bert(), [f | {"x": f["x"] + np.float32(0.7)} for f in texts(40)]
