@@ -1,5 +1,7 @@
 """Nodes that fuse a product with others: taken apart, measured, and put together again."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -638,6 +640,16 @@ def test_layer_with_grouped_queries_is_factored_throughout():
     result = compress(proto, prompts(30), CompressConfig(param_ratio=0.9))
     assert result.plan.method == "two-sided"
     assert result.plan.changes
+
+
+def test_weights_may_lie_outside_the_file(tmp_path: Path):
+    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
+    onnx.save_model(
+        every(), str(source), save_as_external_data=True, size_threshold=0, location="weights"
+    )
+    result = compress(source, [{"x": ROWS}] * 2, EXACT)
+    result.save(target)
+    assert_same(every(), ModelStore.load(target), {"x": ROWS})
 
 
 def test_models_without_such_nodes_are_indexed_as_they_are():
