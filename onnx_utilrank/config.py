@@ -120,7 +120,7 @@ class CompressConfig(CalibrationConfig):
     Attributes:
         param_ratio: Parameters to keep over the whole model, in (0, 1].
         size_ratio: Bytes of the file to keep, in (0, 1].
-        flop_ratio: Operations of MatMul, Gemm and Conv to keep, in (0, 1].
+        flop_ratio: Operations of matrix products and convolutions to keep, in (0, 1].
         energy: Share of the energy that each layer's subspaces hold (the paper's rule), in (0, 1].
         quality: Smallest model that is still this good.
         evaluate: The user's metric, of which a higher value is better: a function, or

@@ -20,6 +20,7 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.measurement import Gradients, Measurement, losses_note, rows_notes
 from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK
@@ -62,7 +63,8 @@ class Job:
 
     Attributes:
         source: The model as it was given.
-        index: What is worked on: the source, with functions inlined where they hold sites.
+        index: What is worked on: the source in plain form, with functions inlined where they hold
+            sites.
         sites: The sites.
         skips: Nodes that are left alone.
         data: The samples.
@@ -106,7 +108,7 @@ class Job:
         found = find_provider(provider)
         source = ModelStore.load(model)
         store = inlined(source) if has_sites_in_functions(source) else source
-        index = GraphIndex.build(store)
+        index = index_model(store)
         sites, skips = find_sites(
             index, op_types=config.op_types, include=config.include, exclude=config.exclude
         )
@@ -125,8 +127,8 @@ class Job:
 
     @property
     def store(self) -> ModelStore:
-        """The model that is worked on."""
-        return self.index.store
+        """The model that is changed: the source, but for functions that were inlined."""
+        return self.index.source
 
     def batch(self, samples: Sequence[int]) -> int:
         """Samples that one run may take."""
@@ -223,7 +225,7 @@ class Job:
     def hidden(self, sites: Sequence[Site], samples: Sequence[int]) -> tuple[Hidden, ...]:
         """Features between sites that may shrink."""
         single = next(self.data.feeds(samples, batch=1))
-        values = survey(self.store, values_followed(self.index), single, self.provider)
+        values = survey(self.index.store, values_followed(self.index), single, self.provider)
         return find_hidden(self.index, sites, values)
 
     def _affordable(self, hidden: Sequence[Hidden], budget: int) -> tuple[Hidden, ...]:
@@ -250,7 +252,7 @@ class Job:
             raise ModelError(f"{self.store.label}: no output holds floating values to follow")
         single = next(self.data.feeds(samples, batch=1))
         graph = TorchGraph.build(
-            self.store, device=_device(self.provider), dtype=_gradient_type(self.store)
+            self.index.store, device=_device(self.provider), dtype=_gradient_type(self.store)
         )
         taken = footprint(graph, single)
         shown = session.run(single, [loss.output for loss in losses])
@@ -339,7 +341,9 @@ class Job:
         """What the model and its sites cost in a unit."""
         single = next(self.data.feeds(samples, batch=1))
         names = {use.result.tensor for site in sites for use in site.uses}
-        sizes = {n: v.size for n, v in survey(self.store, names, single, self.provider).items()}
+        sizes = {
+            n: v.size for n, v in survey(self.index.store, names, single, self.provider).items()
+        }
         rows = {s.key: sum(sizes[u.result.tensor] for u in s.uses) / s.m for s in sites}
         if unit == "parameters":
             total = float(count_parameters(self.store))

@@ -16,6 +16,7 @@ import onnx.parser
 from onnx import numpy_helper
 
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
@@ -59,7 +60,7 @@ def model(
 
 
 def index(proto: onnx.ModelProto) -> GraphIndex:
-    return GraphIndex.build(ModelStore.load(proto))
+    return index_model(ModelStore.load(proto))
 
 
 def run(proto: onnx.ModelProto | ModelStore, feed: Feed) -> Feed:
@@ -193,6 +194,7 @@ def form(
     feeds: int = 10,
     opset: int = 17,
     ir: int = 10,
+    domains: str = "",
     **initializers: np.ndarray | None,
 ) -> Form:
     """A form; inputs have dynamic sizes unless `fixed`; floating initializers get its dtype."""
@@ -209,7 +211,9 @@ def form(
     held = weight.astype(DTYPES[dtype])
     return Form(
         name=name,
-        proto=model(f"({given}) => ({dtype}{outputs} y)", body, opset=opset, ir=ir, **cast),
+        proto=model(
+            f"({given}) => ({dtype}{outputs} y)", body, opset=opset, ir=ir, domains=domains, **cast
+        ),
         inputs=inputs,
         feeds=feeds,
         weight=held.astype(np.float64),
@@ -541,6 +545,108 @@ CONVS = [
     conv("conv1d_add_m1", (20,), (3,), **CONV_ADD, b=B[:, None]),
 ]
 
+# --- ConvTranspose ------------------------------------------------------------------------------
+
+
+def spread(
+    x: np.ndarray, kernel: Shape, strides: Shape, dilations: Shape, before: Shape, sizes: Shape
+) -> np.ndarray:
+    """What each output position of a ConvTranspose sees, by plain loops: mostly zeros."""
+    taps = list(itertools.product(*map(range, kernel)))
+    rows = np.zeros((len(x), *sizes, x.shape[1], len(taps)))
+    for position in itertools.product(*map(range, x.shape[2:])):
+        for t, tap in enumerate(taps):
+            at = zip(position, strides, tap, dilations, before, strict=True)
+            to = tuple(p * s + k * step - cut for p, s, k, step, cut in at)
+            if all(0 <= p < n for p, n in zip(to, sizes, strict=True)):
+                rows[(slice(None), *to, slice(None), t)] = x[(slice(None), slice(None), *position)]
+    return rows.reshape(-1, x.shape[1] * len(taps))
+
+
+def conv_transpose(name: str, sizes: Shape, kernel: Shape, **changes: object) -> Form:
+    """A ConvTranspose over an input [2, 2, *sizes] with a kernel [2, m, *kernel]."""
+    spatial, channels = len(kernel), 6 if math.prod(kernel) == 1 else 2
+    m: int = changes.pop("m", M)  # type: ignore[assignment]
+    ones, zeros = (1,) * spatial, (0,) * spatial
+    strides: Shape = changes.pop("strides", ones)  # type: ignore[assignment]
+    dilations: Shape = changes.pop("dilations", ones)  # type: ignore[assignment]
+    before, after = changes.pop("pads", (zeros, zeros))  # type: ignore[misc]
+    extra: Shape = changes.pop("output_padding", zeros)  # type: ignore[assignment]
+    stated = changes.pop("output_shape", None)
+    auto_pad = changes.pop("auto_pad", None)
+    bias = changes.pop("bias", None)
+    attrs = [
+        f"{key}={list(value)}"
+        for key, value, default in (
+            ("strides", strides, ones),
+            ("dilations", dilations, ones),
+            ("pads", (*before, *after), (*zeros, *zeros)),
+            ("output_padding", extra, zeros),
+            ("output_shape", stated or (), ()),
+        )
+        if tuple(value) != default
+    ]
+    full = [
+        (n - 1) * s + (k - 1) * step + 1 + e
+        for n, k, s, step, e in zip(sizes, kernel, strides, dilations, extra, strict=True)
+    ]
+    made = tuple(f - b - a for f, b, a in zip(full, before, after, strict=True))
+    if auto_pad:
+        attrs.append(f'auto_pad="{auto_pad}"')
+    if stated or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        made = stated or tuple(n * s for n, s in zip(sizes, strides, strict=True))
+        totals = [f - n for f, n in zip(full, made, strict=True)]
+        upper = auto_pad == "SAME_UPPER"
+        before = tuple(t // 2 if upper else t - t // 2 for t in totals)
+    weight = noise(6, channels, m, *kernel) / math.sqrt(channels * math.prod(kernel))
+    operands = "x, W" if bias is None else "x, W, b"
+    given = {
+        "inputs": {"x": (2, channels, *sizes)},
+        "outputs": DIMS[spatial + 2],
+        "body": f"y = ConvTranspose<{', '.join(attrs)}>({operands})".replace("<>", ""),
+        "exact": "ConvTranspose Conv",
+        "weight": np.moveaxis(weight, 1, 0).reshape(m, -1),
+        "rows": lambda feed: spread(feed["x"], kernel, strides, dilations, before, made),
+        "axis": 1,
+        "fixed": True,
+        "W": weight,
+        **({} if bias is None else {"b": bias}),
+    }
+    return form(f"conv_transpose{name}", **given | changes)  # type: ignore[arg-type]
+
+
+SMALL = (4, 5)
+CONV_TRANSPOSES = [
+    conv_transpose("1d", (12,), (3,), strides=(2,)),
+    conv_transpose("2d", SMALL, THREE),
+    conv_transpose("3d", (2, 3, 3), (2, 2, 2), strides=(1, 2, 1), bias=B),
+    conv_transpose("_bias", SMALL, THREE, strides=(2, 2), pads=((1, 1), (1, 1)), bias=B),
+    conv_transpose(
+        "_output_padding",
+        SMALL,
+        THREE,
+        strides=(2, 3),
+        pads=((1, 0), (1, 1)),
+        output_padding=(1, 2),
+        bias=B,
+    ),
+    conv_transpose("_dilations", SMALL, (2, 3), strides=(2, 1), dilations=(3, 2)),
+    conv_transpose("_same_upper", SMALL, THREE, strides=(2, 2), auto_pad="SAME_UPPER"),
+    conv_transpose("_same_lower", SMALL, THREE, strides=(2, 2), auto_pad="SAME_LOWER", bias=B),
+    conv_transpose("_valid", SMALL, THREE, strides=(2, 2), auto_pad="VALID"),
+    conv_transpose("_output_shape", SMALL, THREE, strides=(2, 2), output_shape=(8, 10), bias=B),
+    conv_transpose("_tall", SMALL, (1, 2), m=7, strides=(1, 2), bias=noise(5, 7)),
+    conv_transpose("_pointwise", SMALL, (1, 1), bias=B),
+    conv_transpose(
+        "_add",
+        SMALL,
+        THREE,
+        body="h = ConvTranspose(x, W) y = Add(h, b)",
+        exact="ConvTranspose Conv Add",
+        b=B[:, None, None],
+    ),
+]
+
 # --- where the weight comes from, versions, types -----------------------------------------------
 
 TEXT = f"float[{D},{M}] {{{', '.join(f'{w:.9g}' for w in W.T.astype(np.float32).flat)}}}"
@@ -549,6 +655,20 @@ HALF = W.astype(np.float16)
 
 def behind(name: str, body: str, **changes: object) -> Form:
     return right(2, name=f"weight_{name}", body=body, **changes)
+
+
+def chained(dtype: str) -> Form:
+    """Every layout operator in a row, in one type."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(DTYPES[dtype])
+    return behind(
+        f"chained_{dtype}",
+        f"A = Identity(W) B = Cast<to={kind}>(A) F = Flatten<axis=1>(B) E = Unsqueeze(F, a) "
+        "S = Squeeze(E, a) T = Transpose(S) G = Reshape(T, s) V = Identity(G) y = MatMul(x, V)",
+        dtype=dtype,
+        W=W,
+        a=np.array([0]),
+        s=np.array([D, -1]),
+    )
 
 
 STORED = [
@@ -585,6 +705,25 @@ STORED = [
         corrected="Conv Conv Add",
         opset=9,
         b=B,
+    ),
+    *(chained(kind) for kind in DTYPES if kind != "bfloat16"),
+    behind(
+        "cast_down",
+        "V = Cast<to=10>(W) y = MatMul(x, V)",
+        dtype="float16",
+        weight=HALF,
+        # Values that the cast keeps, in the wider type.
+        W=HALF.T.astype(np.float32),
+    ),
+    conv(
+        "weight_conv_chained",
+        PLANE,
+        THREE,
+        body="A = Squeeze(W, a) F = Reshape(A, s) I = Identity(F) V = Transpose<perm=[1,0,2,3]>(I) "
+        "y = Conv(x, V)",
+        W=np.moveaxis(conv("", PLANE, THREE).weight.reshape(M, 2, *THREE), 1, 0)[None],
+        a=np.array([0]),
+        s=np.array([2, M, *THREE]),
     ),
     behind("flatten", "V = Flatten(W) y = MatMul(x, V)", W=W.T[:, None]),
     gemm(
@@ -644,11 +783,166 @@ TYPES = [
     gemm("gemm_double", B, dtype="double", transA=1),
 ]
 
-FORMS = [*MATMULS, *GEMMS, *CONVS, *STORED, *versions(), *TYPES]
+# --- products within other operators ------------------------------------------------------------
+
+MICROSOFT = ', "com.microsoft" : 1'
+# A LeakyRelu of slope 1, and a Clip of far limits, let everything pass.
+OPEN = 'activation="LeakyRelu", activation_alpha=1.0'
+OPEN_CONV = 'activation="LeakyRelu", activation_params=[1.0]'
+
+
+def fused_matmul(name: str, body: str, exact: str, **changes: object) -> Form:
+    corrected = exact.replace("MatMul MatMul", "MatMul MatMul Add")
+    given = {"exact": exact, "corrected": corrected, "body": body, "domains": MICROSOFT}
+    return right(2, **given | {"name": f"fused_matmul{name}"} | changes)
+
+
+def fused_conv(
+    name: str, attrs: str, exact: str, operands: str = "x, W, b", **more: object
+) -> Form:
+    body = f"y = com.microsoft.FusedConv<{attrs}>({operands})".replace("<>", "")
+    given = {"body": body, "exact": exact, "domains": MICROSOFT, "b": B}
+    return conv(f"fused_conv{name}", PLANE, THREE, **given | more)
+
+
+SCALED = "MatMul MatMul Constant Mul"
+FUSED = [
+    fused_matmul("", "y = com.microsoft.FusedMatMul(x, W)", CHAIN),
+    fused_matmul("_alpha", "y = com.microsoft.FusedMatMul<alpha=0.5>(x, W)", SCALED, alpha=0.5),
+    fused_matmul(
+        "_turned_weight",
+        "y = com.microsoft.FusedMatMul<transB=1, alpha=-2.0>(x, W)",
+        SCALED,
+        alpha=-2.0,
+        W=W,
+    ),
+    fused_matmul(
+        "_turned_input",
+        "y = com.microsoft.FusedMatMul<transA=1>(x, W)",
+        "Transpose MatMul MatMul",
+        inputs={"x": (D, 12)},
+        rows=second_last_axis,
+        fixed=True,
+    ),
+    fused_matmul(
+        "_float16",
+        "y = com.microsoft.FusedMatMul<alpha=0.5>(x, W)",
+        SCALED,
+        alpha=0.5,
+        dtype="float16",
+    ),
+    left(
+        2,
+        name="fused_matmul_left",
+        body="y = com.microsoft.FusedMatMul<transA=1, alpha=3.0>(W, x)",
+        exact=SCALED,
+        alpha=3.0,
+        domains=MICROSOFT,
+        W=W.T,
+    ),
+    gemm(
+        "fused_gemm",
+        body=f"y = com.microsoft.FusedGemm<{OPEN}, alpha=0.5, transB=1>(x, W, C)",
+        exact="MatMul Gemm LeakyRelu",
+        corrected="MatMul Gemm LeakyRelu",
+        alpha=0.5,
+        domains=MICROSOFT,
+        W=W,
+        c=B,
+    ),
+    fused_conv("", "", "Conv Conv"),
+    fused_conv(
+        "_activation",
+        f"pads=[1, 1, 1, 1], {OPEN_CONV}",
+        "Conv Conv LeakyRelu",
+        pads=((1, 1), (1, 1)),
+    ),
+    fused_conv(
+        "_clip",
+        'activation="Clip", activation_params=[-1000.0, 1000.0]',
+        "Conv Conv Constant Constant Clip",
+    ),
+    fused_conv(
+        "_clip_opset10",
+        'activation="Clip", activation_params=[-1000.0, 1000.0]',
+        "Conv Conv Clip",
+        opset=10,
+    ),
+    fused_conv(
+        "_sum",
+        OPEN_CONV,
+        "Conv Conv Add LeakyRelu",
+        "x, W, b, z",
+        inputs={"x": (2, 2, *PLANE), "z": (2, M, 4, 5)},
+    ),
+]
+
+
+def einsum(
+    name: str, equation: str, exact: str, x: Shape, held: np.ndarray, **more: object
+) -> Form:
+    given = {
+        "inputs": {"x": x},
+        "outputs": DIMS[len(equation.split("->")[1])],
+        "body": f'y = Einsum<equation="{equation}">(x, W)',
+        "exact": exact,
+        "corrected": exact.replace("MatMul MatMul", "MatMul MatMul Add"),
+        "fixed": True,
+        "W": held,
+    }
+    return form(f"einsum_{name}", **given | more)
+
+
+SIX = noise(8, 6, 11) / math.sqrt(11)  # six outputs, as heads of three
+JOINED = noise(9, M, 6) / math.sqrt(6)  # six inputs, as heads of three
+EINSUMS = [
+    einsum("plain", "bsd,dh->bsh", CHAIN, (3, 4, D), W.T),
+    einsum("turned", "bsd,hd->bsh", CHAIN, (3, 4, D), W),
+    einsum(
+        "heads_made",
+        "bsd,dnh->bsnh",
+        "MatMul MatMul Constant Reshape",
+        (3, 4, 11),
+        SIX.T.reshape(11, 2, 3),
+        weight=SIX,
+    ),
+    einsum(
+        "heads_read",
+        "bsnh,nhd->bsd",
+        "Constant Reshape MatMul MatMul",
+        (3, 4, 2, 3),
+        JOINED.T.reshape(2, 3, M),
+        weight=JOINED,
+        rows=lambda feed: feed["x"].reshape(-1, 6),
+    ),
+    einsum(
+        "channels",
+        "bchw,oc->bohw",
+        "Transpose MatMul MatMul Transpose",
+        (2, D, 3, 4),
+        W,
+        rows=lambda feed: np.moveaxis(feed["x"], 1, -1).reshape(-1, D),
+        axis=1,
+    ),
+    einsum(
+        "first",
+        "hd,bsd->bsh",
+        CHAIN,
+        (3, 4, D),
+        W,
+        body='y = Einsum<equation=" hd, bsd -> bsh ">(W, x)',
+    ),
+    einsum(
+        "implicit", "bsd,dt->bst", CHAIN, (3, 4, D), W.T, body='y = Einsum<equation="bsd,dt">(x, W)'
+    ),
+]
+
+FORMS = [*MATMULS, *GEMMS, *CONVS, *CONV_TRANSPOSES, *FUSED, *EINSUMS, *STORED, *versions(), *TYPES]
 
 # ONNX Runtime has no CPU kernels for these: they are rewritten, not run.
 UNRUNNABLE = [
     right(2, name="matmul_bfloat16", dtype="bfloat16"),
+    chained("bfloat16"),
     gemm("gemm_bfloat16", B, dtype="bfloat16", alpha=2.0),
     conv("conv_bfloat16", PLANE, THREE, dtype="bfloat16", opset=22, bias=B),
     conv("conv_double", PLANE, THREE, dtype="double", bias=B),

@@ -83,7 +83,10 @@ def test_taps_give_the_moments_of_the_rows(form: Form):
 def test_flops_are_two_a_multiplication(form: Form):
     feed = form.data()[0]
     flops = linear_flops(ModelStore.load(form.proto), feed, CPU)
-    assert flops == 2 * len(form.rows(feed)) * form.weight.size
+    rows = len(form.rows(feed))
+    if "conv_transpose" in form.name:  # whose rows are full of zeros that cost nothing
+        rows = feed["x"].size // feed["x"].shape[1]
+    assert flops == 2 * rows * form.weight.size
 
 
 def test_flops_of_a_sparse_weight_are_those_of_a_dense_one():
@@ -265,7 +268,7 @@ def test_stride_leaves_rows_enough_over_all_and_in_each_run(width: int):
 def test_rows_of_a_view_are_counted_from_its_shape(form: Form):
     feed = form.data()[0]
     view = only_use(form).inputs
-    shape = survey(ModelStore.load(form.proto), [view.tensor], feed, CPU)[view.tensor].shape
+    shape = survey(index(form.proto).store, [view.tensor], feed, CPU)[view.tensor].shape
     assert view_rows(view, shape) == len(form.rows(feed))
 
 

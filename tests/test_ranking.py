@@ -55,6 +55,7 @@ def site(m: int, d: int, *uses: Use, freed: bool = True) -> Site:
         m=m,
         d=d,
         dtype=np.dtype(np.float32),
+        stored=np.dtype(np.float32),
         freed=freed,
     )
 

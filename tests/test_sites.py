@@ -82,10 +82,18 @@ REFUSED = {
         "grouped convolution (depthwise)",
     ),
     "groups": (
-        PLANES,
-        "y = Conv<group=2>(x, W)",
+        "(float[n,18,8,8] x) => (float[n,9,a,b] y)",
+        "y = Conv<group=9>(x, W)",
+        {"W": np.ones((9, 2, 3, 3), np.float32)},
+        "grouped convolution (9 groups; up to 8, with a constant bias or none, are factored one by "
+        "one)",
+    ),
+    "groups_with_a_computed_bias": (
+        "(float[n,4,8,8] x, float[4] b) => (float[n,4,a,b] y)",
+        "y = Conv<group=2>(x, W, b)",
         {"W": np.ones((4, 2, 3, 3), np.float32)},
-        "grouped convolution (2 groups)",
+        "grouped convolution (2 groups; up to 8, with a constant bias or none, are factored one by "
+        "one)",
     ),
     "computed_kernel": (
         "(float[n,4,8,8] x, float[4,4,3,3] k) => (float[n,4,a,b] y)",
@@ -145,7 +153,7 @@ REFUSED = {
         "(float[n,7] x) => (float[n,5] y)",
         "w = DequantizeLinear(W, s) y = MatMul(x, w)",
         {"W": np.ones((7, 5), np.int8), "s": np.float32(0.5)},
-        "no operand is a constant weight",
+        "its weight is quantized: compress the model before it is quantized",
     ),
     "integers": (
         "(int32[n,7] x) => (int32[n,5] y)",

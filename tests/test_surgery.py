@@ -318,7 +318,8 @@ def test_fields_of_a_later_onnx_are_kept():
 def test_parts_of_a_form_that_are_not_its_weight_are_kept(form: Form):
     graph = index(form.proto)
     (site,), _ = find_sites(graph)
-    behind, gone = [site.weight], {graph.node(site.uses[0].node).output[0]}
+    k = site.uses[0].node
+    behind, gone = [site.weight], {*graph.node(k).output, *graph.origin(k).output}
     while behind:
         gone.add(name := behind.pop())
         if name in graph.producers:

@@ -45,6 +45,26 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
+def test_weights_held_in_half_are_counted_as_they_are_held():
+    """Factors have the type that the product has: twice the bytes that the weight takes."""
+    weights = {
+        name: (noise(seed, 64, 64) * 0.9 ** np.arange(64) / 8).astype(np.float16)
+        for seed, name in enumerate("AB")
+    }
+    proto = model(
+        "(float[n,64] x) => (float[n,64] y)",
+        "U = Cast<to=1>(A) V = Cast<to=1>(B) h = MatMul(x, U) t = Tanh(h) y = MatMul(t, V)",
+        **weights,
+    )
+    data = {"x": noise(9, 200, 64).astype(np.float32)}
+    result = compress(proto, data, CompressConfig(size_ratio=0.8, moves=("low-rank",)))
+    before, after = (
+        f.file_bytes for f in (result.validation.reference, result.validation.candidate)
+    )
+    assert 0.7 * before < after <= 0.8 * before
+    assert all(e.rank is None or 4 * e.rank * 128 < 2 * 64 * 64 for e in result.plan.entries)
+
+
 # --- bytes --------------------------------------------------------------------------------------
 
 

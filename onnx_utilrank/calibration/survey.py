@@ -1,5 +1,6 @@
 """Run one sample with values exposed, to learn shapes and means that the file does not tell."""
 
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -7,13 +8,14 @@ import onnx
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, attributes, node_label
+from onnx_utilrank.model.plain import plain_model
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, InferenceError, open_session
 
 __all__ = ["check_finite", "expose", "linear_flops", "survey"]
 
-LINEAR_OPS = frozenset({"MatMul", "Gemm", "Conv"})
+LINEAR_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 
 
 def expose(store: ModelStore, names: Collection[str]) -> ModelStore:
@@ -86,7 +88,9 @@ def _is_float(value: object) -> bool:
 
 
 def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
-    """Floating-point operations of the model's MatMul, Gemm and Conv nodes on one feed.
+    """Floating-point operations of MatMul, Gemm, Conv and ConvTranspose on one feed.
+
+    Nodes that fuse such a product with others count as the product.
 
     Two a multiply-accumulate; counted from the shapes that really occur. Subgraphs, and what other
     operators do, are not counted.
@@ -94,6 +98,7 @@ def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
     Raises:
         ModelError: The model does not load or run.
     """
+    store = plain_model(store)
     nodes = [
         node
         for node in store.proto.graph.node
@@ -112,7 +117,9 @@ def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
 def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     first, second, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
     size = int(np.prod(out, dtype=np.int64))
-    if node.op_type == "Conv":
+    if node.op_type == "ConvTranspose":
+        size, depth = math.prod(first), math.prod(second[1:])
+    elif node.op_type == "Conv":
         depth = int(np.prod(second[1:], dtype=np.int64))
     elif node.op_type == "Gemm" and attributes(node).get("transA", 0):
         depth = first[0]

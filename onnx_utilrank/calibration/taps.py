@@ -86,10 +86,12 @@ def row_stride(rows: int, rows_per_run: int, width: int) -> int:
 def view_rows(view: RowView, shape: Sequence[int]) -> int:
     """Number of rows that a tensor of the given shape holds.
 
-    Rows of unfolded patches are counted as the input's positions over the strides.
+    Rows of unfolded patches are counted as the input's positions over the strides, or times them.
     """
     if view.patches:
-        positions = [max(1, n // s) for n, s in zip(shape[2:], view.patches.strides, strict=True)]
+        steps = zip(shape[2:], view.patches.strides, strict=True)
+        transposed = view.patches.transposed
+        positions = [n * s if transposed else max(1, n // s) for n, s in steps]
         return shape[0] * math.prod(positions)
     return math.prod(shape) // view.width
 
@@ -207,7 +209,7 @@ class _Builder:
     def unfolded(
         self, x: str, patches: Patches, dtype: np.dtype[np.generic], stride: int
     ) -> tuple[str, int]:
-        """im2col as a depthwise Conv with one-hot kernels: [N, C taps, positions …].
+        """im2col as a depthwise Conv or ConvTranspose with one-hot kernels: [N, C taps, …].
 
         Channel c, tap t comes out at c·taps + t, which is the order of a kernel
         [C_out, C, taps …] seen as a matrix. It honours strides, pads, auto_pad and dilations as
@@ -221,14 +223,19 @@ class _Builder:
         kernel = kernel.reshape(-1, 1, *patches.kernel)
         strides = list(patches.strides)
         attrs: dict[str, Any] = {"auto_pad": patches.auto_pad}
-        if patches.auto_pad == "NOTSET":
+        if patches.auto_pad == "NOTSET" and not patches.output_shape:
             attrs = {"pads": list(patches.pads)}
         each = 1
-        if not patches.auto_pad.startswith("SAME"):  # whose padding depends on the strides
+        if patches.transposed:
+            kernel = kernel.reshape(patches.channels, taps, *patches.kernel)
+            for key in ("output_padding", "output_shape"):
+                if getattr(patches, key):
+                    attrs[key] = list(getattr(patches, key))
+        elif not patches.auto_pad.startswith("SAME"):  # whose padding depends on the strides
             each = int(stride ** (1 / len(strides)) + 1e-9)
             strides = [s * each for s in strides]
         x = self.node(
-            "Conv",
+            "ConvTranspose" if patches.transposed else "Conv",
             x,
             self.constant(kernel),
             group=patches.channels,

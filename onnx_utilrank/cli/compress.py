@@ -32,7 +32,7 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "compress",
         help="make a smaller model and validate it",
-        description="Measures on the samples what each MatMul, Gemm and Conv does to the outputs, "
+        description="Measures on the samples what each product and Conv does to the outputs, "
         "chooses a rank for it, puts factors in the place of its weight, and compares the result "
         "with the original on samples that were held back.",
     )
@@ -44,7 +44,7 @@ def add_parser(verbs: Any) -> None:
     for name, what in (
         ("--param-ratio", "parameters to keep, as a share of all initializers and constants"),
         ("--size-ratio", "bytes of the file to keep, as a share"),
-        ("--flop-ratio", "operations of MatMul, Gemm and Conv to keep, as a share"),
+        ("--flop-ratio", "operations of matrix products and convolutions to keep, as a share"),
         ("--energy", "the paper's rule: the share of energy that each layer's subspaces hold"),
     ):
         target.add_argument(name, type=number(float, 0, 1), metavar="R", help=what)

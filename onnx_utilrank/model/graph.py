@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["GraphIndex", "all_names", "attributes", "captured_names", "node_label"]
+__all__ = ["GraphIndex", "Span", "all_names", "attributes", "captured_names", "node_label"]
 
 # Operators that only move, cast or reshape data: a weight behind them is still a constant.
 LAYOUT_OPS = frozenset(
@@ -20,11 +20,26 @@ LAYOUT_OPS = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Nodes of a model in plain form that stand for one node.
+
+    Attributes:
+        nodes: Their places.
+        origin: The node.
+    """
+
+    nodes: range
+    origin: onnx.NodeProto
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphIndex:
     """Lookup tables of one model's main graph.
 
     Attributes:
-        store: The model.
+        store: The model, in plain form where that is another (`model.plain`).
+        source: The model as it was given.
+        spans: What was taken apart, in graph order.
         initializers: Dense initializers by name.
         constants: Names of all constant values, see `constant`.
         producers: Index of the node that makes each value.
@@ -34,6 +49,8 @@ class GraphIndex:
     """
 
     store: ModelStore
+    source: ModelStore
+    spans: tuple[Span, ...] = ()
     initializers: dict[str, onnx.TensorProto]
     constants: frozenset[str]
     producers: dict[str, int]
@@ -42,8 +59,15 @@ class GraphIndex:
     _folded: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, store: ModelStore) -> "GraphIndex":
+    def build(
+        cls, store: ModelStore, *, source: ModelStore | None = None, spans: tuple[Span, ...] = ()
+    ) -> "GraphIndex":
         """Index the main graph of `store`.
+
+        Args:
+            store: The model.
+            source: What it is the plain form of, if it is.
+            spans: What was taken apart for it.
 
         Raises:
             ModelError: Two nodes make the same value.
@@ -69,6 +93,8 @@ class GraphIndex:
                 constants.update(node.output)
         return cls(
             store=store,
+            source=source or store,
+            spans=spans,
             initializers=initializers,
             constants=frozenset(constants - {""}),
             producers=producers,
@@ -81,12 +107,23 @@ class GraphIndex:
         node: onnx.NodeProto = self.store.proto.graph.node[k]
         return node
 
+    def origin(self, k: int) -> onnx.NodeProto:
+        """The node of the given model that the k-th node is, or is a part of."""
+        return next((s.origin for s in self.spans if k in s.nodes), self.node(k))
+
     def rank(self, name: str) -> int | None:
-        """Number of dimensions that the model declares of an input or inner value, if it does."""
+        """Number of dimensions that the model declares of an input or inner value, if it does.
+
+        A value that is only cast has as many as before.
+        """
         graph = self.store.proto.graph
         for value in (*graph.input, *graph.value_info):
             if value.name == name and value.type.tensor_type.HasField("shape"):
                 return len(value.type.tensor_type.shape.dim)
+        if name in self.producers:
+            node = self.node(self.producers[name])
+            if node.op_type in ("Cast", "Identity") and node.domain in ("", "ai.onnx"):
+                return self.rank(node.input[0])
         return None
 
     def constant(self, name: str) -> np.ndarray | None:
@@ -132,6 +169,14 @@ class GraphIndex:
             )
         value = self.constant(name)
         return None if value is None else (value.shape, value.dtype)
+
+    def stored_type(self, name: str) -> np.dtype[np.generic]:
+        """Element type in which the data behind a constant are held."""
+        while name in self.producers and self.node(self.producers[name]).op_type != "Constant":
+            name = self.node(self.producers[name]).input[0]
+        kind = self.constant_type(name)
+        assert kind is not None, name
+        return kind[1]
 
     def freed_by(self, name: str, readers: frozenset[int]) -> bool:
         """Whether the data behind constant `name` could go if nodes `readers` stopped reading it.

@@ -9,7 +9,7 @@ graphsurgeon.
 """
 
 from collections import Counter
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Container, Iterable, MutableSequence
 from typing import Any
 
 import numpy as np
@@ -124,12 +124,19 @@ class Surgeon:
         """The model after the surgery, with the source's own protos wherever nothing was changed.
 
         Initializers and layout nodes that nothing reads any more because of the surgery are gone;
-        what was unused before stays.
+        what was unused before stays. Nodes that were one and are untouched become it again.
         """
-        dead = self._dead()
-        source = self.index.store.proto
+        whole = [s for s in self.index.spans if not any(map(self._touched, s.nodes))]
+        begins = {span.nodes.start: span.origin for span in whole}
+        parts = {k for span in whole for k in span.nodes}
+        dead = self._dead(parts, list(begins.values()))
+        source = self.index.source.proto
         nodes: list[onnx.NodeProto] = []
         for k, node in enumerate(self._nodes):
+            if k in begins:
+                nodes.append(begins[k])
+            if k in parts:
+                continue
             nodes.extend(OnnxExporter.export_node(new) for new in self._before.get(k, ()))
             if k in self._chains:
                 nodes.extend(OnnxExporter.export_node(new) for new in self._chains[k])
@@ -167,6 +174,12 @@ class Surgeon:
                     writer.put(tensor, source.outside_bytes(tensor))
         return ModelStore(proto=proto, folder=self._scratch.path, scratch=self._scratch)
 
+    def _touched(self, k: int) -> bool:
+        """Whether anything of node `k` was changed."""
+        if k in self._chains or k in self._before or k in self._restated:
+            return True
+        return [t.name for t in self._nodes[k].inputs] != list(self.index.node(k).input)
+
     def _kept(self, k: int, node: gs.Node) -> onnx.NodeProto:
         proto = self.index.node(k)
         names = [t.name for t in node.inputs]
@@ -181,11 +194,21 @@ class Surgeon:
                 attribute.i = restated[attribute.name]
         return rewired
 
-    def _dead(self) -> set[str]:
-        """Values that lost their last reader, and what was only there to make those."""
-        before = Counter({name: len(ks) for name, ks in self.index.consumers.items()})
+    def _dead(self, parts: Container[int], origins: Iterable[onnx.NodeProto]) -> set[str]:
+        """Values that lost their last reader, and what was only there to make those.
+
+        Args:
+            parts: Nodes that are not written, but the nodes that they are parts of.
+            origins: Those.
+        """
+        before = set(self.index.consumers)
+        before.update(name for span in self.index.spans for name in span.origin.input if name)
         now: Counter[str] = Counter()
+        for origin in origins:
+            now.update(name for name in origin.input if name)
         for k, node in enumerate(self._nodes):
+            if k in parts:
+                continue
             for each in (*self._before.get(k, ()), *self._chains.get(k, [node])):
                 now.update(t.name for t in each.inputs if t.name)
         dead: set[str] = set()
@@ -200,7 +223,11 @@ class Surgeon:
                     dead.add(name)
                 continue
             made = [t.name for t in self._nodes[maker].outputs if t.name]
-            if maker in self._chains or any(now[n] or n in self.index.pinned for n in made):
+            if (
+                maker in self._chains
+                or maker in parts
+                or any(now[n] or n in self.index.pinned for n in made)
+            ):
                 continue
             dead.update(made)
             for tensor in self._nodes[maker].inputs:

@@ -21,7 +21,7 @@ __all__ = ["CHANNELS", "Channels", "channel_patches"]
 def channel_patches(site: Site) -> Patches | None:
     """How a site looks at its input, where that is a Conv of more than one tap and channel."""
     patches = site.uses[0].inputs.patches
-    if patches is None or len(site.uses) > 1 or patches.channels < 2:
+    if patches is None or patches.transposed or len(site.uses) > 1 or patches.channels < 2:
         return None
     return patches if math.prod(patches.kernel) > 1 else None
 
@@ -53,7 +53,7 @@ class Channels:
         assert patches is not None
         return rank * (patches.channels + site.m * math.prod(patches.kernel))
 
-    def multiplications(self, site: Site, rank: int) -> int:
+    def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`; each output has as many inputs as the strides skip."""
         patches = channel_patches(site)
         assert patches is not None

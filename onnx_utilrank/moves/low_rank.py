@@ -35,9 +35,9 @@ class LowRank:
         """See `MoveKind.parameters`."""
         return rank * (site.m + site.d)
 
-    def multiplications(self, site: Site, rank: int) -> int:
+    def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`."""
-        return rank * (site.m + site.d)
+        return rank * (site.m + site.d * site.density)
 
     def replace(
         self, surgeon: Surgeon, site: Site, factors: Factors, lost_mean: np.ndarray | None

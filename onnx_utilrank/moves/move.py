@@ -39,7 +39,7 @@ class MoveKind(Protocol):
         """Elements of all it stores, a bias correction apart."""
         ...
 
-    def multiplications(self, site: Site, rank: int) -> int:
+    def multiplications(self, site: Site, rank: int) -> float:
         """Multiply-accumulates a row of the output."""
         ...
 

@@ -49,7 +49,7 @@ class Pivot:
 
     def pays(self, site: Site, rank: int, rows: float) -> bool:
         """Whether the work saved is more than that of ordering the outputs."""
-        saved = rows * (site.parameters - self.multiplications(site, rank))
+        saved = rows * (site.parameters * site.density - self.multiplications(site, rank))
         each = MOVED_SINGLY if site.uses[0].result.axis == -1 else MOVED_IN_RUNS
         return saved > each * rows * site.m + STARTED * len(site.uses)
 
@@ -57,9 +57,9 @@ class Pivot:
         """See `MoveKind.parameters`; the permutation counts too."""
         return rank * (site.m + site.d - rank) + site.m
 
-    def multiplications(self, site: Site, rank: int) -> int:
+    def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`."""
-        return rank * (site.m + site.d - rank)
+        return rank * (site.m + site.d * site.density - rank)
 
     def replace(
         self, surgeon: Surgeon, site: Site, factors: Factors, lost_mean: np.ndarray | None

@@ -26,8 +26,8 @@ class Ledger:
 
     Attributes:
         unit: `parameters`: elements of all initializers and constants. `bytes`: of the file,
-            external data included. `operations`: multiply-accumulates of MatMul, Gemm and Conv on
-            one sample.
+            external data included. `operations`: multiply-accumulates of MatMul, Gemm, Conv
+            and ConvTranspose on one sample.
         total: Of the model as it is.
         rows: Rows of output that one sample has at each site, by key.
     """
@@ -39,10 +39,10 @@ class Ledger:
     def dense(self, site: Site) -> float:
         """What the site costs as it is: what goes when it is factored."""
         if self.unit == "operations":
-            return self.rows[site.key] * site.parameters
+            return self.rows[site.key] * site.parameters * site.density
         # A weight that stays whatever happens to this site is none of its cost.
         kept = site.parameters if site.freed else 0
-        return float(kept * site.dtype.itemsize) if self.unit == "bytes" else float(kept)
+        return float(kept * site.stored.itemsize) if self.unit == "bytes" else float(kept)
 
     def shrunk(self, site: Site, rows: int, columns: int, extra: int) -> float:
         """What it costs with fewer rows and columns, and so many elements elsewhere.
@@ -50,7 +50,7 @@ class Ledger:
         Operations of depthwise Convs on the way, which become fewer too, are not told.
         """
         if self.unit == "operations":
-            return self.rows[site.key] * rows * columns
+            return self.rows[site.key] * rows * columns * site.density
         parameters = rows * columns + extra
         if self.unit == "bytes":
             return float(parameters * site.dtype.itemsize + NODE_BYTES)

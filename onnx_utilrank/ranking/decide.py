@@ -107,7 +107,7 @@ class Offers:
 
         return cls(
             index=index,
-            fingerprint=index.store.fingerprint(),
+            fingerprint=index.source.fingerprint(),
             choices=choices,
             bundles=tuple(
                 bundled(choices, hidden, shrunk, config.rank_multiple, channels) if hidden else ()
@@ -201,7 +201,7 @@ class Offers:
             _entry(self.index, c.measured, m)
             for c, m in zip(self.choices, decided.moves, strict=True)
         )
-        parameters = count_parameters(self.index.store)
+        parameters = count_parameters(self.index.source)
         saved = sum(e.parameters_before - e.parameters_after for e in entries)
         two_sided = self.method is TWO_SIDED
         return RankPlan(

@@ -25,7 +25,7 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
             a bias that cannot be.
     """
     label = index.store.label
-    if plan.model_sha256 != index.store.fingerprint():
+    if plan.model_sha256 != index.source.fingerprint():
         raise ModelError(f"{label}: the plan is for another model (its SHA-256 differs)")
     known = {site.key: site for site in sites}
     for entry in plan.factored:

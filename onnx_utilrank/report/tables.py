@@ -150,7 +150,7 @@ def _comparison(report: ValidationReport) -> Iterator[RenderableType]:
     for name, old, new in (
         ("parameters", before.parameters, after.parameters),
         ("file bytes", before.file_bytes, after.file_bytes),
-        ("FLOPs a sample (MatMul, Gemm, Conv)", before.flops, after.flops),
+        ("FLOPs a sample (products, convolutions)", before.flops, after.flops),
     ):
         if old is not None and new is not None:
             _row(table, name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional
 
 from onnx_utilrank.sites.site import Patches, RowView
+from onnx_utilrank.torch_graph.convolution import transposed_convolution
+from onnx_utilrank.torch_graph.operator import Context
 
 __all__ = ["as_rows", "channel_gradient", "channel_rows", "convolved"]
 
@@ -65,8 +67,34 @@ def channel_gradient(
 def _unfolded(x: torch.Tensor, patches: Patches) -> torch.Tensor:
     """im2col as a depthwise convolution with one-hot kernels, [N, C taps, positions …]."""
     taps = math.prod(patches.kernel)
+    if patches.transposed:
+        return _spread(x, patches)
     kernel = torch.eye(taps, dtype=x.dtype, device=x.device).repeat(patches.channels, 1)
     return convolved(x, kernel.reshape(-1, 1, *patches.kernel), patches, patches.channels)
+
+
+def _spread(x: torch.Tensor, patches: Patches) -> torch.Tensor:
+    """The same for a ConvTranspose."""
+    taps = math.prod(patches.kernel)
+    kernel = torch.eye(taps, dtype=x.dtype, device=x.device).repeat(patches.channels, 1, 1)
+    attributes = {
+        "auto_pad": patches.auto_pad,
+        "strides": patches.strides,
+        "dilations": patches.dilations,
+        "pads": patches.pads,
+        "output_padding": patches.output_padding or None,
+        "output_shape": patches.output_shape or None,
+        "group": patches.channels,
+    }
+    context = Context(
+        attributes={key: value for key, value in attributes.items() if value is not None},
+        opset=0,
+        outputs=(True,),
+        device=x.device,
+        dtype=None,
+    )
+    kernel = kernel.reshape(patches.channels, taps, *patches.kernel)
+    return transposed_convolution(context, x, kernel)
 
 
 def _pads(patches: Patches, extent: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Biases: what a node adds itself, and the constant vector that is added right after it."""
+"""Biases: what a node adds itself, and the vector that is added right after it."""
 
 import numpy as np
 
@@ -16,8 +16,18 @@ def own_biases(index: GraphIndex, site: Site) -> dict[int, np.ndarray]:
     }
 
 
+# Operators of com.microsoft that add a vector of their own to an input, and that vector's place
+# among their inputs; what they add it to may be any input before.
+_ADDERS = {
+    "BiasGelu": 1,
+    "FastGelu": 1,
+    "SkipLayerNormalization": 4,
+    "SkipSimplifiedLayerNormalization": 3,
+}
+
+
 def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlot | None:
-    """The Add that is the only reader of `output`, if it adds one constant per feature.
+    """The node that is the only reader of `output`, if it adds one constant per feature.
 
     Args:
         index: The graph.
@@ -33,11 +43,18 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
     if len(readers) != 1 or output in index.pinned:
         return None
     node = index.node(readers[0])
-    if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or len(node.input) != 2:
+    if node.domain == "com.microsoft" and node.op_type in _ADDERS:
+        place = _ADDERS[node.op_type]
+        # The scale and shift of a normalization come after the two values that it adds.
+        if len(node.input) <= place or output not in node.input[: min(place, 2)] or axis != -1:
+            return None
+        name = node.input[place]
+    elif node.op_type == "Add" and node.domain in ("", "ai.onnx") and len(node.input) == 2:
+        if any(a.name in ("broadcast", "axis") for a in node.attribute):
+            return None  # Add before opset 7 aligns its operands in another way
+        name = node.input[1] if node.input[0] == output else node.input[0]
+    else:
         return None
-    if any(a.name in ("broadcast", "axis") for a in node.attribute):
-        return None  # Add before opset 7 aligns its operands in another way
-    name = node.input[1] if node.input[0] == output else node.input[0]
     kind = index.constant_type(name)
     if kind is None or len(kind[0]) < -axis or kind[0][axis] != width:
         return None

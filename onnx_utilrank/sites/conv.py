@@ -7,12 +7,13 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex, attributes, node_label
+from onnx_utilrank.model.plain import MOST_GROUPS
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.sites.bias import added_bias
 from onnx_utilrank.sites.site import BiasSlot, Patches, RowView, Skip, Use
 from onnx_utilrank.statistics.factorize import Factors
 
-__all__ = ["CONV", "Conv"]
+__all__ = ["CONV", "Conv", "patches_of"]
 
 
 class Conv:
@@ -23,6 +24,8 @@ class Conv:
     """
 
     op_type = "Conv"
+    # Which groups are seen as Convs of their own, and never get here.
+    exempt = f"; up to {MOST_GROUPS}, with a constant bias or none, are factored one by one"
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See `SiteKind.match`."""
@@ -32,19 +35,17 @@ class Conv:
             return None
         shape = kind[0]
         label, given = node_label(node), attributes(node)
-        group = given.get("group", 1)
-        if group != 1:
-            per_group = "depthwise" if shape[1] == 1 else f"{group} groups"
-            reason = f"grouped convolution ({per_group})"
-            return Skip(node=label, op_type=self.op_type, reason=reason)
         if len(shape) < 3:
             reason = f"the kernel {list(shape)} has no spatial dimension"
             return Skip(node=label, op_type=self.op_type, reason=reason)
-        m, channels, *kernel = shape
-        spatial = len(kernel)
-        d = channels * math.prod(kernel)
-        patches = _patches(given, channels, tuple(kernel))
-        bias = self._bias(index, node, m, -1 - spatial)
+        group = given.get("group", 1)
+        if group != 1:
+            per_group = "depthwise" if shape[1] == 1 else f"{group} groups{self.exempt}"
+            reason = f"grouped convolution ({per_group})"
+            return Skip(node=label, op_type=self.op_type, reason=reason)
+        m, patches = self.seen(shape, given)
+        d = patches.channels * math.prod(patches.kernel)
+        bias = _bias(index, node, m, 1 - len(shape))
         return Use(
             node=k,
             label=label,
@@ -64,13 +65,10 @@ class Conv:
             bias=bias,
         )
 
-    def _bias(self, index: GraphIndex, node: onnx.NodeProto, m: int, axis: int) -> BiasSlot:
-        if len(node.input) < 3 or not node.input[2]:
-            found = added_bias(index, node.output[0], m, axis)
-            return found or BiasSlot(kind="new", shape=(m,))
-        if index.constant_type(node.input[2]) is None:
-            return BiasSlot(kind="none")
-        return BiasSlot(kind="input", name=node.input[2], shape=(m,))
+    def seen(self, shape: tuple[int, ...], given: dict[str, object]) -> tuple[int, Patches]:
+        """Outputs of a kernel of this shape, and what each position of them sees."""
+        m, channels, *kernel = shape
+        return m, patches_of(given, channels, tuple(kernel))
 
     def matrix(self, use: Use, weight: np.ndarray) -> np.ndarray:
         """See `SiteKind.matrix`."""
@@ -101,7 +99,7 @@ class Conv:
         assert weight is not None
         return [
             gs.Node(
-                op="Conv",
+                op=self.op_type,
                 name=surgeon.unique(f"{name}/low_rank"),
                 attrs=attributes(node),
                 inputs=[surgeon.tensor(node.input[0]), surgeon.tensor(first)],
@@ -129,7 +127,18 @@ class Conv:
         return chain
 
 
-def _patches(given: dict[str, object], channels: int, kernel: tuple[int, ...]) -> Patches:
+def _bias(index: GraphIndex, node: onnx.NodeProto, m: int, axis: int) -> BiasSlot:
+    if len(node.input) < 3 or not node.input[2]:
+        found = added_bias(index, node.output[0], m, axis)
+        return found or BiasSlot(kind="new", shape=(m,))
+    if index.constant_type(node.input[2]) is None:
+        return BiasSlot(kind="none")
+    return BiasSlot(kind="input", name=node.input[2], shape=(m,))
+
+
+def patches_of(given: dict[str, object], channels: int, kernel: tuple[int, ...]) -> Patches:
+    """What a Conv of these attributes sees."""
+
     def ints(key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = given.get(key)
         return tuple(value) if isinstance(value, list) and value else default

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -11,7 +12,9 @@ from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.sites.conv import CONV
+from onnx_utilrank.sites.conv_transpose import CONV_TRANSPOSE
 from onnx_utilrank.sites.gemm import GEMM
+from onnx_utilrank.sites.left import left_alone, quantized_operand
 from onnx_utilrank.sites.matmul import MATMUL
 from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
 
@@ -25,7 +28,7 @@ __all__ = [
 ]
 
 # Adding an operator is one file beside this one and one entry here.
-SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV)
+SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV, CONV_TRANSPOSE)
 
 # Before it, Add and Gemm broadcast by attributes that later operators do not have.
 FIRST_OPSET = 7
@@ -76,7 +79,8 @@ def find_sites(
         exclude: Shell patterns of nodes and weights to leave alone; wins over `include`.
 
     Returns:
-        The sites in graph order, and every node of a handled operator that is left alone.
+        The sites in graph order, and every node that is left alone though its operator is handled
+        or it holds a weight.
 
     Raises:
         ConfigError: `op_types` names an operator that is not handled.
@@ -90,6 +94,8 @@ def find_sites(
     for k, node in enumerate(index.store.proto.graph.node):
         skips.extend(_nested(node, known))
         if node.domain not in ("", "ai.onnx") or node.op_type not in known:
+            left = left_alone(index, node)
+            skips.extend([left] if left else [])
             continue
         found: Use | Skip | None = None
         if index.store.opset < FIRST_OPSET:
@@ -97,9 +103,12 @@ def find_sites(
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
         elif len(node.input) >= 2 and all(node.input[:2]) and node.output:
             found = site_kind(node.op_type).match(index, k)
+        found = found or quantized_operand(index, node)
         if found is None:
             reason = "no operand is a constant weight"
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
+        if index.spans:
+            found = _relabelled(found, node_label(index.origin(k)))
         if isinstance(found, Use):
             found = _refused(index, found, op_types, include, exclude) or found
         if isinstance(found, Skip):
@@ -116,7 +125,16 @@ def find_sites(
         for node in function.node
         if node.op_type in known
     )
-    return tuple(_site(index, uses) for uses in groups.values()), tuple(skips)
+    # Parts of one node say the same.
+    unique = dict.fromkeys(skips) if index.spans else skips
+    return tuple(_site(index, uses) for uses in groups.values()), tuple(unique)
+
+
+def _relabelled(found: Use | Skip, label: str) -> Use | Skip:
+    """Messages name the node of the given model."""
+    if isinstance(found, Use):
+        return replace(found, label=label)
+    return replace(found, node=label)
 
 
 def has_sites_in_functions(store: ModelStore) -> bool:
@@ -132,7 +150,10 @@ def _refused(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> Skip | None:
-    names = (index.node(use.node).name, use.weight, index.node(use.node).output[0])
+    node = index.node(use.node)
+    origin = index.origin(use.node)
+    names = [node.name, use.weight, node.output[0], *origin.output]
+    names += [n for n in origin.input if n in index.constants and n not in node.input]
 
     def named(patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
@@ -170,6 +191,7 @@ def _site(index: GraphIndex, uses: list[Use]) -> Site:
         m=first.m,
         d=first.d,
         dtype=kind[1],
+        stored=index.stored_type(first.weight),
         freed=index.freed_by(first.weight, readers),
     )
 

@@ -89,6 +89,8 @@ class UnitTrace(Trace):
 
     def _read(self, site: Site, numbers: np.ndarray) -> bool:
         view = site.uses[0].inputs
+        if view.patches and view.patches.transposed:
+            return False
         if len(site.uses) > 1 or not site.freed or site.uses[0].gain != 1.0:
             return False
         axis = 1 if view.patches else view.axis

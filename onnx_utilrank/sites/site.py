@@ -4,6 +4,7 @@ A *use* is one node with a constant weight, seen as y = W x + b over rows x in R
 *site* is one weight with all the uses that see it the same way: it is factored once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,7 +23,7 @@ Side = Literal["inputs", "outputs"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patches:
-    """The attributes of a Conv that decide which input values one output position sees.
+    """The attributes of a Conv or ConvTranspose that decide what one output position sees.
 
     Attributes:
         channels: Input channels.
@@ -31,6 +32,10 @@ class Patches:
         dilations: Steps between kernel taps.
         pads: Zeros before each spatial axis, then after each (ONNX Conv, `pads`).
         auto_pad: NOTSET where `pads` counts, else SAME_UPPER, SAME_LOWER or VALID.
+        transposed: Whether it is a ConvTranspose: strides are between input positions then, and
+            pads are taken off the output.
+        output_padding: What a ConvTranspose adds at the end of each axis, if anything.
+        output_shape: The extents that a ConvTranspose pads for, where it states them.
     """
 
     channels: int
@@ -39,11 +44,20 @@ class Patches:
     dilations: tuple[int, ...]
     pads: tuple[int, ...]
     auto_pad: str
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
 
     @property
     def pointwise(self) -> bool:
         """Whether each position sees just its own channels, so that there is nothing to unfold."""
-        return {*self.kernel, *self.strides} == {1} and not any(self.pads)
+        alone = not any((*self.pads, *self.output_padding, *self.output_shape))
+        return {*self.kernel, *self.strides} == {1} and alone
+
+    @property
+    def density(self) -> float:
+        """Share of what a position sees that is a value, and not a zero between two."""
+        return 1 / math.prod(self.strides) if self.transposed else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +83,10 @@ class BiasSlot:
 
     Attributes:
         kind: `input`: the node's own bias input holds a constant. `add`: the only reader of the
-            node's output adds a constant vector. `new`: there is none, and one can be added.
-            `none`: the bias is computed at run time, or a shape would change.
-        node: Index of the Add node (`add` only).
+            node's output, an Add or a node that begins with one, adds a constant vector. `new`:
+            there is none, and one can be added. `none`: the bias is computed at run time, or a
+            shape would change.
+        node: Index of the node that adds (`add` only).
         name: The constant that holds the bias (`input` and `add`).
         shape: The shape in which a corrected bias is stored.
         scale: Factor the operator applies to it (Gemm's beta).
@@ -159,6 +174,7 @@ class Site:
         m: Output features.
         d: Input features.
         dtype: Element type of the weight, which the factors keep.
+        stored: Element type that the file holds it in: another one where a Cast lies between.
         freed: Whether the weight goes from the file once the uses are rewritten; False where
             something else reads it too, so that factors would come on top of it.
     """
@@ -170,12 +186,19 @@ class Site:
     m: int
     d: int
     dtype: np.dtype[np.generic]
+    stored: np.dtype[np.generic]
     freed: bool
 
     @property
     def parameters(self) -> int:
         """Elements of the weight."""
         return self.m * self.d
+
+    @property
+    def density(self) -> float:
+        """Share of a row x that has to be multiplied; see `Patches.density`."""
+        patches = self.uses[0].inputs.patches
+        return patches.density if patches else 1.0
 
     @property
     def full_rank(self) -> int:

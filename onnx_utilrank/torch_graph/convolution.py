@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from onnx_utilrank.torch_graph.operator import Context, Operator, Result, Table
+from onnx_utilrank.torch_graph.operator import Context, Operator, Table
 from onnx_utilrank.torch_graph.shapes import pad_constant
 
-__all__ = ["CONVOLUTION", "Window", "convolution"]
+__all__ = ["CONVOLUTION", "Window", "convolution", "transposed_convolution"]
 
 Tensor = torch.Tensor
 
@@ -80,9 +80,10 @@ def convolution(context: Context, x: Tensor, weight: Tensor, bias: Tensor | None
     )
 
 
-def _conv_transpose(
+def transposed_convolution(
     context: Context, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Result:
+) -> Tensor:
+    """The operator ConvTranspose."""
     kernel = list(weight.shape[2:])
     rank, sizes = len(kernel), list(x.shape[2:])
     strides = context.integers("strides") or [1] * rank
@@ -120,5 +121,5 @@ def _conv_transpose(
 
 CONVOLUTION: Table = {
     "Conv": Operator(convolution),
-    "ConvTranspose": Operator(_conv_transpose),
+    "ConvTranspose": Operator(transposed_convolution),
 }

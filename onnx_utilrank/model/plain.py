@@ -1,0 +1,356 @@
+"""See nodes that do several things at once as the plain nodes they stand for.
+
+ONNX Runtime's own operators fuse a product with what follows it, an Einsum may be a product in
+disguise, and a Conv of several groups is several Convs. Their weights are then ones of MatMul, Gemm
+and Conv like any other, and the value W x has a name, at which it can be measured. What the surgery
+leaves alone goes back to the one node it was.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from onnx_utilrank.model.einsum import matrix_product
+from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes
+from onnx_utilrank.model.store import ModelStore
+
+__all__ = ["MOST_GROUPS", "index_model", "plain_model"]
+
+MICROSOFT = "com.microsoft"
+# Where Clip took its limits, and Split its sizes, from attributes to inputs.
+CLIP_LIMITS_AS_INPUTS = 11
+SPLIT_SIZES_AS_INPUT = 13
+CAST_LIKE = 15  # since when there is one
+# Groups of a Conv that are worth a node each; more of them are narrow, and slow one by one.
+MOST_GROUPS = 8
+# The first three inputs of Attention are in the product; MultiHeadAttention takes two of the rest.
+MASK, PAST, SCORES_BIAS = 3, 4, 5
+KEPT_BY_ATTENTION = ("num_heads", "scale", "mask_filter_value", "unidirectional")
+CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+
+
+def index_model(store: ModelStore) -> GraphIndex:
+    """The index of a model in plain form.
+
+    Only nodes with a constant operand are taken apart, and products of attention, which heads are
+    followed through; where there are none, the index is of the model itself.
+
+    Raises:
+        ModelError: Two nodes make the same value, or a constant cannot be read.
+    """
+    index = GraphIndex.build(store)
+    plain = {}
+    taken: set[str] | None = None
+    local = {(function.domain, function.name) for function in store.proto.functions}
+    for k, node in enumerate(store.proto.graph.node):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        take_apart = _FUSED.get((domain, node.op_type))
+        if take_apart is None or (domain, node.op_type) in local or not store.opset:
+            continue  # without ONNX's own operators there are no plain ones
+        whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
+        if not whole:
+            continue
+        if index.constants.isdisjoint(node.input[:2]) and take_apart is not _matmul:
+            continue
+        taken = all_names(store.proto) if taken is None else taken
+        parts = _Parts(index, node, taken)
+        if take_apart(parts):
+            plain[k] = parts.nodes
+    if not plain:
+        return index
+    proto = onnx.ModelProto()
+    proto.CopyFrom(store.proto)
+    del proto.graph.node[:]
+    spans = []
+    for k, node in enumerate(store.proto.graph.node):
+        if k in plain:
+            start = len(proto.graph.node)
+            spans.append(Span(nodes=range(start, start + len(plain[k])), origin=node))
+        proto.graph.node.extend(plain.get(k, [node]))
+    return GraphIndex.build(
+        ModelStore(proto=proto, folder=store.folder, name=store.label),
+        source=store,
+        spans=tuple(spans),
+    )
+
+
+def plain_model(store: ModelStore) -> ModelStore:
+    """A model in plain form; the model itself where it is that already."""
+    return index_model(store).store
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The plain nodes of one node, in the making."""
+
+    index: GraphIndex
+    node: onnx.NodeProto
+    taken: set[str]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    def value(self, hint: str) -> str:
+        """A new name, after that of the node's output."""
+        return self.unique(f"{self.node.output[0]}/{hint}")
+
+    def unique(self, stem: str) -> str:
+        """A name that nothing has."""
+        name, k = stem, 0
+        while name in self.taken:
+            k += 1
+            name = f"{stem}_{k}"
+        self.taken.add(name)
+        return name
+
+    def add(
+        self,
+        op: str,
+        inputs: Iterable[str],
+        outputs: Sequence[str],
+        *,
+        domain: str = "",
+        named: bool = False,
+        **attrs: Any,
+    ) -> str:
+        """Append a node, by the name of the one it is a part of where `named`; its output."""
+        name = self.node.name
+        if not named:
+            name = self.value(op.lower())
+        self.nodes.append(
+            helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attrs)
+        )
+        return outputs[0]
+
+    def constant(self, values: np.ndarray, stem: str | None = None) -> str:
+        """Append a Constant; its output."""
+        name = self.unique(stem) if stem else self.value("constant")
+        return self.add("Constant", [], [name], value=numpy_helper.from_array(values, name))
+
+    def split(self, x: str, sizes: Sequence[int], pieces: Sequence[str], axis: int) -> None:
+        """Append a Split."""
+        if self.index.store.opset >= SPLIT_SIZES_AS_INPUT:
+            self.add("Split", [x, self.constant(np.array(sizes))], pieces, axis=axis)
+        else:
+            self.add("Split", [x], pieces, axis=axis, split=sizes)
+
+    def turned(self, name: str, rank: int) -> str:
+        """Append what transposes the last two axes of a value; its output."""
+        perm = [*range(rank - 2), rank - 1, rank - 2]
+        return self.add("Transpose", [name], [self.value("turned")], perm=perm)
+
+    def activated(self, x: str, kind: str, options: dict[str, Any]) -> None:
+        """Append the activation that makes the node's output; Clip has its limits as constants."""
+        inputs = [x]
+        if kind == "Clip" and self.index.store.opset >= CLIP_LIMITS_AS_INPUTS:
+            dtype = self.dtype
+            inputs += [self.constant(np.array(options.pop(k), dtype)) for k in ("min", "max")]
+        self.add(kind, inputs, [self.node.output[0]], **options)
+
+    @property
+    def dtype(self) -> np.dtype[np.generic] | None:
+        """Element type of the node's constant operand; None where both are computed."""
+        kinds = (self.index.constant_type(name) for name in self.node.input[:2])
+        return next((kind[1] for kind in kinds if kind is not None), None)
+
+
+def _gemm(parts: _Parts) -> bool:
+    """FusedGemm: Gemm, then an activation."""
+    given = attributes(parts.node)
+    own: dict[str, Any] = {k: given[k] for k in ("alpha", "beta", "transA", "transB") if k in given}
+    kind = _text(given, "activation")
+    inputs, output = parts.node.input, parts.node.output[0]
+    if not kind:
+        parts.add("Gemm", inputs, [output], named=True, **own)
+        return True
+    product = parts.add("Gemm", inputs, [parts.value("product")], named=True, **own)
+    prefix = "activation_"
+    options = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+    parts.activated(product, kind, options)
+    return True
+
+
+# The attributes that the numbers in `activation_params` of a FusedConv are, in order.
+PARAMETERS = {"LeakyRelu": ("alpha",), "Clip": ("min", "max"), "HardSigmoid": ("alpha", "beta")}
+
+
+def _fused_conv(parts: _Parts) -> bool:
+    """FusedConv: Conv, perhaps plus a fourth input, then an activation."""
+    given = attributes(parts.node)
+    kind = _text(given, "activation")
+    params = given.get("activation_params", [])
+    assert isinstance(params, list)
+    names = PARAMETERS.get(kind, ())
+    if len(params) < len(names):
+        return False
+    inputs, output = list(parts.node.input), parts.node.output[0]
+    more = [name for name in inputs[3:4] if name]
+    steps = 1 + len(more) + bool(kind)
+
+    def made(step: int, hint: str) -> str:
+        return output if step == steps else parts.value(hint)
+
+    y = made(1, "product")
+    if not _groups(parts, y):
+        parts.add("Conv", inputs[:3], [y], named=True, **_conv_attributes(given))
+    if more:
+        y = parts.add("Add", [y, *more], [made(2, "sum")])
+    if kind:
+        parts.activated(y, kind, dict(zip(names, params, strict=False)))
+    return True
+
+
+def _conv(parts: _Parts) -> bool:
+    """Conv of a few groups: Split, a Conv each, and Concat."""
+    return _groups(parts, parts.node.output[0])
+
+
+def _groups(parts: _Parts, output: str) -> bool:
+    """Append the groups of a Conv, each with its own weight; False where there are none to see."""
+    given = _conv_attributes(attributes(parts.node))
+    groups = given.pop("group", 1)
+    if not 1 < groups <= MOST_GROUPS:
+        return False
+    x, *operands = parts.node.input[:3]
+    held = [parts.index.constant(name) for name in operands if name]
+    whole = [v for v in held if v is not None and v.ndim and not len(v) % groups]
+    if len(whole) < len(held):
+        return False
+    pieces = [np.split(values, groups) for values in whole]
+    shape = pieces[0][0].shape
+    channels = shape[1] if len(shape) > 2 else 0
+    if channels < 2:
+        return False  # depthwise, or no kernel at all
+    names = [parts.value(f"group_{g}_of_x") for g in range(groups)]
+    parts.split(x, [channels] * groups, names, axis=1)
+    made = []
+    for g, name in enumerate(names):
+        own = [
+            parts.constant(values[g], f"{operand}/group_{g}")
+            for operand, values in zip(filter(None, operands), pieces, strict=True)
+        ]
+        made.append(parts.add("Conv", [name, *own], [parts.value(f"group_{g}")], **given))
+    parts.add("Concat", made, [output], axis=1)
+    return True
+
+
+def _conv_attributes(given: dict[str, object]) -> dict[str, Any]:
+    return {key: given[key] for key in CONV_ATTRIBUTES if key in given}
+
+
+def _matmul(parts: _Parts) -> bool:
+    """FusedMatMul: MatMul of operands that may be transposed, then a constant factor."""
+    given = attributes(parts.node)
+    if given.get("transBatchA", 0) or given.get("transBatchB", 0) or len(parts.node.input) != 2:
+        return False
+    operands = []
+    for name, flag in zip(parts.node.input, ("transA", "transB"), strict=True):
+        kind = parts.index.constant_type(name)
+        rank = parts.index.rank(name) if kind is None else len(kind[0])
+        if given.get(flag, 0) and rank != 1:  # a vector has nothing to transpose
+            if rank is None:
+                return False
+            name = parts.turned(name, rank)
+        operands.append(name)
+    alpha, output = given.get("alpha", 1.0), parts.node.output[0]
+    if alpha == 1.0:
+        parts.add("MatMul", operands, [output], named=True)
+        return True
+    dtype = parts.dtype
+    if dtype is None and parts.index.store.opset < CAST_LIKE:
+        return False
+    product = parts.add("MatMul", operands, [parts.value("product")], named=True)
+    factor = parts.constant(np.array(alpha, dtype or np.float32))
+    if dtype is None:
+        factor = parts.add("CastLike", [factor, product], [parts.value("factor")])
+    parts.add("Mul", [product, factor], [output])
+    return True
+
+
+def _attention(parts: _Parts) -> bool:
+    """Attention of packed weights: MatMul, Add, Split and MultiHeadAttention."""
+    node, given = parts.node, attributes(parts.node)
+    inputs = [*node.input, *[""] * (7 - len(node.input))]
+    weight = parts.index.constant_type(inputs[1])
+    mask, scores_bias = inputs[MASK], inputs[SCORES_BIAS]
+    rest = {k for k in given if k not in KEPT_BY_ATTENTION and k != "qkv_hidden_sizes" and given[k]}
+    simple = not rest and not inputs[PAST] and not inputs[6] and not any(node.output[1:])
+    if not simple or weight is None or len(weight[0]) != 2:
+        return False
+    if mask and parts.index.rank(mask) != 2:
+        return False
+    sizes = given.get("qkv_hidden_sizes") or [weight[0][1] // 3] * 3
+    assert isinstance(sizes, list)
+    y = parts.add("MatMul", inputs[:2], [parts.value("product")], named=True)
+    if inputs[2]:
+        y = parts.add("Add", [y, inputs[2]], [parts.value("projected")])
+    pieces = [parts.value(piece) for piece in ("query", "key", "value")]
+    parts.split(y, sizes, pieces, axis=-1)
+    kept: dict[str, Any] = {k: given[k] for k in KEPT_BY_ATTENTION if k in given}
+    # Its bias, third, was added above.
+    parts.add(
+        "MultiHeadAttention",
+        _trimmed([*pieces, "", mask, scores_bias]),
+        [node.output[0]],
+        domain=MICROSOFT,
+        **kept,
+    )
+    return True
+
+
+def _einsum(parts: _Parts) -> bool:
+    """Einsum of one constant that is a product of matrices once axes are ordered and joined."""
+    node, index = parts.node, parts.index
+    kinds = [index.constant_type(name) for name in node.input]
+    if len(kinds) != 2 or (kinds[0] is None) == (kinds[1] is None):
+        return False
+    slot = 0 if kinds[0] is not None else 1
+    shape = (kinds[slot] or ((), None))[0]
+    form = matrix_product(_text(attributes(node), "equation"), slot, shape)
+    if form is None:
+        return False
+    x, weight = node.input[1 - slot], node.input[slot]
+
+    def moved(name: str, perm: Sequence[int], hint: str) -> str:
+        if list(perm) == list(range(len(perm))):
+            return name
+        return parts.add("Transpose", [name], [parts.value(hint)], perm=list(perm))
+
+    def shaped(name: str, to: Sequence[int] | None, hint: str) -> str:
+        if to is None:
+            return name
+        target = parts.constant(np.array(to, np.int64))
+        return parts.add("Reshape", [name, target], [parts.value(hint)])
+
+    weight = shaped(moved(weight, form.weight_order, "ordered"), form.weight_shape, "matrix")
+    x = shaped(moved(x, form.input_order, "rows"), form.input_shape, "joined")
+    y = parts.add("MatMul", [x, weight], [parts.value("product")], named=True)
+    y = moved(shaped(y, form.output_shape, "apart"), form.output_order, "turned")
+    # Whatever came last makes the output.
+    parts.nodes[-1].output[0] = node.output[0]
+    return True
+
+
+def _text(given: dict[str, object], name: str) -> str:
+    value = given.get(name, b"")
+    assert isinstance(value, bytes)
+    return value.decode()
+
+
+def _trimmed(inputs: list[str]) -> list[str]:
+    while inputs and not inputs[-1]:
+        inputs.pop()
+    return inputs
+
+
+# What takes a node of each domain and operator apart; False where it is of a form it does not know.
+_FUSED: dict[tuple[str, str], Callable[[_Parts], bool]] = {
+    ("", "Conv"): _conv,
+    ("", "Einsum"): _einsum,
+    (MICROSOFT, "Attention"): _attention,
+    (MICROSOFT, "FusedConv"): _fused_conv,
+    (MICROSOFT, "FusedGemm"): _gemm,
+    (MICROSOFT, "FusedMatMul"): _matmul,
+}
