@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,7 +50,17 @@ SAMPLES_LOOKED_AT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One model with its sites and data, on one provider."""
+    """One model with its sites and data, on one provider.
+
+    Attributes:
+        index: The model.
+        sites: Weights that may be measured or factored.
+        skips: Nodes that are no sites, and why.
+        data: The samples.
+        provider: Where the model runs.
+        progress: Called as work goes on.
+        batch: Samples that one run may take.
+    """
 
     index: GraphIndex
     sites: tuple[Site, ...]
@@ -58,7 +68,7 @@ class Job:
     data: Dataset
     provider: Provider
     progress: Progress
-    _batch: dict[str, int] = field(default_factory=dict)
+    batch: int
 
     @classmethod
     def open(
@@ -69,6 +79,7 @@ class Job:
         provider: str,
         progress: Progress,
         *,
+        custom_op_libraries: Sequence[str] = (),
         labels: str | None = None,
     ) -> "Job":
         """Read the model, find its sites and open the data.
@@ -79,27 +90,32 @@ class Job:
             config: Which sites count.
             provider: Key of the execution provider.
             progress: Called as work goes on.
+            custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
             labels: Array of the data, int64 [samples], that is no input: feeds hold it too.
 
         Raises:
             UtilrankError: One of its children, by what is wrong: options, model, data, provider.
         """
-        found = find_provider(provider)
+        found = find_provider(provider, custom_op_libraries)
         store = ModelStore.load(model)
         index = GraphIndex.build(store)
+        # What ONNX Runtime refuses ends here, before anything rests on it.
+        session = open_session(store, found)
         sites, skips = find_sites(
             index, op_types=config.op_types, include=config.include, exclude=config.exclude
         )
         wanted = list(store.inputs)
         if labels is not None:
             wanted.append(TensorSpec(name=labels, dtype=np.dtype(np.int64), shape=(None,)))
+        dataset = open_data(data, wanted)
         return cls(
             index=index,
             sites=sites,
             skips=skips,
-            data=open_data(data, wanted),
+            data=dataset,
             provider=found,
             progress=progress,
+            batch=usable_batch(session, dataset),
         )
 
     @property
@@ -107,15 +123,9 @@ class Job:
         """The model."""
         return self.index.store
 
-    def batch(self, samples: Sequence[int]) -> int:
-        """Samples that one run may take."""
-        if "batch" not in self._batch:
-            self._batch["batch"] = usable_batch(self.index, self.data, samples, self.provider)
-        return self._batch["batch"]
-
     def feeds(self, samples: Sequence[int]) -> list[Feed]:
         """The samples in runs."""
-        return list(self.data.feeds(samples, batch=self.batch(samples)))
+        return list(self.data.feeds(samples, batch=self.batch))
 
     def collect(self, method: Method, sites: Sequence[Site], samples: Sequence[int]) -> Collected:
         """Moments of every tensor that the method wants to know of."""
@@ -127,7 +137,7 @@ class Job:
             self.data,
             samples,
             self.provider,
-            batch=self.batch(samples),
+            batch=self.batch,
             progress=self.progress,
         )
 
@@ -162,8 +172,8 @@ class Job:
             if key is not None:
                 raise
             reason = f"gradients cannot be had ({e}); the factors rest on one-sided statistics"
-            logger.warning("%s", reason)
             found = self._measure_moments(ONE_SIDED, sites, samples)
+            logger.warning("%s", reason)
             return Measurement(
                 method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
             )
@@ -258,7 +268,7 @@ class Job:
             flops=linear_flops(self.store, single, self.provider),
             decisions=decisions,
             footprint=taken,
-            batch=self.batch(samples),
+            batch=self.batch,
             budget=room,
             run=self.data.run or 1,
         )
@@ -311,7 +321,7 @@ class Job:
         self.progress("validating", 0, 0)
         config = ValidateConfig(providers=(self.provider.key,))
         return compare(
-            self.store, candidate, self.data, samples, self.batch(samples), [self.provider], config
+            self.store, candidate, self.data, samples, self.batch, [self.provider], config
         )
 
 

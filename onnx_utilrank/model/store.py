@@ -6,7 +6,6 @@ for. Nothing in the package mutates the proto of a store: a rewrite makes a new 
 
 import contextlib
 import hashlib
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.check import model_fault, stored_bytes
 
 __all__ = ["INLINE_LIMIT", "ModelSource", "ModelStore", "TensorSpec", "atomic_write"]
 
@@ -73,7 +73,10 @@ class ModelStore:
         """Open a model file, or wrap a proto.
 
         Raises:
-            ModelError: The file is missing, is not an ONNX model, or holds no graph.
+            ModelError: The file is missing, is not an ONNX model, or holds no graph; a name is not
+                text; a tensor's shape and data disagree, or its data lie outside the model's
+                folder or past the end of their file; a node reads what nothing makes, or nodes
+                wait for each other.
         """
         if isinstance(source, ModelStore):
             return source
@@ -90,6 +93,9 @@ class ModelStore:
             store = cls(proto=proto, folder=path.resolve().parent, path=path)
         if not store.proto.HasField("graph") or not store.proto.opset_import:
             raise ModelError(f"{store.label}: not an ONNX model (no graph or no opset)")
+        fault = model_fault(store.proto, store.tensors(), store.folder)
+        if fault:
+            raise ModelError(f"{store.label}: {fault}")
         return store
 
     @property
@@ -256,10 +262,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def _outside_length(tensor: onnx.TensorProto) -> int:
     """Bytes of an external tensor; from its shape where its entry does not say."""
     stated = next((e.value for e in tensor.external_data if e.key == "length"), None)
-    if stated is not None:
-        return int(stated)
-    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return int(math.prod(tensor.dims) * kind.itemsize)
+    return int(stated) if stated is not None else stored_bytes(tensor) or 0
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
