@@ -212,12 +212,25 @@ def test_model_with_external_data_may_be_overwritten(tmp_path: Path):
     result = compress(path, feeds(), SMALLER)
     feed = feeds()[0]
     expected = run(result.store, feed)["y"]
-    for _ in range(2):  # nothing is appended to what is there
+    # Never into the file that the model there reads, which goes when the new pair is whole.
+    for name in ("model.onnx.data", "model.onnx.1.data", "model.onnx.data"):
         ModelStore(proto=result.model, folder=path.parent).save(path)
-        size = size_on_disk(path.parent)
-    assert files(path.parent) == ["model.onnx", "model.onnx.data", "weights.bin"]
-    assert size_on_disk(path.parent) == size
-    np.testing.assert_array_equal(run(ModelStore.load(path), feed)["y"], expected)
+        assert files(path.parent) == sorted(["model.onnx", name, "weights.bin"])
+        np.testing.assert_array_equal(run(ModelStore.load(path), feed)["y"], expected)
+
+
+def test_data_that_the_model_itself_reads_are_not_overwritten(tmp_path: Path):
+    path = outside(tmp_path / "in")
+    (path.parent / "weights.bin").rename(path.parent / "out.onnx.data")
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        tensor.external_data[0].value = "out.onnx.data"
+    onnx.save_model(proto, path)
+    before = arrays(ModelStore.load(path))
+    ModelStore.load(path).save(path.parent / "out.onnx")
+    for name in ("model.onnx", "out.onnx"):
+        for old, new in zip(before, arrays(ModelStore.load(path.parent / name)), strict=True):
+            np.testing.assert_array_equal(new, old)
 
 
 def test_copy_with_external_data_holds_the_same_values(tmp_path: Path):

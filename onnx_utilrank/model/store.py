@@ -6,7 +6,9 @@ for. Nothing in the package mutates the proto of a store: a rewrite makes a new 
 
 import contextlib
 import hashlib
+import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,7 +172,9 @@ class ModelStore:
         """Write the model to `target`; a reader sees the old file or the whole new one.
 
         A store that is just as it was read is copied byte for byte. Weights go into one file
-        `target.data` where the source kept its own outside or the model passes protobuf's 2 GiB.
+        `target.data` where the source kept its own outside or the model passes protobuf's 2 GiB;
+        where the model that `target` held reads that file, into `target.1.data`, so that the old
+        pair is whole until the new one is.
 
         Raises:
             ModelError: The model cannot be serialized, or `target` cannot be written.
@@ -193,10 +197,16 @@ class ModelStore:
             raise ModelError(f"{path}: the model cannot be serialized ({e})") from e
 
     def _save_external(self, path: Path, smallest: int | None = None) -> None:
-        """Write tensors that lie outside, and all of at least `smallest` bytes, to `path`.data."""
+        """Write tensors that lie outside, and all of at least `smallest` bytes, beside `path`."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        data = path.with_name(path.name + ".data")
+        # No pair may be mixed of two: the data go where nothing reads them yet, then the model is
+        # renamed, and what only the old one read goes last.
+        old, own = _read_by_model_at(path), set()
+        if self.folder == path.resolve().parent:
+            own = _data_files(self)
+        names = (f"{path.name}{f'.{k}' if k else ''}.data" for k in itertools.count())
+        data = path.with_name(next(name for name in names if name not in old | own))
         with atomic_write(data) as f:
             for tensor in ModelStore(proto=proto).tensors():
                 outside = uses_external_data(tensor)
@@ -213,6 +223,10 @@ class ModelStore:
                     tensor.external_data.add(key=key, value=str(value))
         with atomic_write(path) as f:
             f.write(proto.SerializeToString())
+        for name in old - own:
+            if re.fullmatch(rf"{re.escape(path.name)}(\.\d+)?\.data", name):
+                with contextlib.suppress(OSError):  # somebody still has it open
+                    path.with_name(name).unlink()
 
 
 # What the public functions take for a model.
@@ -257,6 +271,19 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _data_files(store: ModelStore) -> set[str]:
+    """Names of the files beside a model that hold its external data."""
+    outside = (t for t in store.tensors() if uses_external_data(t))
+    return {e.value for t in outside for e in t.external_data if e.key == "location"}
+
+
+def _read_by_model_at(path: Path) -> set[str]:
+    try:
+        return _data_files(ModelStore.load(path))
+    except ModelError:
+        return set()  # no model, or one that nobody can read
 
 
 def _outside_length(tensor: onnx.TensorProto) -> int:
