@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnx_utilrank.model.scopes import captured_names, node_label, subgraphs
+from onnx_utilrank.model.scopes import all_nodes, captured_names, node_label, subgraphs
 
 __all__ = ["model_fault", "stored_bytes"]
 
@@ -58,6 +58,10 @@ def model_fault(
         code = value.type.tensor_type.elem_type
         if code and _element_type(code) is None:
             return f"value {value.name!r}: element type {code} is not known"
+    for node in all_nodes(model.graph):
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:  # which only a function has any to refer to
+                return f"{node_label(node)}: attribute {attribute.name!r} refers to another one"
     return _order_fault(model.graph)
 
 
