@@ -445,7 +445,9 @@ def make(seed: int, number: int, folder: Path) -> str:
 def attempt(name: str, folder: Path) -> tuple[str, str]:
     """Give an input to its target: how it ended, and the message or trace."""
     try:
-        TARGETS[name].call(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            TARGETS[name].call(folder)
     except UtilrankError as e:
         line = str(e)
         if not line.isprintable():
@@ -461,10 +463,10 @@ def attempt(name: str, folder: Path) -> tuple[str, str]:
 
 def _serve(connection: Connection, seed: int, folder: Path) -> None:
     """Run cases by number, each in a folder of its own, until there are no more."""
-    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection.send("ready")  # which took the imports
     while (number := connection.recv()) is not None:
         place = folder / str(number)
         place.mkdir()
@@ -482,6 +484,7 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(theirs, seed, folder), daemon=True)
         self._process.start()
         theirs.close()
+        self._connection.recv()
 
     def run(self, number: int) -> tuple[str, str, str] | None:
         """Target, outcome and detail of a case; None where the process did not survive it."""

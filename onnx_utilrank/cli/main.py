@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("onnx-utilrank: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # those of other packages quote what files hold, too
     # What ONNX Runtime logs is repeated in our own one line where it matters.
     ort.set_default_logger_severity(4)
     try:

@@ -129,7 +129,10 @@ class GraphIndex:
                 # It takes a node as it is; opset 13 stands for models that import none.
                 run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
                 (folded,) = run.run(None, feed)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
+        except (
+            *(RuntimeError, ValueError, TypeError),
+            *(LookupError, ArithmeticError, AttributeError),
+        ) as e:
             reason = " ".join(str(e).split())
             raise ModelError(f"{self.store.label}: {node_label(node)}: {reason}") from e
         self._folded[name] = np.asarray(folded)
