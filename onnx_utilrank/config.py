@@ -75,6 +75,7 @@ class CalibrationConfig(SiteFilter):
         samples: Samples to use, those held back included; None for all.
         seed: Seed of the choice of samples, of the split and of gradients.
         provider: Key of the execution provider to calibrate and validate on.
+        custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         memory_budget: Bytes that running sums and the activations of gradients may take together;
             hidden units whose decompositions would take more than a quarter of it stay.
         cache: Folder in which statistics are kept and looked up; None for none.
@@ -86,6 +87,7 @@ class CalibrationConfig(SiteFilter):
     samples: int | None = None
     seed: int = 0
     provider: str = "cpu"
+    custom_op_libraries: tuple[str, ...] = ()
     memory_budget: int = DEFAULT_MEMORY
     cache: str | os.PathLike[str] | None = None
 
@@ -216,6 +218,7 @@ class ValidateConfig:
 
     Attributes:
         providers: Keys of the execution providers to run on.
+        custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         max_error: Largest relative output error that passes; None for any.
         min_agreement: Least share of equal decisions that passes, in [0, 1]; None for any.
         samples: Samples to use; None for all.
@@ -226,6 +229,7 @@ class ValidateConfig:
     """
 
     providers: tuple[str, ...] = ("cpu",)
+    custom_op_libraries: tuple[str, ...] = ()
     max_error: float | None = None
     min_agreement: float | None = None
     samples: int | None = None

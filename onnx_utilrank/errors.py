@@ -1,8 +1,9 @@
 """The errors of the tool: one class per documented exit status.
 
 Every message is one line that names what is wrong with *the user's* input: the file, the node and
-the tensor where they are known. The library raises; only the command line turns an error into an
-exit status.
+the tensor where they are known. Names come from files that may be hostile, so line breaks and
+control characters are spelled out. The library raises; only the command line turns an error into
+an exit status.
 """
 
 from typing import ClassVar
@@ -14,13 +15,24 @@ __all__ = [
     "ProviderUnavailableError",
     "TargetMissedError",
     "UtilrankError",
+    "printable",
 ]
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, which a terminal would obey, are spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class UtilrankError(Exception):
     """Base of everything this package raises on purpose (exit status 1)."""
 
     exit_status: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return printable(" ".join(super().__str__().split()))
 
 
 class ConfigError(UtilrankError):

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnx_utilrank.calibration.collect import Progress, collect, in_passes, usab
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.comparison import compare
-from onnx_utilrank.config import CalibrationConfig, CompressConfig, SiteFilter, ValidateConfig
+from onnx_utilrank.config import CalibrationConfig, CompressConfig, ValidateConfig
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.measurement import Gradients, Measurement, losses_note, rows_notes
 from onnx_utilrank.model.functions import inlined
@@ -70,6 +70,7 @@ class Job:
         data: The samples.
         provider: Where it runs.
         progress: Called as work goes on.
+        batch: Samples that one run may take.
     """
 
     source: ModelStore
@@ -79,15 +80,14 @@ class Job:
     data: Dataset
     provider: Provider
     progress: Progress
-    _batch: dict[str, int] = field(default_factory=dict)
+    batch: int
 
     @classmethod
     def open(
         cls,
         model: ModelSource,
         data: DataSource,
-        config: SiteFilter,
-        provider: str,
+        config: CalibrationConfig,
         progress: Progress,
         *,
         labels: str | None = None,
@@ -97,32 +97,34 @@ class Job:
         Args:
             model: The model.
             data: The samples.
-            config: Which sites count.
-            provider: Key of the execution provider.
+            config: Which sites count, and where the model runs.
             progress: Called as work goes on.
             labels: Array of the data, int64 [samples], that is no input: feeds hold it too.
 
         Raises:
             UtilrankError: One of its children, by what is wrong: options, model, data, provider.
         """
-        found = find_provider(provider)
+        found = find_provider(config.provider, config.custom_op_libraries)
         source = ModelStore.load(model)
-        store = inlined(source) if has_sites_in_functions(source) else source
-        index = index_model(store)
+        index = index_model(inlined(source) if has_sites_in_functions(source) else source)
+        # What ONNX Runtime refuses ends here, before anything rests on it.
+        session = open_session(source, found)
         sites, skips = find_sites(
             index, op_types=config.op_types, include=config.include, exclude=config.exclude
         )
-        wanted = list(store.inputs)
+        wanted = list(source.inputs)
         if labels is not None:
             wanted.append(TensorSpec(name=labels, dtype=np.dtype(np.int64), shape=(None,)))
+        dataset = open_data(data, wanted)
         return cls(
             source=source,
             index=index,
             sites=sites,
             skips=skips,
-            data=open_data(data, wanted),
+            data=dataset,
             provider=found,
             progress=progress,
+            batch=usable_batch(session, dataset),
         )
 
     @property
@@ -130,15 +132,9 @@ class Job:
         """The model that is changed: the source, but for functions that were inlined."""
         return self.index.source
 
-    def batch(self, samples: Sequence[int]) -> int:
-        """Samples that one run may take."""
-        if "batch" not in self._batch:
-            self._batch["batch"] = usable_batch(self.index, self.data, samples, self.provider)
-        return self._batch["batch"]
-
     def feeds(self, samples: Sequence[int]) -> list[Feed]:
         """The samples in runs."""
-        return list(self.data.feeds(samples, batch=self.batch(samples)))
+        return list(self.data.feeds(samples, batch=self.batch))
 
     def measure(
         self,
@@ -171,8 +167,8 @@ class Job:
             if key is not None:
                 raise
             reason = f"gradients cannot be had ({e}); the factors rest on one-sided statistics"
-            logger.warning("%s", reason)
             found = self.measure_moments(ONE_SIDED, sites, samples, config)
+            logger.warning("%s", reason)
             return Measurement(
                 method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
             )
@@ -268,7 +264,7 @@ class Job:
             flops=linear_flops(self.store, single, self.provider),
             decisions=decisions,
             footprint=taken,
-            batch=self.batch(samples),
+            batch=self.batch,
             budget=room,
             run=self.data.run or 1,
         )
@@ -311,7 +307,7 @@ class Job:
                 self.data,
                 samples,
                 self.provider,
-                batch=self.batch(samples),
+                batch=self.batch,
                 progress=self.progress,
                 cache=cache,
             )
@@ -358,13 +354,7 @@ class Job:
         self.progress("validating", 0, 0)
         config = ValidateConfig(providers=(self.provider.key,))
         return compare(
-            self.source,
-            candidate,
-            self.data,
-            samples,
-            self.batch(samples),
-            [self.provider],
-            config,
+            self.source, candidate, self.data, samples, self.batch, [self.provider], config
         )
 
 

@@ -11,7 +11,6 @@ from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_n
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.job import Job, chosen_samples
-from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
 from onnx_utilrank.ranking.cost import count_parameters
@@ -27,6 +26,7 @@ from onnx_utilrank.results import (
     UtilizationReport,
 )
 from onnx_utilrank.runtime.providers import find_provider
+from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.search import Candidate, search
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.validation.report import ValidationReport
@@ -62,7 +62,7 @@ def analyze(
         UtilrankError: One of its children, by what is wrong: options, model, data, provider.
     """
     config = config or AnalyzeConfig()
-    job = Job.open(model, data, config, config.provider, progress)
+    job = Job.open(model, data, config, progress)
     samples = chosen_samples(job.data, config.samples, config.seed)
     options = CompressConfig(memory_budget=config.memory_budget, cache=config.cache)
     found = job.measure(UTILIZED_RANK.key, job.sites, samples, options)
@@ -128,7 +128,7 @@ def compress(
     if plan is not None and config.target:
         raise ConfigError("a plan states its own target: ratios, energy and quality exclude it")
     config = _with_metric(config)
-    job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
+    job = Job.open(model, data, config, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     made_by = stamp(job.source)
     if plan is not None and made_by is not None and made_by.value == plan.fingerprint():
@@ -224,7 +224,7 @@ def sweep(
     if keep is not None and keep not in ratios:
         raise ConfigError(f"ratio {keep:g} is no point of the sweep")
     config = _with_metric(config)
-    job = Job.open(model, data, config, config.provider, progress, labels=config.labels)
+    job = Job.open(model, data, config, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     found = job.measure(config.method_key, job.sites, calibration, config)
     offers = make_offers(job, found, calibration, config)
@@ -320,10 +320,10 @@ def validate(
             the report says so.
     """
     config = config or ValidateConfig()
-    providers = [find_provider(key) for key in config.providers]
+    providers = [find_provider(key, config.custom_op_libraries) for key in config.providers]
     first = ModelStore.load(reference)
     dataset = open_data(data, first.inputs)
     samples = chosen_samples(dataset, config.samples, config.seed)
-    batch = usable_batch(GraphIndex.build(first), dataset, samples, providers[0])
+    batch = usable_batch(open_session(first, providers[0]), dataset)
     progress("validating", 0, 0)
     return compare(first, ModelStore.load(candidate), dataset, samples, batch, providers, config)

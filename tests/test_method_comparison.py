@@ -346,7 +346,7 @@ def test_ratio_at_the_candidates_and_between_them(rivals):
 @pytest.fixture(scope="module")
 def job():
     images = np.random.default_rng(0).standard_normal((40, 3, 16, 16), dtype=np.float32)
-    return Job.open(synthetic_vit.build(TINY), {"image": images}, LOW, "cpu", lambda *_: None)
+    return Job.open(synthetic_vit.build(TINY), {"image": images}, LOW, lambda *_: None)
 
 
 def spent(moves):

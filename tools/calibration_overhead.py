@@ -221,7 +221,7 @@ def measure_taps(job: Job, method: str) -> Cost:
     views = job.views(method)
     plain_start, session = _load(job, job.index.store)
     start = time.perf_counter()
-    batch = usable_batch(job.index, job.data, job.samples, job.provider)
+    batch = usable_batch(open_session(job.index.store, job.provider), job.data)
     runs = job.data.count_feeds(job.samples, batch=batch)
     own = {f.name: getattr(job.data, f.name) for f in dataclasses.fields(Dataset)}
     data = PairedData(**own, session=session, most=job.most or runs)
@@ -261,7 +261,7 @@ def measure_exposed(job: Job) -> Cost:
     if not views:
         raise ConfigError(f"{job.label}: there is nothing to expose but patches of convolutions")
     plain_start, plain = _load(job, job.index.store)
-    batch = usable_batch(job.index, job.data, job.samples, job.provider)
+    batch = usable_batch(open_session(job.index.store, job.provider), job.data)
     inner = {view.tensor for view in views} & set(job.index.producers)
     calibrating_start, exposed = _load(job, expose(job.index.store, inner))
     sums = {view: np.zeros((view.width, view.width)) for view in views}

@@ -160,7 +160,7 @@ class _Subject:
         words = (sys.executable, zoo.script, "calib", name, "-o", data, "--samples", samples)
         zoo.must("zoo.py calib", *words)
         config = CompressConfig()
-        self.job = Job.open(zoo.model(name), data, config, config.provider, lambda *_: None)
+        self.job = Job.open(zoo.model(name), data, config, lambda *_: None)
         self.samples, held = self.job.data.split(samples=config.samples, seed=config.seed)
         self.judge = Judge(self.job, held, config)
 

@@ -14,7 +14,7 @@ from onnx_utilrank.calibration.taps import TappedModel, insert_taps, row_stride,
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.runtime.providers import Provider
-from onnx_utilrank.runtime.sessions import InferenceError, open_session
+from onnx_utilrank.runtime.sessions import InferenceError, Session, open_session
 from onnx_utilrank.sites.site import RowView, Site
 from onnx_utilrank.statistics.moments import SecondMoment
 
@@ -62,22 +62,25 @@ def in_passes(
         yield group
 
 
-def usable_batch(index: GraphIndex, data: Dataset, samples: Sequence[int], p: Provider) -> int:
+def usable_batch(session: Session, data: Dataset) -> int:
     """Rows a run: `DYNAMIC_BATCH`, or 1 where the model only claims that its batch is free.
 
+    Args:
+        session: The model.
+        data: Its samples, of which the first few are run.
+
     Raises:
-        ModelError: The model does not load, or does not run on one sample.
+        ModelError: The model does not run.
     """
-    if data.run is not None:
-        return DYNAMIC_BATCH  # the data themselves say how many samples a run takes
-    session = open_session(index.store, p)
+    first = range(min(len(data), data.run or 2))
     try:
-        session.run(next(data.feeds(samples, batch=2)))  # if two fit, any number does
+        session.run(next(data.feeds(first, batch=2)))  # if two fit, any number does
     except InferenceError:
-        session.run(next(data.feeds(samples, batch=1)))
+        if data.run is not None:
+            raise  # the data themselves say how many samples a run takes
+        session.run(next(data.feeds(first, batch=1)))
         logger.warning(
-            "%s: runs with one sample at a time only, though its batch size is free",
-            index.store.label,
+            "%s: runs with one sample at a time only, though its batch size is free", session.label
         )
         return 1
     return DYNAMIC_BATCH

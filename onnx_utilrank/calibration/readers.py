@@ -8,6 +8,7 @@ names, element types, ranks and fixed dimensions are the model's, and floats are
 import copy
 import itertools
 import logging
+import lzma
 import re
 import tokenize
 import zipfile
@@ -22,6 +23,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
+from onnx_utilrank.calibration.limits import check_archive, check_count
 from onnx_utilrank.errors import DataError
 from onnx_utilrank.model.store import TensorSpec
 
@@ -31,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 # What numpy and zipfile raise for files that are cut short, damaged, encrypted or pickled.
 _UNREADABLE = (
-    *(OSError, EOFError, ValueError, RuntimeError, OverflowError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+    *(OSError, EOFError, ValueError, RuntimeError, OverflowError, MemoryError, zipfile.BadZipFile),
+    *(zlib.error, lzma.LZMAError, tokenize.TokenError),
 )
 
 # Values looked at together in the search for NaN: bounds the memory that the answer takes.
@@ -117,7 +119,7 @@ def read_arrays(where: str, given: Mapping[str, Any], inputs: Sequence[TensorSpe
         inputs: The model's inputs.
 
     Raises:
-        DataError: An array is missing, unreadable, or does not fit the model or the other arrays.
+        DataError: An array is missing, unreadable, or does not fit model, other arrays or memory.
     """
     _require(where, given, inputs)
     _warn_unused(where, given, inputs)
@@ -148,10 +150,10 @@ def read_arrays(where: str, given: Mapping[str, Any], inputs: Sequence[TensorSpe
         bad = _first_not_finite(array if spec.name in arrays else array[None])
         if bad is not None:
             raise DataError(f"{where}: sample {bad}: input {spec.name!r} holds NaN or infinity")
+    check_count(where, count := max(map(len, arrays.values()), default=1))
     if arrays and not whole:
         return Rows(arrays=arrays, constants=constants)
     items = {name: a if name in whole else a[:, None] for name, a in arrays.items()}
-    count = len(next(iter(items.values()))) if items else 1
     # `...` keeps an item of a vector an array, where a bare number would make it a scalar.
     return Feeds([{name: a[i, ...] for name, a in items.items()} | constants for i in range(count)])
 
@@ -218,6 +220,7 @@ def _read_npz(path: Path, inputs: Sequence[TensorSpec]) -> Block:
         archive = _load(path, file)
         if isinstance(archive, np.ndarray):
             raise DataError(f"{path}: not an .npz archive but a single array")
+        check_archive(path, archive.zip, (spec.name for spec in inputs))
         return read_arrays(str(path), archive, inputs)
 
 
@@ -307,12 +310,11 @@ def _read_member(where: str, given: Mapping[str, Any], spec: TensorSpec) -> np.n
 
 
 def _require(where: str, given: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> None:
-    missing = [repr(s.name) for s in inputs if s.name not in given]
+    missing = ", ".join(repr(s.name) for s in inputs if s.name not in given)
     if missing:
         wanted = ", ".join(repr(s.name) for s in inputs)
         found = ", ".join(map(repr, given)) or "nothing"
-        names = ", ".join(missing)
-        raise DataError(f"{where}: no input {names}; the model wants {wanted}, found {found}")
+        raise DataError(f"{where}: no input {missing}; the model wants {wanted}, found {found}")
 
 
 def _warn_unused(where: str, names: Iterable[str], inputs: Sequence[TensorSpec]) -> None:

@@ -9,8 +9,7 @@ import onnxruntime as ort
 
 from onnx_utilrank import __version__
 from onnx_utilrank.cli import analyze, compress, sweep, validate
-from onnx_utilrank.errors import UtilrankError
-from onnx_utilrank.report.tables import printable
+from onnx_utilrank.errors import UtilrankError, printable
 
 __all__ = ["build_parser", "main"]
 
@@ -23,6 +22,13 @@ EXIT_STATUS = """exit status:
   3  the target or a tolerance was missed
   4  an execution provider was asked for and is not available
   5  the model, the plan or the data cannot be used"""
+
+
+class _OneLine(logging.Formatter):
+    """Warnings name nodes and values of the model, whose line breaks must not pass for ours."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,16 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="onnx-utilrank: %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("onnx-utilrank: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # those of other packages quote what files hold, too
     # What ONNX Runtime logs is repeated in our own one line where it matters.
     ort.set_default_logger_severity(4)
     try:
         status: int = args.run(args)
     except UtilrankError as e:
-        line = printable(" ".join(str(e).split()))
-        print(f"onnx-utilrank: error: {line}", file=sys.stderr)
+        print(f"onnx-utilrank: error: {e}", file=sys.stderr)
         return e.exit_status
     return status
 

@@ -17,6 +17,7 @@ from onnx_utilrank.statistics.divergence import WEIGHTINGS
 __all__ = [
     "add_calibration_options",
     "add_data_options",
+    "add_library_option",
     "add_method_options",
     "add_model_output_option",
     "add_output_options",
@@ -91,6 +92,18 @@ def add_provider_option(parser: argparse.ArgumentParser) -> None:
         choices=[p.key for p in PROVIDERS],
         default="cpu",
         help="execution provider; not getting it is an error (default: cpu)",
+    )
+    add_library_option(parser)
+
+
+def add_library_option(parser: argparse.ArgumentParser) -> None:
+    """Operators of the user's own."""
+    parser.add_argument(
+        "--custom-op-library",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a shared library of operators that ONNX Runtime does not have; may be repeated",
     )
 
 
@@ -219,6 +232,7 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         "samples": args.samples,
         "seed": args.seed,
         "provider": args.provider,
+        "custom_op_libraries": tuple(args.custom_op_library),
         "include": tuple(args.include),
         "exclude": tuple(args.exclude),
         "op_types": args.op_types,

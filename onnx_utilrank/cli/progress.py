@@ -12,13 +12,15 @@ class ProgressBars:
     """One bar a stage; calling it is the library's progress callback."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,  # in a log, nothing but what matters
         )
         self._tasks: dict[str, TaskID] = {}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_data_options,
+    add_library_option,
     add_output_options,
     check_outputs,
     number,
@@ -37,6 +38,7 @@ def add_parser(verbs: Any) -> None:
         choices=[p.key for p in PROVIDERS],
         help="execution provider; may be repeated; not getting one is an error (default: cpu)",
     )
+    add_library_option(parser)
     parser.add_argument(
         "--max-error",
         type=number(float, 0),
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs([args.reference, args.candidate], [args.report])
     config = ValidateConfig(
         providers=tuple(dict.fromkeys(args.provider or ["cpu"])),
+        custom_op_libraries=tuple(args.custom_op_library),
         max_error=args.max_error,
         min_agreement=args.min_agreement,
         samples=args.samples,

@@ -4,12 +4,13 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 import onnx
+
+from onnx_utilrank.model.check import outside_fault, stored_bytes
 
 __all__ = [
     "DATA_FILE",
@@ -17,9 +18,7 @@ __all__ = [
     "ExternalWriter",
     "Scratch",
     "external_bytes",
-    "external_entries",
     "mapped_array",
-    "stored_bytes",
 ]
 
 # Readers that map the file want tensors to begin at pages.
@@ -30,28 +29,6 @@ DATA_FILE = "weights.data"
 
 # Bytes below which a tensor stays in the model file.
 SMALLEST_OUTSIDE = 1024
-
-# Bits of the element types that are packed: several in a byte.
-_PACKED_BITS = {
-    number: bits
-    for bits, names in ((4, ("INT4", "UINT4", "FLOAT4E2M1")), (2, ("INT2", "UINT2")))
-    for name, number in onnx.TensorProto.DataType.items()
-    if name in names
-}
-
-
-def external_entries(tensor: onnx.TensorProto) -> Mapping[str, str]:
-    """Where the data of a tensor lie: `location`, `offset`, `length` (ONNX, External Data)."""
-    return {entry.key: entry.value for entry in tensor.external_data}
-
-
-def stored_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes that the elements of a tensor take as raw data, by its type and shape."""
-    elements = math.prod(tensor.dims)
-    if tensor.data_type in _PACKED_BITS:
-        return int(-(-elements * _PACKED_BITS[tensor.data_type] // 8))
-    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return int(elements * kind.itemsize)
 
 
 def external_bytes(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
@@ -68,28 +45,12 @@ def external_bytes(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
             says.
         OSError: It cannot be read.
     """
-    entries = external_entries(tensor)
-    location = entries.get("location", "")
-    pure = (PurePosixPath(location), PureWindowsPath(location))
-    if not location or any(p.is_absolute() or p.drive or ".." in p.parts for p in pure):
-        raise ValueError(f"external data {location!r} are not in the model's folder")
-    path = folder / location
-    if path.resolve() != folder.resolve() / location:
-        raise ValueError(f"external data {location!r} lie behind a link")
-    if not path.is_file():
-        raise ValueError(f"there is no file {location!r} with its external data")
-    size = stored_bytes(tensor)
-    try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
-    except ValueError as e:
-        raise ValueError(f"offset or length of external data {location!r} is no number") from e
-    if length != size:
-        raise ValueError(f"external data of {length} bytes, where the shape says {size}")
-    if offset < 0 or offset + size > path.stat().st_size:
-        raise ValueError(
-            f"external data end at byte {offset + size} of {location!r}, which has "
-            f"{path.stat().st_size}"
-        )
+    fault = outside_fault(tensor, folder)
+    if fault:
+        raise ValueError(fault)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    size = int(entries.get("length", stored_bytes(tensor) or 0))
+    path, offset = folder / entries["location"], int(entries.get("offset", 0))
     if not size:
         return np.empty(0, np.uint8)
     return np.asarray(np.memmap(path, np.uint8, "c", offset, (size,)))
@@ -102,9 +63,9 @@ def mapped_array(tensor: onnx.TensorProto, folder: Path) -> np.ndarray | None:
         ValueError: See `external_bytes`.
         OSError: See `external_bytes`.
     """
-    if tensor.data_type in _PACKED_BITS:
-        return None
     kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    if stored_bytes(tensor) != math.prod(tensor.dims) * kind.itemsize:
+        return None
     return external_bytes(tensor, folder).view(kind).reshape(tuple(tensor.dims))
 
 

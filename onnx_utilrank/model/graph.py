@@ -1,7 +1,8 @@
 """Who makes and who reads each value of a model's main graph, and which values are constant."""
 
+import math
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,14 +10,27 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.scopes import captured_names, node_label, subgraphs
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["GraphIndex", "Span", "all_names", "attributes", "captured_names", "node_label"]
+__all__ = [
+    "GraphIndex",
+    "Span",
+    "all_names",
+    "attributes",
+    "captured_names",
+    "node_label",
+    "subgraphs",
+]
 
 # Operators that only move, cast or reshape data: a weight behind them is still a constant.
 LAYOUT_OPS = frozenset(
     {"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"}
 )
+
+# Layout operators in a row, at most, that a constant is followed through. Exporters write two or
+# three; each that is followed may take as much memory as the constant.
+DEEPEST = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +71,8 @@ class GraphIndex:
     consumers: dict[str, list[int]]
     pinned: frozenset[str]
     _folded: dict[str, np.ndarray] = field(default_factory=dict)
+    _finite: dict[str, bool] = field(default_factory=dict)
+    _ranks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -77,7 +93,7 @@ class GraphIndex:
         consumers: defaultdict[str, list[int]] = defaultdict(list)
         pinned = {o.name for o in graph.output}
         initializers = {t.name: t for t in graph.initializer}
-        constants = set(initializers)
+        depths = dict.fromkeys(initializers, 0)
         for k, node in enumerate(graph.node):
             for name in filter(None, node.output):
                 if name in producers:
@@ -89,17 +105,23 @@ class GraphIndex:
             for name in filter(None, node.input):
                 consumers[name].append(k)
             pinned |= captured_names(node)
-            if _keeps_constant(node, constants):
-                constants.update(node.output)
+            depth = _constant_depth(node, depths)
+            if depth <= DEEPEST:
+                depths.update(dict.fromkeys(node.output, depth))
         return cls(
             store=store,
             source=source or store,
             spans=spans,
             initializers=initializers,
-            constants=frozenset(constants - {""}),
+            constants=frozenset(depths) - {""},
             producers=producers,
             consumers=dict(consumers),
             pinned=frozenset(pinned),
+            _ranks={
+                value.name: len(value.type.tensor_type.shape.dim)
+                for value in (*graph.value_info, *graph.input)
+                if value.type.tensor_type.HasField("shape")
+            },
         )
 
     def node(self, k: int) -> onnx.NodeProto:
@@ -116,15 +138,12 @@ class GraphIndex:
 
         A value that is only cast has as many as before.
         """
-        graph = self.store.proto.graph
-        for value in (*graph.input, *graph.value_info):
-            if value.name == name and value.type.tensor_type.HasField("shape"):
-                return len(value.type.tensor_type.shape.dim)
-        if name in self.producers:
+        while name not in self._ranks and name in self.producers:
             node = self.node(self.producers[name])
-            if node.op_type in ("Cast", "Identity") and node.domain in ("", "ai.onnx"):
-                return self.rank(node.input[0])
-        return None
+            if node.op_type not in ("Cast", "Identity") or node.domain not in ("", "ai.onnx"):
+                break
+            name = node.input[0]
+        return self._ranks.get(name)
 
     def constant(self, name: str) -> np.ndarray | None:
         """Values of a constant: an initializer, a Constant node, or either behind layout operators.
@@ -147,14 +166,19 @@ class GraphIndex:
         feed = {given: self.constant(given) for given in filter(None, node.input)}
         axes = attributes(node).get("axes")
         try:
-            if node.op_type == "Unsqueeze" and isinstance(axes, list):
+            if node.op_type == "Identity":
+                folded: object = feed[node.input[0]]  # the same, where the evaluator copies
+            elif node.op_type == "Unsqueeze" and isinstance(axes, list):
                 # The form of before opset 13, on which the evaluator fails (onnx 1.23).
-                folded: object = np.expand_dims(np.asarray(feed[node.input[0]]), tuple(axes))
+                folded = np.expand_dims(np.asarray(feed[node.input[0]]), tuple(axes))
             else:
                 # It takes a node as it is; opset 13 stands for models that import none.
                 run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
                 (folded,) = run.run(None, feed)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
+        except (
+            *(RuntimeError, ValueError, TypeError),
+            *(LookupError, ArithmeticError, AttributeError),
+        ) as e:
             reason = " ".join(str(e).split())
             raise ModelError(f"{self.store.label}: {node_label(node)}: {reason}") from e
         self._folded[name] = np.asarray(folded)
@@ -178,6 +202,21 @@ class GraphIndex:
         assert kind is not None, name
         return kind[1]
 
+    def is_finite(self, name: str) -> bool:
+        """Whether a constant holds neither NaN nor infinity; True for what cannot hold them.
+
+        Raises:
+            ModelError: See `constant`.
+        """
+        if name not in self._finite:
+            held = self.constant(name)
+            self._finite[name] = (
+                held is None
+                or not (held.dtype.kind == "f" or held.dtype.name == "bfloat16")
+                or bool(np.isfinite(held).all())
+            )
+        return self._finite[name]
+
     def freed_by(self, name: str, readers: frozenset[int]) -> bool:
         """Whether the data behind constant `name` could go if nodes `readers` stopped reading it.
 
@@ -200,47 +239,21 @@ class GraphIndex:
         return kind is None or not np.issubdtype(kind[1], np.integer)
 
 
-def _keeps_constant(node: onnx.NodeProto, constants: Container[str]) -> bool:
-    """Whether a node's outputs are constant where those of `constants` are."""
+def _constant_depth(node: onnx.NodeProto, depths: Mapping[str, int]) -> float:
+    """How many operators lie between a node's outputs and data; infinity where they compute."""
     if node.domain not in ("", "ai.onnx"):
-        return False
+        return math.inf
     if node.op_type == "Constant":
-        return any(a.name == "value" and a.HasField("t") for a in node.attribute)
+        return 0 if any(a.name == "value" and a.HasField("t") for a in node.attribute) else math.inf
     inputs = list(filter(None, node.input))
-    return node.op_type in LAYOUT_OPS and bool(inputs) and all(n in constants for n in inputs)
+    if node.op_type not in LAYOUT_OPS or not inputs:
+        return math.inf
+    return 1 + max(depths.get(name, math.inf) for name in inputs)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, object]:
     """Attributes of a node as Python values, by name."""
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-
-
-def node_label(node: onnx.NodeProto) -> str:
-    """How messages name a node: operator and name, or its first output where it has no name."""
-    return f"{node.op_type} {node.name or (node.output[0] if node.output else '?')!r}"
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Graphs held by the attributes of a node (not the graphs inside those)."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def captured_names(node: onnx.NodeProto) -> set[str]:
-    """Values of the outer scope that the subgraphs of a node read."""
-    captured: set[str] = set()
-    for graph in subgraphs(node):
-        own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-        own |= {t.values.name for t in graph.sparse_initializer}
-        read = {o.name for o in graph.output}
-        for inner in graph.node:
-            own.update(inner.output)
-            read.update(inner.input)
-            read |= captured_names(inner)
-        captured |= read - own
-    return captured - {""}
 
 
 def all_names(model: onnx.ModelProto) -> set[str]:

@@ -6,7 +6,9 @@ for. Nothing in the package mutates the proto of a store: a rewrite makes a new 
 
 import contextlib
 import hashlib
+import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,13 +22,13 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.check import model_fault, stored_bytes
 from onnx_utilrank.model.external import (
     SMALLEST_OUTSIDE,
     ExternalWriter,
     Scratch,
     external_bytes,
     mapped_array,
-    stored_bytes,
 )
 
 __all__ = ["INLINE_LIMIT", "ModelSource", "ModelStore", "TensorSpec", "atomic_write"]
@@ -83,7 +85,10 @@ class ModelStore:
         """Open a model file, or wrap a proto.
 
         Raises:
-            ModelError: The file is missing, is not an ONNX model, or holds no graph.
+            ModelError: The file is missing, is not an ONNX model, or holds no graph; a name is not
+                text; a tensor's shape and data disagree, or its data lie outside the model's
+                folder or past the end of their file; a node reads what nothing makes, or nodes
+                wait for each other.
         """
         if isinstance(source, ModelStore):
             return source
@@ -100,6 +105,9 @@ class ModelStore:
             store = cls(proto=proto, folder=path.resolve().parent, path=path)
         if not store.proto.HasField("graph") or not store.proto.opset_import:
             raise ModelError(f"{store.label}: not an ONNX model (no graph or no opset)")
+        fault = model_fault(store.proto, store.tensors(), store.folder)
+        if fault:
+            raise ModelError(f"{store.label}: {fault}")
         return store
 
     @property
@@ -128,7 +136,7 @@ class ModelStore:
     def file_bytes(self) -> int:
         """Bytes that the model takes as a file, external data included."""
         outside = (t for t in self.tensors() if uses_external_data(t))
-        return int(self.proto.ByteSize()) + sum(map(stored_bytes, outside))
+        return int(self.proto.ByteSize()) + sum(map(_outside_length, outside))
 
     @property
     def has_external_data(self) -> bool:
@@ -223,7 +231,8 @@ class ModelStore:
 
         A store that is just as it was read is copied byte for byte. Weights go into one file
         `target.data` where the source kept its own outside, where the model passes protobuf's
-        2 GiB, or where that is asked for.
+        2 GiB, or where that is asked for; where the model that `target` held reads that file, into
+        `target.1.data`, so that the old pair is whole until the new one is.
 
         Args:
             target: The file.
@@ -250,10 +259,16 @@ class ModelStore:
             raise ModelError(f"{path}: the model cannot be serialized ({e})") from e
 
     def _save_external(self, path: Path, smallest: int | None = None) -> None:
-        """Write tensors that lie outside, and all of at least `smallest` bytes, to `path`.data."""
+        """Write tensors that lie outside, and all of at least `smallest` bytes, beside `path`."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        data = path.with_name(path.name + ".data")
+        # No pair may be mixed of two: the data go where nothing reads them yet, then the model is
+        # renamed, and what only the old one read goes last.
+        old, own = _read_by_model_at(path), set()
+        if self.folder == path.resolve().parent:
+            own = _data_files(self)
+        names = (f"{path.name}{f'.{k}' if k else ''}.data" for k in itertools.count())
+        data = path.with_name(next(name for name in names if name not in old | own))
         with atomic_write(data) as f:
             writer = ExternalWriter(f, data.name)
             for tensor in ModelStore(proto=proto).tensors():
@@ -263,6 +278,10 @@ class ModelStore:
                     writer.put(tensor, tensor.raw_data)
         with atomic_write(path) as f:
             f.write(proto.SerializeToString())
+        for name in old - own:
+            if re.fullmatch(rf"{re.escape(path.name)}(\.\d+)?\.data", name):
+                with contextlib.suppress(OSError):  # somebody still has it open
+                    path.with_name(name).unlink()
 
 
 # What the public functions take for a model.
@@ -307,6 +326,25 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _data_files(store: ModelStore) -> set[str]:
+    """Names of the files beside a model that hold its external data."""
+    outside = (t for t in store.tensors() if uses_external_data(t))
+    return {e.value for t in outside for e in t.external_data if e.key == "location"}
+
+
+def _read_by_model_at(path: Path) -> set[str]:
+    try:
+        return _data_files(ModelStore.load(path))
+    except ModelError:
+        return set()  # no model, or one that nobody can read
+
+
+def _outside_length(tensor: onnx.TensorProto) -> int:
+    """Bytes of an external tensor; from its shape where its entry does not say."""
+    stated = next((e.value for e in tensor.external_data if e.key == "length"), None)
+    return int(stated) if stated is not None else stored_bytes(tensor) or 0
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -7,13 +7,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onnx_utilrank.errors import printable
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = [
     "compression_tables",
-    "printable",
     "sweep_tables",
     "utilization_tables",
     "validation_tables",
@@ -182,12 +182,7 @@ def _sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
     for note in notes:
         yield Text(printable(f"Note: {note}"))
     for reason, count in reasons.items():
-        yield Text(f"Left alone: {count} x {reason}")
-
-
-def printable(text: str) -> str:
-    """Text whose control characters, which a terminal would obey, are spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        yield Text(printable(f"Left alone: {count} x {reason}"))
 
 
 def _table(*columns: str) -> Table:

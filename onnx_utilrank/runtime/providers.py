@@ -1,12 +1,14 @@
 """Execution providers by the names users type, and the check that one is really there."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import onnxruntime as ort
 
 from onnx_utilrank.errors import ConfigError, ProviderUnavailableError
 
-__all__ = ["CPU", "PROVIDERS", "Provider", "find_provider"]
+__all__ = ["CPU", "PROVIDERS", "Provider", "find_provider", "load_library", "ort_errors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,7 @@ class Provider:
         fallback: Providers that may take the nodes this one has no kernel for, in order.
         needs: What has to be installed, for the message when it is not there.
         preload: Whether CUDA's and cuDNN's libraries of other Python packages are loaded first.
+        custom_op_libraries: Files of operators of the user's, which every session loads.
     """
 
     key: str
@@ -26,6 +29,7 @@ class Provider:
     fallback: tuple[str, ...] = ()
     needs: str = ""
     preload: bool = False
+    custom_op_libraries: tuple[str, ...] = ()
 
 
 CPU = Provider(key="cpu", name="CPUExecutionProvider")
@@ -48,11 +52,15 @@ TENSORRT = Provider(
 PROVIDERS = (CPU, CUDA, TENSORRT)
 
 
-def find_provider(key: str) -> Provider:
+def find_provider(key: str, custom_op_libraries: Sequence[str] = ()) -> Provider:
     """The provider that `key` names, if this ONNX Runtime was built with it.
 
+    Args:
+        key: What users type.
+        custom_op_libraries: Files of operators that its sessions load too.
+
     Raises:
-        ConfigError: No provider of that name is offered.
+        ConfigError: No provider of that name is offered, or a library cannot be loaded.
         ProviderUnavailableError: The installed ONNX Runtime does not have it.
     """
     provider = next((p for p in PROVIDERS if p.key == key.lower()), None)
@@ -64,4 +72,30 @@ def find_provider(key: str) -> Provider:
             f"provider {provider.key}: this ONNX Runtime has no {provider.name}; "
             f"it needs {provider.needs}"
         )
-    return provider
+    for library in custom_op_libraries:
+        load_library(ort.SessionOptions(), library)
+    return replace(provider, custom_op_libraries=tuple(custom_op_libraries))
+
+
+def load_library(options: ort.SessionOptions, library: str) -> None:
+    """Add the operators of a library to a session that is to be opened.
+
+    Raises:
+        ConfigError: It is missing, or ONNX Runtime cannot load it.
+    """
+    # The loader looks up a bare name in the system's folders, and a user means the file.
+    path = Path(library).resolve()
+    if not path.is_file():
+        raise ConfigError(f"custom op library {library}: no such file")
+    try:
+        options.register_custom_ops_library(str(path))
+    except ort_errors() as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"custom op library {library}: cannot be loaded ({reason})") from e
+
+
+def ort_errors() -> tuple[type[Exception], ...]:
+    """The exceptions ONNX Runtime raises; they share no base class but `Exception`."""
+    state = vars(ort.capi.onnxruntime_pybind11_state).values()
+    own = [t for t in state if isinstance(t, type) and issubclass(t, Exception)]
+    return (*own, ValueError, TypeError, RuntimeError)

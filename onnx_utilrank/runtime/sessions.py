@@ -1,6 +1,7 @@
 """Open a model in ONNX Runtime on the provider that was asked for, or fail saying why."""
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import onnxruntime as ort
 from google.protobuf.message import EncodeError
 
 from onnx_utilrank.errors import ModelError, ProviderUnavailableError
+from onnx_utilrank.model.scopes import all_nodes, node_label
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.runtime.providers import Provider
+from onnx_utilrank.runtime.providers import Provider, load_library, ort_errors
 
 __all__ = ["Feed", "InferenceError", "Session", "open_session"]
 
@@ -22,6 +24,11 @@ _FATAL = 4
 # Bytes of a model from which ONNX Runtime may not copy weights into an order of its own: copies
 # take as much memory again, where weights are mapped from their file.
 PREPACKED_LIMIT = 2**30
+# How ONNX Runtime says that it has no such operator, or not in that version.
+_UNKNOWN_OPERATOR = re.compile(
+    r"Fatal error: (?P<domain>\S*):(?P<function>\S+)\(-?\d+\) is not a registered function/op"
+    r"|No Op registered for (?P<op>\S+) with domain_version of"
+)
 
 
 class InferenceError(ModelError):
@@ -58,7 +65,7 @@ class Session:
         given = {k: v for k, v in feed.items() if k in self.inputs}
         try:
             return dict(zip(names, self.raw.run(list(names), given), strict=True))
-        except _ort_errors() as e:
+        except ort_errors() as e:
             raise InferenceError(f"{self.label}: ONNX Runtime: {_one_line(e)}") from e
 
 
@@ -89,6 +96,8 @@ def open_session(
         )
     if model.file_bytes > PREPACKED_LIMIT:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    for library in provider.custom_op_libraries:
+        load_library(options, library)
     names = [provider.name, *provider.fallback]
     try:
         # ONNX Runtime announces a fallback on stdout, which belongs to results.
@@ -96,8 +105,8 @@ def open_session(
             if provider.preload:
                 ort.preload_dlls()
             raw = ort.InferenceSession(_serialized(model), options, providers=names)
-    except _ort_errors() as e:
-        raise ModelError(f"{model.label}: ONNX Runtime cannot load it: {_one_line(e)}") from e
+    except ort_errors() as e:
+        raise ModelError(_refusal(model, _one_line(e))) from e
     if provider.name not in raw.get_providers():
         raise ProviderUnavailableError(
             f"provider {provider.key}: ONNX Runtime fell back to "
@@ -122,11 +131,28 @@ def _serialized(model: ModelStore) -> bytes | str:
         raise ModelError(f"{model.label}: the model cannot be serialized ({e})") from e
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
-    """The exceptions ONNX Runtime raises; they share no base class but `Exception`."""
-    state = vars(ort.capi.onnxruntime_pybind11_state).values()
-    own = [t for t in state if isinstance(t, type) and issubclass(t, Exception)]
-    return (*own, ValueError, TypeError, RuntimeError)
+def _refusal(model: ModelStore, reason: str) -> str:
+    """Why a model does not load; where that is an unknown operator, which node has it."""
+    unknown = _UNKNOWN_OPERATOR.search(reason)
+    if unknown is None:
+        return f"{model.label}: ONNX Runtime cannot load it: {reason}"
+    domain, op_type = unknown["domain"] or "", unknown["function"] or unknown["op"]
+    node = next(
+        (
+            n
+            for n in all_nodes(model.proto.graph)
+            if n.op_type == op_type and domain in ("", n.domain)
+        ),
+        None,
+    )
+    where = repr(op_type) if node is None else node_label(node)
+    domain = domain or (node.domain if node is not None else "")
+    version = next((o.version for o in model.proto.opset_import if o.domain == domain), None)
+    return (
+        f"{model.label}: {where}: ONNX Runtime does not have this operator (domain "
+        f"{domain or 'ai.onnx'!r}, version {version}); a library that does can be given with "
+        "--custom-op-library"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -131,6 +131,15 @@ class Seen:
         """The mean of the inputs, [d]."""
         return None if self.input_total is None else self.input_total / max(self.input_rows, 1)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum has overflowed."""
+        sides = [side for side in (self.side, self.channels) if side is not None]
+        sums = [part for side in sides for part in (side.moment.outer, side.gamma, *side.blocks)]
+        sums += [part.outer for part in (self.inputs,) if part is not None]
+        sums += [part for part in (self.input_total,) if part is not None]
+        return all(bool(np.isfinite(part).all()) for part in sums)
+
     def __add__(self, other: "Seen") -> "Seen":
         channels, inputs, total = self.channels, self.inputs, self.input_total
         if channels is not None and other.channels is not None:

@@ -12,6 +12,7 @@ from onnx_utilrank.calibration.cache import CHECKPOINT_SECONDS, Cache
 from onnx_utilrank.calibration.collect import in_passes
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.channels import channel_patches
 from onnx_utilrank.ranking.cost import bias_cost
@@ -236,10 +237,19 @@ class _Measuring:
         self.cache.save({**state, "done": np.array(done)}, *what)
 
     def decompose(self, sites: Sequence[Site], seen: Mapping[str, Seen]) -> list[TwoSidedSite]:
-        """The sites that anything was seen of."""
+        """The sites that anything was seen of.
+
+        Raises:
+            ModelError: What was seen is not finite.
+        """
         found = []
         for k, site in enumerate(sites):
             self.progress("decomposing", k, len(sites))
+            if not seen[site.key].is_finite:
+                raise ModelError(
+                    f"{self.index.store.label}: {site.uses[0].label}: its values or gradients, or "
+                    "the squares of them, overflow on the calibration data"
+                )
             if seen[site.key].side.moment.rows:
                 found.append(spilled(self._decomposed(site, seen[site.key])))
         self.progress("decomposing", len(sites), len(sites))

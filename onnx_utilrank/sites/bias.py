@@ -37,7 +37,8 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
 
     Returns:
         A slot of kind `add`, or None. The constant has `width` entries along `axis` and 1 along
-        every other, so that replacing its values never changes a shape.
+        every other, so that replacing its values never changes a shape. It is finite: one that
+        masks by -infinity has no mean to correct.
     """
     readers = index.consumers.get(output, [])
     if len(readers) != 1 or output in index.pinned:
@@ -60,6 +61,6 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
         return None
     shape = kind[0]
     others = [n for k, n in enumerate(shape) if k != len(shape) + axis]
-    if any(n != 1 for n in others):
+    if any(n != 1 for n in others) or not index.is_finite(name):
         return None
     return BiasSlot(kind="add", node=readers[0], name=name, shape=shape)

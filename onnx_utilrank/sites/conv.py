@@ -131,7 +131,7 @@ def _bias(index: GraphIndex, node: onnx.NodeProto, m: int, axis: int) -> BiasSlo
     if len(node.input) < 3 or not node.input[2]:
         found = added_bias(index, node.output[0], m, axis)
         return found or BiasSlot(kind="new", shape=(m,))
-    if index.constant_type(node.input[2]) is None:
+    if index.constant_type(node.input[2]) is None or not index.is_finite(node.input[2]):
         return BiasSlot(kind="none")
     return BiasSlot(kind="input", name=node.input[2], shape=(m,))
 

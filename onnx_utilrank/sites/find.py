@@ -48,18 +48,8 @@ def site_weight(index: GraphIndex, site: Site) -> np.ndarray:
 
 
 def site_matrix(index: GraphIndex, site: Site) -> np.ndarray:
-    """The weight of a site as W [m, d], float64.
-
-    Raises:
-        ModelError: The weight holds NaN or infinity.
-    """
-    matrix = site_weight(index, site).astype(np.float64)
-    if not np.isfinite(matrix).all():
-        raise ModelError(
-            f"{index.store.label}: {site.uses[0].label}: weight {site.weight!r} holds NaN or "
-            "infinity"
-        )
-    return matrix
+    """The weight of a site as W [m, d], float64, all of it finite."""
+    return site_weight(index, site).astype(np.float64)
 
 
 def find_sites(
@@ -171,6 +161,8 @@ def _refused(
         reason = f"the weight is {kind[1].name}, not a floating-point type"
     elif use.m * use.d == 0:
         reason = "the weight is empty"
+    elif not index.is_finite(use.weight):
+        reason = "the weight holds NaN or infinity"
     return Skip(node=use.label, op_type=use.op_type, reason=reason) if reason else None
 
 

@@ -76,7 +76,7 @@ class Gemm:
         # C broadcasts to [rows, m] (right) or [m, columns] (left): it must be one value a feature.
         aligned = (1,) * (2 - len(kind[0])) + kind[0]
         feature, other = aligned[::-1] if side == RIGHT else aligned
-        if other != 1 or feature not in (1, m):
+        if other != 1 or feature not in (1, m) or not index.is_finite(node.input[2]):
             return BiasSlot(kind="none")
         return BiasSlot(kind="input", name=node.input[2], shape=shape, scale=beta)
 

@@ -61,14 +61,15 @@ class SecondMoment:
         """
         total = total.astype(np.float64)
         outer = outer.astype(np.float64)
-        if shift is not None:
-            shift = shift.astype(np.float64)
-            cross = np.outer(shift, total)
-            outer = outer + cross + cross.T + rows * np.outer(shift, shift)
-            total = total + rows * shift
-        self.outer += (outer + outer.T) / 2
-        self.total += total
-        self.rows += rows
+        with np.errstate(over="ignore", invalid="ignore"):  # for whoever reads the sums to tell
+            if shift is not None:
+                shift = shift.astype(np.float64)
+                cross = np.outer(shift, total)
+                outer = outer + cross + cross.T + rows * np.outer(shift, shift)
+                total = total + rows * shift
+            self.outer += (outer + outer.T) / 2
+            self.total += total
+            self.rows += rows
 
     def merge(self, other: "SecondMoment") -> None:
         """Add the rows of another moment; the order of merges does not matter."""

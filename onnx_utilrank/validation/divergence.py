@@ -94,7 +94,10 @@ def find_losses(
         for feed, y in zip(feeds, outputs, strict=True):
             values = rows_of(y[name], samples_in(feed), axis)
             rows.append(values[_weights(loss, feed, values) > 0])
-        flat = np.concatenate(rows)
+        # Features whose number varies are values, each by itself.
+        ragged = len({values.shape[-1] for values in rows}) > 1
+        flat = np.concatenate([v.reshape(-1, 1) for v in rows] if ragged else rows)
+        width = flat.size / sum(map(len, rows)) if ragged and flat.size else 1.0
         if not flat.size or not np.isfinite(flat).all():
             continue
         chosen = weighting or choose_weighting(flat, classes=classes, probabilities=probabilities)
@@ -102,7 +105,7 @@ def find_losses(
         losses.append(
             replace(
                 loss,
-                variance=output_variance(loss, flat),
+                variance=width * output_variance(loss, flat),
                 sharpness=output_sharpness(loss, flat) if loss.weighting == "softmax" else 1.0,
             )
         )
@@ -120,8 +123,8 @@ def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool
     tokens = len(shape) == 3 and is_classification(store, name, (2, shape[-1]))
     classes = is_classification(store, name, shape) or tokens
     head = softmax_head(store, name)
-    if head is None:
-        return classes, False, -1
+    if head is None or (len(shape) > 1 and head.axis in (0, -len(shape))):
+        return classes, False, -1  # over the first axis, it compares samples, not classes
     # Before opset 13 a softmax ran over all axes from its own on.
     exact = store.opset >= 13 or head.axis in (-1, len(shape) - 1)
     if not head.reshaped and shape and exact:
