@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,7 +165,10 @@ class Job:
             logger.warning("%s", reason)
             found = self._measure_moments(ONE_SIDED, sites, samples)
             return Measurement(
-                method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
+                method=found.method,
+                sites=found.sites,
+                skips=found.skips,
+                notes=(*found.notes, f"{reason}."),
             )
 
     def _measure_gradients(
@@ -192,15 +195,9 @@ class Job:
             progress=self.progress,
         )
         seen = {m.site.key for m in measured}
+        unread = "no output depends on it on the calibration data: its gradient is zero"
         skips = tuple(
-            Skip(
-                node=use.label,
-                op_type=site.op_type,
-                reason="no output depends on it on the calibration data: its gradient is zero",
-            )
-            for site in sites
-            if site.key not in seen
-            for use in site.uses
+            skip for site in sites if site.key not in seen for skip in _skipped(site, unread)
         )
         rows = {m.site.key: (m.moment.rows, m.moment.enough_rows) for m in measured}
         return Measurement(
@@ -269,19 +266,25 @@ class Job:
     ) -> Measurement:
         collected = self.collect(method, sites, samples)
         found = []
+        skips: list[Skip] = []
         for k, site in enumerate(sites):
             self.progress("decomposing", k, len(sites))
             side = method.side(site)
             moment = None
             if side:
                 moment = site_moment(site, side, collected.moments, self.own_biases(site))
+                if not moment.rows:
+                    skips.extend(_skipped(site, "its input is empty on the calibration data"))
+                    continue
             weight = site_matrix(self.index, site)
             found.append(method.measure(site, weight, moment, bias_cost(self.index, site)))
         self.progress("decomposing", len(sites), len(sites))
         rows = {
             m.site.key: (m.moment.rows, m.moment.enough_rows) for m in found if m.moment is not None
         }
-        return Measurement(method=method, sites=found, notes=rows_notes(rows, collected))
+        return Measurement(
+            method=method, sites=found, skips=tuple(skips), notes=rows_notes(rows, collected)
+        )
 
     def own_biases(self, site: Site) -> dict[int, np.ndarray]:
         """What the nodes themselves add to W x; an Add behind a node is not part of it."""
@@ -356,6 +359,12 @@ def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:
     if samples is None or samples >= n:
         return list(range(n))
     return sorted(random.Random(seed).sample(range(n), samples))
+
+
+def _skipped(site: Site, reason: str) -> Iterator[Skip]:
+    """Every node of a site that nothing could be measured for."""
+    for use in site.uses:
+        yield Skip(node=use.label, op_type=site.op_type, reason=reason)
 
 
 def _gradient_type(store: ModelStore) -> torch.dtype | None:

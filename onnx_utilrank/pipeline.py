@@ -88,7 +88,7 @@ def analyze(
         energy=config.energy,
         samples=len(samples),
         layers=tuple(layers),
-        skipped=skipped_nodes(job.skips),
+        skipped=skipped_nodes((*job.skips, *found.skips)),
         notes=found.notes,
     )
 

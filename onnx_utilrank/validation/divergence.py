@@ -75,7 +75,8 @@ def find_losses(
         InferenceError: A run fails.
     """
     types = {o.name: o.type for o in session.raw.get_outputs()}
-    names = [o.name for o in store.outputs if types.get(o.name) in _REAL]
+    # A graph may list a value among its outputs twice.
+    names = list(dict.fromkeys(o.name for o in store.outputs if types.get(o.name) in _REAL))
     if not names:
         return ()
     outputs = [session.run(feed, names) for feed in feeds]
@@ -94,6 +95,10 @@ def find_losses(
         for feed, y in zip(feeds, outputs, strict=True):
             values = rows_of(y[name], samples_in(feed), axis)
             rows.append(values[_weights(loss, feed, values) > 0])
+        width = 1.0
+        if len({each.shape[-1] for each in rows}) > 1:  # such as audio of any length
+            width = sum(each.size for each in rows) / max(sum(map(len, rows)), 1)
+            rows = [each.reshape(-1, 1) for each in rows]
         flat = np.concatenate(rows)
         if not flat.size or not np.isfinite(flat).all():
             continue
@@ -102,7 +107,7 @@ def find_losses(
         losses.append(
             replace(
                 loss,
-                variance=output_variance(loss, flat),
+                variance=width * output_variance(loss, flat),
                 sharpness=output_sharpness(loss, flat) if loss.weighting == "softmax" else 1.0,
             )
         )
