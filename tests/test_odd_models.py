@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import Feed, model, noise, ops
 
-from onnx_utilrank import CompressConfig, TargetMissedError, analyze, compress, validate
+from onnx_utilrank import CompressConfig, ModelError, TargetMissedError, analyze, compress, validate
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
@@ -161,3 +161,55 @@ def test_models_without_a_weight_to_factor_say_why(body: str, reason: str, confi
     proto = model("(float[n,20] x) => (float[n,20] y)", body, **held)
     with pytest.raises(TargetMissedError, match=f"no weight can be factored: {reason}"):
         compress(proto, feeds(x=(8, 20)), config)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "method"),
+    [(1e18, 1e-18, "two-sided"), (1e-18, 1e18, "two-sided"), (1e-30, 1e-8, "one-sided")],
+)
+def test_values_of_any_size(first: float, second: float, method: str, caplog):
+    """Squares of gradients that overflow float32 are none; the statistics of values then count."""
+    proto = model(
+        "(float[n,24] x) => (float[n,24] y)",
+        "h = MatMul(x, W) y = MatMul(h, V)",
+        W=low_rank(1, 24, 40) * np.float32(first),
+        V=low_rank(3, 40, 24) * np.float32(second),
+    )
+    result = compress(proto, feeds(40, x=(4, 24)), HALF)
+    assert result.plan.method == method
+    assert ("overflow float32" in caplog.text) == (method == "one-sided")
+    assert result.plan.param_ratio <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("declared", "other"),
+    [
+        ("string[n] s", np.array(["a", "b", "c", "d"])),
+        ("seq(float[n]) s", [np.ones(3, np.float32)]),
+    ],
+    ids=["strings", "a sequence"],
+)
+def test_inputs_that_torch_does_not_have(declared: str, other: object, caplog):
+    proto = model(
+        f"(float[n,24] x, {declared}) => (float[n,24] y)",
+        "h = MatMul(x, W) y = MatMul(h, V)",
+        W=low_rank(1, 24, 40),
+        V=low_rank(3, 40, 24),
+    )
+    data = [feed | {"s": other} for feed in feeds(20, x=(4, 24))]
+    result = compress(proto, data, HALF)
+    assert result.plan.method == "one-sided"
+    assert "input 's': " in caplog.text
+    assert compress(proto, data, EXACT).validation.relative_error < 1e-5
+
+
+def test_outputs_that_cannot_be_compared_are_named():
+    proto = model(
+        "(float[4,24] x) => (seq(float[a,b]) y)",
+        "h = MatMul(x, W) y = SplitToSequence(h)",
+        W=low_rank(1, 24, 40),
+    )
+    reason = r"could be validated \(output 'y': values of type seq\(tensor\(float\)\) are not"
+    with pytest.raises(ModelError, match=reason) as caught:
+        compress(proto, feeds(x=(4, 24)), EXACT)
+    assert "slower" not in str(caught.value)

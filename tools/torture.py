@@ -62,7 +62,7 @@ def models_in(zoo: Path | None, folders: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
         files = sorted(folder.rglob("*.onnx")) if folder.is_dir() else [folder]
-        top = folder if folder.is_dir() else folder.parent
+        top = folder.parent if folder.is_dir() else folder.parent.parent
         found |= {str(file.relative_to(top)): file for file in files}
     if zoo is not None and not folders:
         torture = zoo / "torture"
@@ -83,8 +83,9 @@ def examine_apart(label: str, model: Path, zoo: Path | None, limits: Limits) -> 
         try:
             answered = here.poll(limits.seconds)
             outcomes = here.recv() if answered else []
-        except EOFError:  # it ended without an answer
+        except EOFError:  # it ends without an answer
             answered = True
+            process.join(1)
         process.kill()
         process.join()
         if outcomes:

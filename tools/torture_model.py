@@ -79,6 +79,11 @@ EPSILON: dict[int, float] = {
     TensorProto.BFLOAT16: 2.0**-7,
 }
 
+RANDOM = frozenset(
+    {"Bernoulli", "Multinomial"}
+    | {f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")}
+)
+
 Feed = dict[str, Any]  # arrays; lists of them for sequences
 
 
@@ -208,7 +213,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
         a[~finite], b[~finite], equal_nan=True
     ):
         return math.inf
-    return float(np.abs(a - b)[finite].max(initial=0.0))
+    return float(np.abs(a[finite] - b[finite]).max(initial=0.0))
 
 
 def scale(array: np.ndarray) -> float:
@@ -228,7 +233,8 @@ def differences(
     sums together have. An output passes that is off by no more than that times the epsilon of the
     coarsest type in it, relative to its largest element. Where a model itself makes more of
     rounding (differences of large values, thresholds), the source says how much: with all weights
-    off by as much as the rewritten sums may be.
+    off by as much as the rewritten sums may be. Of models that draw random numbers nothing can be
+    said: ONNX Runtime draws others for nodes of other places.
 
     Args:
         source: The model as it was.
@@ -239,6 +245,8 @@ def differences(
     Raises:
         UtilrankError: ONNX Runtime cannot run one of them.
     """
+    if any(node.op_type in RANDOM for node in source.proto.graph.node):
+        return []
     expected, made = outputs_of(source, feeds), outputs_of(result, feeds)
     kinds = {EPSILON.get(t.data_type, 0.0) for t in source.tensors()}
     relative = DEVIATIONS * max(kinds, default=0.0) * math.sqrt(terms)
@@ -253,7 +261,6 @@ def differences(
     if not doubtful:
         return []
     moved = outputs_of(_shaken(source, relative), feeds)
-    again = outputs_of(source, feeds)
     found = []
     for k, name in sorted(doubtful):
         wanted, got = expected[k].get(name), made[k].get(name)
@@ -262,7 +269,7 @@ def differences(
             continue
         off, bound = distance(wanted, got), relative * scale(wanted)
         bound += DEVIATIONS * distance(wanted, moved[k].get(name, wanted))
-        if off > bound and not distance(wanted, again[k].get(name, wanted)):
+        if off > bound:
             found.append(f"feed {k}: output {name!r} is off by {off:.2g}, allowed {bound:.2g}")
     return found
 
@@ -300,7 +307,7 @@ class _Case:
         digest = _digest(self.path)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            word, detail = _guarded(action)
+            word, detail = guarded(action)
         if word not in BAD:
             if _digest(self.path) != digest:
                 word, detail = TOUCHED, f"{self.path.name} has other bytes than before"
@@ -373,7 +380,7 @@ class _Case:
         )
 
 
-def _guarded(action: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+def guarded(action: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     """What an action says, or what its exception means."""
     try:
         return action()

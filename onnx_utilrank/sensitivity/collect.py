@@ -108,6 +108,15 @@ class Seen:
     input_rows: int = 0
 
     @property
+    def finite(self) -> bool:
+        """Whether no sum left the range of the type it was made in."""
+        sums: list[np.ndarray] = []
+        for each in filter(None, (self.side, self.channels)):
+            sums += [each.gamma, each.moment.outer, *each.blocks]
+        sums += [] if self.inputs is None else [self.inputs.outer]
+        return all(np.isfinite(matrix).all() for matrix in sums)
+
+    @property
     def input_mean(self) -> np.ndarray | None:
         """The mean of the inputs, [d]."""
         return None if self.input_total is None else self.input_total / max(self.input_rows, 1)

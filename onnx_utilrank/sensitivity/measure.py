@@ -8,6 +8,7 @@ import numpy as np
 
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.channels import channel_patches
 from onnx_utilrank.ranking.cost import bias_cost
@@ -197,10 +198,19 @@ class _Measuring:
         return seen
 
     def decompose(self, sites: Sequence[Site], seen: Mapping[str, Seen]) -> list[TwoSidedSite]:
-        """The sites that anything was seen of."""
+        """The sites that anything was seen of.
+
+        Raises:
+            ModelError: What was seen of a site is beyond the range of float32.
+        """
         found = []
         for k, site in enumerate(sites):
             self.progress("decomposing", k, len(sites))
+            if not seen[site.key].finite:
+                raise ModelError(
+                    f"{self.index.store.label}: the squares of values or gradients at "
+                    f"{site.uses[0].label} overflow float32 on the calibration data"
+                )
             if seen[site.key].side.moment.rows:
                 found.append(self._decomposed(site, seen[site.key]))
         self.progress("decomposing", len(sites), len(sites))

@@ -59,7 +59,8 @@ class OutputLoss:
 
 def samples_in(feed: Mapping[str, np.ndarray]) -> int:
     """Samples that one run takes: the extent of the first axis that all its arrays agree on."""
-    extents = {value.shape[0] for value in feed.values() if value.ndim}
+    arrays = [v for v in feed.values() if isinstance(v, np.ndarray)]  # no lists, for sequences
+    extents = {value.shape[0] for value in arrays if value.ndim}
     return max(extents.pop(), 1) if len(extents) == 1 else 1
 
 

@@ -138,6 +138,8 @@ def _mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
     if len(shape) < 3:
         return None
     for name, value in feeds[0].items():
+        if not isinstance(value, np.ndarray):  # a list, for a sequence
+            continue
         if "mask" in name.lower() and value.ndim == 2 and value.shape == shape[:2]:
             values = [np.asarray(feed[name]) for feed in feeds]
             if all(np.isin(v, (0, 1)).all() for v in values):
