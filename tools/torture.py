@@ -52,8 +52,8 @@ class Limits:
         samples: Samples or feeds to run.
     """
 
-    seconds: float = 300.0
-    memory: int = 8 * 2**30
+    seconds: float = 600.0
+    memory: int = 12 * 2**30
     samples: int = 6
 
 

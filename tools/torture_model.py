@@ -69,6 +69,8 @@ HALF = onnx_utilrank.CompressConfig(param_ratio=0.5)
 
 # Size of dimensions that a model leaves open, as `zoo.py torture-inputs` has it.
 OPEN_DIMENSION = 2
+# What all random feeds of a model may take together; where two do not fit, one is taken twice.
+FEEDS_BYTES = 2**28
 # Single values may be so many standard deviations off.
 DEVIATIONS = 4.0
 
@@ -127,7 +129,10 @@ def inputs_of(model: Path, zoo: Path | None, count: int, file: Path) -> Path | l
         found = [_data_set(folder, store) for folder in sets[:count]]
         return found if len(found) > 1 else 2 * found
     first = _zoo_feed(model, zoo) or {s.name: _random_declared(s) for s in store.inputs}
-    return [first, *(_drawn_like(first, seed) for seed in range(1, count))]
+    room = FEEDS_BYTES // max(sum(array.nbytes for array in first.values()), 1)
+    if room < 2:
+        return [first, first]
+    return [first, *(_drawn_like(first, seed) for seed in range(1, min(count, room)))]
 
 
 def _zoo(zoo: Path, *words: str) -> bool:
@@ -170,8 +175,9 @@ def _drawn_like(feed: Feed, seed: int) -> Feed:
 def _drawn_array(array: np.ndarray, draws: np.random.Generator) -> np.ndarray:
     """Other values in the same type and shape: floats are normal, the rest is 0 or 1."""
     if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
-        return np.asarray(draws.normal(size=array.shape)).astype(array.dtype)
-    return np.asarray(draws.integers(0, 2, array.shape)).astype(array.dtype)
+        values = draws.standard_normal(array.shape, dtype=np.float32)
+        return np.asarray(values).astype(array.dtype, copy=False)
+    return np.asarray(draws.integers(0, 2, array.shape, dtype=np.int8)).astype(array.dtype)
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -444,7 +450,7 @@ def examine(model: Path, *, label: str, zoo: Path | None = None, samples: int = 
             try:
                 outputs_of(ModelStore.load(model), data)
             except onnx_utilrank.UtilrankError as e:
-                foreign = str(e)
+                foreign = str(e).replace(str(model), label)
         case = _Case(path=model, data=data, folder=results, label=label)
         case.step("analyze", case.analyze)
         case.step("full rank", lambda: case.compress(FULL))
