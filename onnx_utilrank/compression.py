@@ -15,7 +15,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
 from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
-from onnx_utilrank.ranking.decide import Offers
+from onnx_utilrank.ranking.decide import Offers, unfactorable
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
@@ -371,6 +371,8 @@ def _shrinking(
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:
     if plan.met:
         return job.source
+    if not plan.entries:
+        raise TargetMissedError(unfactorable(job.store.label, plan.skipped))
     raise TargetMissedError(
         f"{job.store.label}: no weight can be factored with a saving "
         f"({len(plan.entries)} weights looked at, {len(plan.skipped)} nodes left alone): the "

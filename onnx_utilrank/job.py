@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,10 @@ class Job:
             found = self.measure_moments(ONE_SIDED, sites, samples, config)
             logger.warning("%s", reason)
             return Measurement(
-                method=found.method, sites=found.sites, notes=(*found.notes, f"{reason}.")
+                method=found.method,
+                sites=found.sites,
+                skips=found.skips,
+                notes=(*found.notes, f"{reason}."),
             )
 
     def _measure_gradients(
@@ -198,15 +201,9 @@ class Job:
             cache=self._cache(samples, config),
         )
         seen = {m.site.key for m in measured}
+        unread = "no output depends on it on the calibration data: its gradient is zero"
         skips = tuple(
-            Skip(
-                node=use.label,
-                op_type=site.op_type,
-                reason="no output depends on it on the calibration data: its gradient is zero",
-            )
-            for site in sites
-            if site.key not in seen
-            for use in site.uses
+            skip for site in sites if site.key not in seen for skip in _skipped(site, unread)
         )
         rows = {m.site.key: (m.moment.rows, m.moment.enough_rows) for m in measured}
         return Measurement(
@@ -297,6 +294,7 @@ class Job:
             return {view: SUM_BYTES * view.width**2 for view in views(site)}
 
         found: list[Measured] = []
+        skips: list[Skip] = []
         cache = self._cache(samples, config)
         strides: dict[RowView, int] = {}
         passes = list(in_passes(sites, sums, config.memory_budget // 2))
@@ -320,6 +318,9 @@ class Job:
                     moment = site_moment(
                         site, side, collected.moments, own_biases(self.index, site)
                     )
+                    if not moment.rows:
+                        skips += _skipped(site, "its input is empty on the calibration data")
+                        continue
                 weight, cost = site_matrix(self.index, site), bias_cost(self.index, site)
                 found.append(spilled(method.measure(site, weight, moment, cost)))
         self.progress("decomposing", len(sites), len(sites))
@@ -327,7 +328,7 @@ class Job:
             m.site.key: (m.moment.rows, m.moment.enough_rows) for m in found if m.moment is not None
         }
         notes = rows_notes(rows, strides, len(passes) if strides else 1)
-        return Measurement(method=method, sites=found, notes=notes)
+        return Measurement(method=method, sites=found, skips=tuple(skips), notes=notes)
 
     def _cache(self, samples: Sequence[int], config: CalibrationConfig) -> Cache:
         folder = None if config.cache is None else Path(config.cache)
@@ -364,6 +365,12 @@ def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:
     if samples is None or samples >= n:
         return list(range(n))
     return sorted(random.Random(seed).sample(range(n), samples))
+
+
+def _skipped(site: Site, reason: str) -> Iterator[Skip]:
+    """Every node of a site that nothing could be measured for."""
+    for use in site.uses:
+        yield Skip(node=use.label, op_type=site.op_type, reason=reason)
 
 
 def _gradient_type(store: ModelStore) -> torch.dtype | None:

@@ -90,7 +90,7 @@ def analyze(
         energy=config.energy,
         samples=len(samples),
         layers=tuple(layers),
-        skipped=skipped_nodes(job.skips),
+        skipped=skipped_nodes((*job.skips, *found.skips)),
         notes=found.notes,
     )
 
@@ -172,10 +172,12 @@ def compress(
         )
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
     report = job.validate(store, held)
-    if all(o.kind == "skipped" for p in report.providers for o in p.outputs):
+    compared = [o for p in report.providers for o in p.outputs]
+    if all(o.kind == "skipped" for o in compared):
+        why = dict.fromkeys(f"output {o.name!r}: {o.reason}" for o in compared)
         raise ModelError(
             f"{job.store.label}: none of its outputs can be compared, so that no result could be "
-            f"validated ({' '.join(report.notes)})"
+            f"validated ({'; '.join(why)})"
         )
     quality = Judge(job, held, config, found.losses)(store)
     if config.quality is not None and best is not None:

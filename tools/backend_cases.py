@@ -1,4 +1,4 @@
-"""Cases that the torch executor is measured by: ONNX's own node tests, and whole models.
+"""ONNX's own node tests, which the torch executor and rewriting are measured by, and whole models.
 
 `operator_table.py` and the tests share what lies here.
 """
@@ -19,20 +19,23 @@ import torch
 from onnx import TensorProto, numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 
-from onnx_utilrank.model.graph import subgraphs
+from onnx_utilrank.model.graph import GraphIndex, subgraphs
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
+from onnx_utilrank.sites.find import SITE_KINDS, find_sites
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.operators import OPERATORS
 
 __all__ = [
     "Case",
     "Difference",
+    "SiteCase",
     "cases",
     "difference",
     "first_feed",
     "operators_of",
+    "site_cases",
     "zoo_feed",
     "zoo_models",
 ]
@@ -134,6 +137,59 @@ def cases() -> list[Case]:
         warnings.simplefilter("ignore")  # infinities and overflows that the tests are about
         found = [t for kind in KINDS for t in onnx.backend.test.loader.load_model_tests(kind=kind)]
         return [_case(t) for t in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCase:
+    """A node test with one of its inputs made a weight, so that there is something to factor.
+
+    Attributes:
+        case: The test.
+        weight: The input.
+        model: The model, in which that is an initializer.
+        feed: What the test feeds to the other inputs.
+        expected: What the test expects, in the order of the outputs.
+    """
+
+    case: Case
+    weight: str
+    model: onnx.ModelProto
+    feed: dict[str, np.ndarray]
+    expected: list[np.ndarray]
+
+    def __str__(self) -> str:
+        return f"{self.case.name} with constant {self.weight!r}"
+
+
+def site_cases() -> Iterator[SiteCase]:
+    """Every node test and input of it that is a site once it is constant."""
+    known = {("", kind.op_type) for kind in SITE_KINDS}
+    for case in cases():
+        if not case.operators & known or not case.data:
+            continue
+        (inputs, expected), *_ = case.data
+        given = {i.name: a for i, a in zip(case.model.graph.input, inputs, strict=False)}
+        fixed = {t.name for t in case.model.graph.initializer}
+        if len(given) < 2:  # nothing would be left to feed
+            continue
+        for name in (n for n in given if n not in fixed):
+            model = _with_constant(case.model, name, given[name])
+            if find_sites(GraphIndex.build(ModelStore(proto=model)))[0]:
+                feed = {key: array for key, array in given.items() if key not in (name, *fixed)}
+                yield SiteCase(case=case, weight=name, model=model, feed=feed, expected=expected)
+
+
+def _with_constant(source: onnx.ModelProto, name: str, values: np.ndarray) -> onnx.ModelProto:
+    """A copy of a model in which an input is an initializer instead."""
+    model = onnx.ModelProto()
+    model.CopyFrom(source)
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(values, name))
+    if model.ir_version >= 4:  # before, initializers were inputs too
+        kept = [i for i in graph.input if i.name != name]
+        del graph.input[:]
+        graph.input.extend(kept)
+    return model
 
 
 def _arrays(values: Iterable[object]) -> list[np.ndarray]:

@@ -268,4 +268,6 @@ class _Builder:
 def _mean(sample: np.ndarray, axis: int) -> np.ndarray:
     """Mean of each feature of one tensor, float64 [d]."""
     others = tuple(k for k in range(sample.ndim) if k != axis)
+    if not sample.size:
+        return np.zeros(sample.shape[axis])
     return np.asarray(sample.astype(np.float64).mean(others))

@@ -1,6 +1,7 @@
 """Turn measurements into a plan: offer moves, let the method allocate, give every reason."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,11 +20,14 @@ from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candida
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.ranking.utilized_rank import at_energy
-from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.find import SITE_KINDS, site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
-__all__ = ["Decision", "Offers", "skipped_nodes"]
+__all__ = ["Decision", "Offers", "skipped_nodes", "unfactorable"]
+
+# Reasons that one message gives.
+MOST_REASONS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +194,8 @@ class Offers:
             decided: Decision | None = Decision.of(at_energy(self.choices, self.config.energy))
         else:
             decided = self.allocate(ratio)
+        if decided is None and not self.choices:
+            raise TargetMissedError(unfactorable(self.index.store.label, self.skips))
         if decided is None:
             outside = self.rest / max(self.ledger.total, 1)
             raise TargetMissedError(
@@ -221,6 +227,14 @@ class Offers:
             ),
             skipped=skipped_nodes(self.skips),
         )
+
+
+def unfactorable(label: str, skips: Sequence[Skip | SkippedNode]) -> str:
+    """What to say of a model without a site: the reasons, the commonest first."""
+    known = ", ".join(kind.op_type for kind in SITE_KINDS)
+    reasons = Counter(s.reason for s in skips).most_common(MOST_REASONS)
+    why = "; ".join(f"{n} x {reason}" for reason, n in reasons)
+    return f"{label}: no weight can be factored: {why or f'none of its nodes is of {known}'}"
 
 
 def skipped_nodes(skips: Sequence[Skip]) -> tuple[SkippedNode, ...]:

@@ -182,7 +182,9 @@ class Trace:
         else:
             axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
             wide = [a - len(shape) + numbers.ndim for a, n in enumerate(shape) if n > 1]
-            if operand is None or (node.input[0] != name and node.op_type == "Sub") or wide != axes:
+            if operand is None or (node.input[0] != name and node.op_type == "Sub"):
+                return False
+            if wide != axes or not axes:  # a single feature varies along no axis
                 return False
             if name in self.scaled or name in self.heads or not moves_within(numbers, axes[-1]):
                 return False

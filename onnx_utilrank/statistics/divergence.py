@@ -1,5 +1,6 @@
 """How far the outputs of a candidate are from the reference's, one number a sample."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -58,8 +59,9 @@ class OutputLoss:
 
 def samples_in(feed: Mapping[str, np.ndarray]) -> int:
     """Samples that one run takes: the extent of the first axis that all its arrays agree on."""
-    extents = {value.shape[0] for value in feed.values() if value.ndim}
-    return extents.pop() if len(extents) == 1 else 1
+    arrays = [v for v in feed.values() if isinstance(v, np.ndarray)]  # no lists, for sequences
+    extents = {value.shape[0] for value in arrays if value.ndim}
+    return max(extents.pop(), 1) if len(extents) == 1 else 1
 
 
 def rows_of(values: np.ndarray, samples: int, axis: int = -1) -> np.ndarray:
@@ -74,7 +76,8 @@ def rows_of(values: np.ndarray, samples: int, axis: int = -1) -> np.ndarray:
     first = samples if values.ndim > 1 and values.shape[0] % samples == 0 else 1
     if values.ndim == 1 and values.shape[0] == samples:
         return values.reshape(samples, 1, 1)
-    return values.reshape(first, -1, values.shape[-1])
+    # Spelled out, for -1 says nothing of an output without elements.
+    return values.reshape(first, math.prod(values.shape[:-1]) // first, values.shape[-1])
 
 
 def _log_softmax(z: np.ndarray) -> np.ndarray:

@@ -128,7 +128,8 @@ def _definite(second: np.ndarray) -> np.ndarray:
 
 def _scores(effect: np.ndarray, rest: np.ndarray) -> np.ndarray:
     """What each feature would gain next."""
-    return np.asarray(np.square(effect).sum(0) / np.maximum(np.diagonal(rest), LEAST))
+    with np.errstate(over="ignore"):  # where rounding is all that is left of a chosen one
+        return np.asarray(np.square(effect).sum(0) / np.maximum(np.diagonal(rest), LEAST))
 
 
 def _greedy(effect: np.ndarray, rest: np.ndarray, count: int) -> tuple[list[int], list[float]]:

@@ -89,7 +89,8 @@ class TorchGraph:
             parameters: Tensors that take the place of initializers, used as they are.
 
         Raises:
-            DataError: An input is missing, or of a type that torch does not have.
+            DataError: An input is missing.
+            ModelError: An input is of a type that torch does not have.
         """
         values = {**self._block.constants, **(parameters or {})}
         for name in self._block.inputs:
@@ -100,7 +101,7 @@ class TorchGraph:
             try:
                 value = as_tensor(feed[name], self._settings.device, self._settings.dtype)
             except TypeError as e:
-                raise DataError(f"{self.store.label}: input {name!r}: {e}") from e
+                raise ModelError(f"{self.store.label}: input {name!r}: {e}") from e
             # Unlike constants, integer data (token ids, masks) meet floating tensors.
             values[name] = value.to(self._settings.device)
         return values

@@ -61,6 +61,10 @@ def as_tensor(
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    if not isinstance(array, np.ndarray | np.generic):
+        raise TypeError(f"values of type {type(array).__name__} are not supported")
+    if array.dtype.kind in "OSU":
+        raise TypeError("strings are not supported")
     if array.dtype in _WIDER:
         array = array.astype(_WIDER[array.dtype])
     if array.dtype == ml_dtypes.bfloat16:

@@ -234,7 +234,8 @@ def _tallies(
     _same_names("outputs", candidate, reference.outputs, candidate.outputs)
     types: Mapping[str, str] = {o.name: o.type for o in candidate.raw.get_outputs()}
     tallies = []
-    for output in reference.raw.get_outputs():
+    # A graph may list a value among its outputs twice.
+    for output in {o.name: o for o in reference.raw.get_outputs()}.values():
         kind, other = _kind(output.type), _kind(types[output.name])
         if kind != other:
             raise ModelError(

@@ -75,7 +75,8 @@ def find_losses(
         InferenceError: A run fails.
     """
     types = {o.name: o.type for o in session.raw.get_outputs()}
-    names = [o.name for o in store.outputs if types.get(o.name) in _REAL]
+    # A graph may list a value among its outputs twice.
+    names = list(dict.fromkeys(o.name for o in store.outputs if types.get(o.name) in _REAL))
     if not names:
         return ()
     outputs = [session.run(feed, names) for feed in feeds]
@@ -136,6 +137,8 @@ def _mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
     if len(shape) < 3:
         return None
     for name, value in feeds[0].items():
+        if not isinstance(value, np.ndarray):  # a list, for a sequence
+            continue
         if "mask" in name.lower() and value.ndim == 2 and value.shape == shape[:2]:
             values = [np.asarray(feed[name]) for feed in feeds]
             if all(np.isin(v, (0, 1)).all() for v in values):
