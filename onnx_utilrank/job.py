@@ -32,8 +32,10 @@ from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
-from onnx_utilrank.sites.site import Site, Skip
+from onnx_utilrank.sites.site import Side, Site, Skip
 from onnx_utilrank.statistics.divergence import rows_of
+from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.tokens import TokenCounts
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import find_losses
@@ -272,16 +274,24 @@ class Job:
         for k, site in enumerate(sites):
             self.progress("decomposing", k, len(sites))
             side = method.side(site)
-            moment = None
+            moment, weight = None, site_matrix(self.index, site)
             if side:
-                moment = site_moment(site, side, collected.moments, self.own_biases(site))
-            weight = site_matrix(self.index, site)
+                moment = self.moment(site, side, collected, weight)
             found.append(method.measure(site, weight, moment, bias_cost(self.index, site)))
         self.progress("decomposing", len(sites), len(sites))
         rows = {
             m.site.key: (m.moment.rows, m.moment.enough_rows) for m in found if m.moment is not None
         }
         return Measurement(method=method, sites=found, notes=rows_notes(rows, collected))
+
+    def moment(
+        self, site: Site, side: Side, collected: Collected, weight: np.ndarray
+    ) -> SecondMoment:
+        """The moment of x, or of W x, over all uses of a site; of a table that of W x."""
+        if not site.one_hot:
+            return site_moment(site, side, collected.moments, self.own_biases(site))
+        tokens = (collected.tokens[use.inputs] for use in site.uses)
+        return sum(tokens, TokenCounts.zero(site.d)).moment(weight)
 
     def own_biases(self, site: Site) -> dict[int, np.ndarray]:
         """What the nodes themselves add to W x; an Add behind a node is not part of it."""

@@ -171,10 +171,11 @@ ACTIVATION_SVD = UniformRatio("asvd", activation_svd)
 
 
 def measure_rival(job: Job, rival: UniformRatio, samples: Sequence[int]) -> Measurement:
-    """Decompose every site by a method of one ratio."""
-    moments = job.collect(rival, job.sites, samples).moments
+    """Decompose every site by a method of one ratio; those know of no tables of embeddings."""
+    chosen = [site for site in job.sites if not site.one_hot]
+    moments = job.collect(rival, chosen, samples).moments
     sites: list[Measured] = []
-    for site in job.sites:
+    for site in chosen:
         moment = site_moment(site, rival.side(site), moments, job.own_biases(site))
         weight = site_matrix(job.index, site)
         sites.append(rival.measure(site, weight, moment, bias_cost(job.index, site)))

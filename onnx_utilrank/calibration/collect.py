@@ -1,20 +1,22 @@
 """Run the model over the calibration samples and gather the moments of its rows."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset
-from onnx_utilrank.calibration.survey import check_finite, survey
+from onnx_utilrank.calibration.survey import check_finite, expose, survey
 from onnx_utilrank.calibration.taps import TappedModel, insert_taps, row_stride, view_rows
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import InferenceError, open_session
 from onnx_utilrank.sites.site import RowView
+from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.tokens import TokenCounts
 
 __all__ = ["Collected", "Progress", "collect", "usable_batch"]
 
@@ -29,12 +31,14 @@ class Collected:
     """What calibration brought.
 
     Attributes:
-        moments: The moment of each row view.
-        strides: Every how many-th row of each view counted.
+        moments: The moment of each row view, one-hot ones apart.
+        strides: Every how many-th row of each of those counted.
+        tokens: What was counted of each view of one-hot rows.
     """
 
     moments: dict[RowView, SecondMoment]
     strides: dict[RowView, int]
+    tokens: dict[RowView, TokenCounts]
 
 
 def usable_batch(index: GraphIndex, data: Dataset, samples: Sequence[int], p: Provider) -> int:
@@ -78,27 +82,32 @@ def collect(
     """
     views = list(dict.fromkeys(views))
     if not views:
-        return Collected(moments={}, strides={})
+        return Collected(moments={}, strides={}, tokens={})
     single = next(data.feeds(samples, batch=1))
-    observed = survey(index.store, list({v.tensor for v in views}), single, provider)
+    tokens = {v: TokenCounts.zero(v.width) for v in views if v.one_hot}
+    store = expose(index.store, {v.tensor for v in tokens} - single.keys())
+    views = [v for v in views if not v.one_hot]
+    observed = survey(store, list({v.tensor for v in views}), single, provider)
     singles = data.count_feeds(samples, batch=1)
     runs = data.count_feeds(samples, batch=batch)
     strides = {}
     for view in views:
         rows = view_rows(view, observed[view.tensor].shape) * singles
         strides[view] = row_stride(rows, rows // max(runs, 1), view.width)
-    tapped = insert_taps(index.store, views, observed, strides)
+    tapped = insert_taps(store, views, observed, strides)
     del observed
-    moments = _run(index, tapped, data, samples, provider, batch, progress)
+    moments = _run(index, tapped, tokens, data, samples, provider, batch, progress)
     return Collected(
         moments=moments,
         strides={tap.view: tap.stride for tap in tapped.taps},
+        tokens=tokens,
     )
 
 
 def _run(
     index: GraphIndex,
     tapped: TappedModel,
+    tokens: Mapping[RowView, TokenCounts],
     data: Dataset,
     samples: Sequence[int],
     provider: Provider,
@@ -114,6 +123,9 @@ def _run(
         phases = {name: np.array([k % stride]) for stride, name in tapped.phases.items()}
         values = session.run({**feed, **phases})
         check_finite(index, {name: values[name] for name in own}, feed, provider)
+        for view, counts in tokens.items():
+            ids = values[view.tensor] if view.tensor in values else feed[view.tensor]
+            counts.add(_by_sample(ids, samples_in(feed)))
         for tap in tapped.taps:
             held = sums[tap.view]
             held.outer += values[tap.outer]
@@ -128,6 +140,12 @@ def _run(
                 )
         progress("calibrating", k + 1, runs)
     return {tap.view: sums[tap.view].shifted(tap.shift) for tap in tapped.taps}
+
+
+def _by_sample(ids: np.ndarray, samples: int) -> np.ndarray:
+    """Ids as [samples, positions]; where the first axis does not count samples, all are of one."""
+    first = samples if ids.ndim and ids.shape[0] % samples == 0 else 1
+    return ids.reshape(first, -1)
 
 
 def _place(index: GraphIndex, value: str) -> str:

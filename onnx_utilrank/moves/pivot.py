@@ -36,7 +36,12 @@ class Pivot:
     key = "pivot"
 
     def applies(self, index: GraphIndex, site: Site) -> bool:
-        """Where the bias can be added behind the permutation, and nothing scales the output."""
+        """Where the bias can be added behind the permutation, and nothing scales the output.
+
+        Of a table that is looked up, features that are made of others are no fewer nodes.
+        """
+        if site.one_hot:
+            return False
         counted_from_the_end = any(use.result.axis < 0 for use in site.uses)
         if counted_from_the_end and index.store.opset < NEGATIVE_AXES:
             return False

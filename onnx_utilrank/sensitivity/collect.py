@@ -14,6 +14,7 @@ from onnx_utilrank.sites.site import Site, Use
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
+from onnx_utilrank.statistics.tokens import TokenCounts
 
 __all__ = ["Collector", "RowSums", "Seen", "collect_sensitivity"]
 
@@ -99,6 +100,7 @@ class Seen:
         inputs: The moment of the inputs, where it was asked for.
         input_total: Their sum, where it was asked for, [d].
         input_rows: Rows of that sum.
+        tokens: The tokens that a table was looked up at.
     """
 
     side: Sensitivity
@@ -106,6 +108,7 @@ class Seen:
     inputs: SecondMoment | None = None
     input_total: np.ndarray | None = None
     input_rows: int = 0
+    tokens: TokenCounts | None = None
 
     @property
     def input_mean(self) -> np.ndarray | None:
@@ -120,12 +123,16 @@ class Seen:
             inputs = inputs + other.inputs
         if total is not None and other.input_total is not None:
             total = total + other.input_total
+        tokens = self.tokens
+        if tokens is not None and other.tokens is not None:
+            tokens = tokens + other.tokens
         return Seen(
             side=self.side + other.side,
             channels=channels,
             inputs=inputs,
             input_total=total,
             input_rows=self.input_rows + other.input_rows,
+            tokens=tokens,
         )
 
 
@@ -166,6 +173,7 @@ class Collector:
         ]
         self._input_total = np.zeros(site.d) if input_mean else None
         self._input_rows = 0
+        self._tokens = TokenCounts.zero(site.d) if site.one_hot else None
 
     @property
     def seen(self) -> Seen:
@@ -176,6 +184,7 @@ class Collector:
             inputs=self._inputs.moment if self._inputs else None,
             input_total=self._input_total,
             input_rows=self._input_rows,
+            tokens=self._tokens,
         )
 
     def add(self, use: Use, rows: UseRows, samples: int, share: float, phase: int) -> None:
@@ -190,6 +199,9 @@ class Collector:
         """
         live = torch.stack([g.abs().amax(-1) for g in rows.gradients]).amax(0) > 0
         self._rows.add(*self._side.rows(use, rows, samples), live, share, phase)
+        if self._tokens is not None:
+            ids = rows.inputs.reshape(live.shape).cpu().numpy()
+            self._tokens.add(ids, live.cpu().numpy())
         for block, columns in zip(self._blocks, self._groups, strict=True):
             for gradient in rows.gradients:
                 flat = gradient.reshape(-1, gradient.shape[-1])[:, columns]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -255,7 +255,10 @@ class _Measuring:
     def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
         weight = site_matrix(self.index, site)
         cost = bias_cost(self.index, site)
-        found = two_sided_site(site, weight, seen.side, cost, seen.input_mean)
+        side = seen.side
+        if seen.tokens is not None:
+            side = replace(side, moment=seen.tokens.moment(weight))
+        found = two_sided_site(site, weight, side, cost, seen.input_mean)
         if site.key in self.heads:
             own, gammas = self.biases[site.uses[0].node], seen.side.block_fishers()
             groups, added = self.heads[site.key], self.added[site.key]

@@ -1,9 +1,12 @@
-"""Find the constant vector that is added right after a node."""
+"""The constant vector that is added right after a node: found, or made."""
+
+import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.sites.site import BiasSlot
+from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.sites.site import BiasSlot, SiteKind, Use
 
-__all__ = ["added_bias"]
+__all__ = ["added_bias", "product_and_bias"]
 
 
 def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlot | None:
@@ -36,3 +39,22 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
     if any(n != 1 for n in others):
         return None
     return BiasSlot(kind="add", node=readers[0], name=name, shape=shape)
+
+
+def product_and_bias(
+    kind: SiteKind, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
+) -> list[gs.Node]:
+    """`SiteKind.chain` of an operator without gain or a bias of its own: a new one is an Add."""
+    y = surgeon.tensor(use.result.tensor)
+    if bias is None or use.bias.kind != "new":
+        return kind.product(surgeon, use, first, second, y)
+    product = surgeon.value(f"{y.name}/product")
+    return [
+        *kind.product(surgeon, use, first, second, product),
+        gs.Node(
+            op="Add",
+            name=surgeon.unique(f"{surgeon.index.node(use.node).name or y.name}/bias"),
+            inputs=[product, surgeon.tensor(bias)],
+            outputs=[y],
+        ),
+    ]

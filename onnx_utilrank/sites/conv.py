@@ -23,6 +23,7 @@ class Conv:
     """
 
     op_type = "Conv"
+    listed = True
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See `SiteKind.match`."""

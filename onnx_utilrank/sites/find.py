@@ -10,18 +10,18 @@ import onnx
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
 from onnx_utilrank.sites.conv import CONV
+from onnx_utilrank.sites.gather import GATHER
 from onnx_utilrank.sites.gemm import GEMM
 from onnx_utilrank.sites.matmul import MATMUL
-from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
+from onnx_utilrank.sites.site import FLOAT_TYPES, Site, SiteKind, Skip, Use
 
 __all__ = ["SITE_KINDS", "find_sites", "site_kind", "site_matrix"]
 
 # Adding an operator is one file beside this one and one entry here.
-SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV)
+SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV, GATHER)
 
 # Before it, Add and Gemm broadcast by attributes that later operators do not have.
 FIRST_OPSET = 7
-FLOAT_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 def site_kind(op_type: str) -> SiteKind:
@@ -63,7 +63,8 @@ def find_sites(
         exclude: Shell patterns of nodes and weights to leave alone; wins over `include`.
 
     Returns:
-        The sites in graph order, and every node of a handled operator that is left alone.
+        The sites in graph order, and every node of a handled operator that is left alone (of
+        Gather those that look like an embedding).
 
     Raises:
         ConfigError: `op_types` names an operator that is not handled.
@@ -72,26 +73,27 @@ def find_sites(
     unknown = sorted(set(op_types or ()) - set(known))
     if unknown:
         raise ConfigError(f"op type {unknown[0]!r} cannot be factored; choose from {known}")
+    listed = [kind.op_type for kind in SITE_KINDS if kind.listed]
     groups: defaultdict[tuple[str, str, str], list[Use]] = defaultdict(list)
     skips: list[Skip] = []
     for k, node in enumerate(index.store.proto.graph.node):
-        skips.extend(_nested(node, known))
+        skips.extend(_nested(node, listed))
         if node.domain not in ("", "ai.onnx") or node.op_type not in known:
             continue
         found: Use | Skip | None = None
-        if index.store.opset < FIRST_OPSET:
+        if len(node.input) >= 2 and all(node.input[:2]) and node.output:
+            found = site_kind(node.op_type).match(index, k)
+        if found is not None and index.store.opset < FIRST_OPSET:
             reason = f"opset {index.store.opset} is older than {FIRST_OPSET}"
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
-        elif len(node.input) >= 2 and all(node.input[:2]) and node.output:
-            found = site_kind(node.op_type).match(index, k)
-        if found is None:
+        elif found is None and node.op_type in listed:
             reason = "no operand is a constant weight"
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
         if isinstance(found, Use):
             found = _refused(index, found, op_types, include, exclude) or found
         if isinstance(found, Skip):
             skips.append(found)
-        else:
+        elif found is not None:
             groups[found.weight, found.op_type, found.layout].append(found)
     skips.extend(
         Skip(
@@ -101,7 +103,7 @@ def find_sites(
         )
         for function in index.store.proto.functions
         for node in function.node
-        if node.op_type in known
+        if node.op_type in listed
     )
     return tuple(_site(index, uses) for uses in groups.values()), tuple(skips)
 

@@ -14,10 +14,22 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.statistics.factorize import Factors
 
-__all__ = ["BiasSlot", "Patches", "RowView", "Side", "Site", "SiteKind", "Skip", "Use"]
+__all__ = [
+    "FLOAT_TYPES",
+    "BiasSlot",
+    "Patches",
+    "RowView",
+    "Side",
+    "Site",
+    "SiteKind",
+    "Skip",
+    "Use",
+]
 
 
 Side = Literal["inputs", "outputs"]
+
+FLOAT_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +67,15 @@ class RowView:
         axis: The feature axis; negative axes count from the end.
         width: Features in a row.
         patches: Set where the rows are the unfolded patches (im2col) of a Conv's input.
+        one_hot: Whether each row is all 0 but for a 1, and the tensor holds integers: the places of
+            those, in [-width, width). The rows themselves are never formed.
     """
 
     tensor: str
     axis: int
     width: int
     patches: Patches | None = None
+    one_hot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +193,16 @@ class Site:
         return self.m * self.d
 
     @property
+    def one_hot(self) -> bool:
+        """Whether its outputs are columns of W, picked by number: W is an embedding's table."""
+        return self.uses[0].inputs.one_hot
+
+    @property
+    def multiplications(self) -> int:
+        """Multiply-accumulates that a row of the output takes."""
+        return 0 if self.one_hot else self.parameters
+
+    @property
     def full_rank(self) -> int:
         """The largest rank the weight can have."""
         return min(self.m, self.d)
@@ -213,6 +238,9 @@ class SiteKind(Protocol):
     """How one operator takes part: the one thing to write, and list in `SITE_KINDS`, for an op."""
 
     op_type: str
+    listed: bool
+    """Whether a node without a constant weight is worth a line in a report: not a Gather, most of
+    which have to do with shapes."""
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See node `k` as a use of a weight; None where it has no constant operand at all."""
