@@ -149,6 +149,24 @@ class GraphIndex:
             for given in filter(None, self.node(k).input)
         )
 
+    def readers_of_data(self, name: str) -> list[int]:
+        """The nodes that read the data behind constant `name`, layout operators apart, in order."""
+        roots, known = [name], {name}
+        while roots:
+            k = self.producers.get(roots.pop(), -1)
+            given = {n for n in (self.node(k).input if k >= 0 else ()) if n and self._large(n)}
+            roots += given - known
+            known |= given
+        found: set[int] = set()
+        ways = list(known)
+        while ways:
+            for k in self.consumers.get(ways.pop(), ()):
+                made = [n for n in self.node(k).output if n in self.constants]
+                ways += made
+                if not made:
+                    found.add(k)
+        return sorted(found)
+
     def _large(self, name: str) -> bool:
         # The shape input of a Reshape is not the data.
         kind = self.constant_type(name)
