@@ -2,22 +2,28 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 from builders import Feed, constants, index, model, noise, ops, run
 
-from onnx_utilrank import AnalyzeConfig, CompressConfig, analyze, compress
+from onnx_utilrank import AnalyzeConfig, CompressConfig, ModelError, analyze, compress
 from onnx_utilrank.calibration.collect import collect
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
+from onnx_utilrank.ranking.tied import tie
+from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
 from onnx_utilrank.runtime.providers import CPU
-from onnx_utilrank.sites.find import find_sites
+from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.site import Site
+from onnx_utilrank.sites.tied import find_tied
 from onnx_utilrank.statistics.factorize import feature_scale
+from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.sensitivity import Sensitivity
 from onnx_utilrank.statistics.tokens import COLUMNS, TokenCounts
 
 V, N, C, L = 60, 8, 4, 6
@@ -208,24 +214,191 @@ def test_table_of_two_lookups_is_factored_once():
     assert np.abs(made - expected).max() < np.abs(expected).max()
 
 
+# --- tied tables ---------------------------------------------------------------------------------
+
+# A language model in small: a table at both ends, and an MLP between them.
+ENDS = {
+    "transpose": "t = Transpose<perm=[1,0]>(T) y = MatMul(h, t)",
+    "gemm": "f = Reshape(h, flat) y = Gemm<transB=1>(f, T)",
+    "bias": "t = Transpose<perm=[1,0]>(T) z = MatMul(h, t) y = Add(z, b)",
+    "left": "f = Reshape(h, flat) g = Transpose(f) z = MatMul(T, g) y = Transpose(z)",
+}
+LOW = (noise(79, V, 3) @ noise(80, 3, N) + 0.2 * TABLE).astype(np.float32)
+
+
+def tied(end: str, body: str = "", **held: np.ndarray) -> onnx.ModelProto:
+    start = "e = Gather(T, ids) a = MatMul(e, M) h = Tanh(a)"
+    dims = "b,60" if "flat" in ENDS[end] else "b,l,60"
+    given = {"T": LOW, "M": noise(81, N, N).astype(np.float32), "flat": np.array([-1, N])}
+    given["b"] = noise(82, V).astype(np.float32)
+    return model(
+        f"(int64[b,l] ids) => (float[{dims}] y)", f"{start} {ENDS[end]} {body}", **given | held
+    )
+
+
+def only_tied(ratio: float, **options: object) -> CompressConfig:
+    chosen = {"include": ("T", "e", "y", "z"), "param_ratio": ratio}
+    return CompressConfig(**chosen | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_tied_table_is_factored_once_for_both_its_readers(end: str):
+    proto, feeds = tied(end), sentences(23, 40, range(V))
+    result = compress(proto, feeds, only_tied(0.8))
+    factored = {e.op_type: e for e in result.plan.factored}
+    assert factored.keys() == {"Gather", "Gemm" if end == "gemm" else "MatMul"}
+    (rank,) = {e.rank for e in factored.values()}
+    shapes = [a.shape for n, a in constants(result.model).items() if n.startswith("T/")]
+    assert sorted(s for s in shapes if len(s) == 2) == sorted([(V, rank), (rank, N)])
+    assert "T" not in constants(result.model)
+    assert count_parameters(result.store) == result.plan.parameters_after
+    assert count_parameters(result.store) <= 0.8 * count_parameters(ModelStore.load(proto))
+    onnx.checker.check_model(result.model, full_check=True)
+    replayed = compress(proto, feeds, plan=result.plan)
+    assert replayed.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_tied_factors_are_one_table_at_both_ends():
+    proto = tied("transpose")
+    result = compress(proto, sentences(24, 40, range(V)), only_tied(0.8))
+    held = constants(result.model)
+    ((a, b),) = [[held[n] for n in ("T/right", "T/left")]]
+    assert ops(result.model).count("Transpose") == 2
+    head = [n for n in result.model.graph.node if n.op_type == "MatMul"][-2:]
+    turned = {n.output[0]: n.input[0] for n in result.model.graph.node if n.op_type == "Transpose"}
+    assert [turned[n.input[1]] for n in head] == ["T/left", "T/right"]
+    # As near to the table as P of that rank can be, about: of its energy 3 directions hold most.
+    assert np.linalg.norm(a @ b - LOW) < 0.3 * np.linalg.norm(LOW)
+
+
+def test_tied_loss_is_predicted():
+    result = compress(tied("transpose"), sentences(25, 60, range(V)), only_tied(0.8, refit=False))
+    assert result.quality is not None
+    assert result.quality.divergence is not None
+    assert result.plan.predicted_divergence is not None
+    ratio = result.quality.divergence.mean / result.plan.predicted_divergence
+    assert 1 / 3 < ratio < 3
+
+
+def test_tied_table_is_left_where_that_pays():
+    # Of full rank; the MLP is not.
+    generator = np.linalg.qr(noise(83, V, N))[0].astype(np.float32)
+    thin = (noise(84, N, 1) @ noise(85, 1, 40)).astype(np.float32)
+    body = "h1 = MatMul(e, A) h2 = Tanh(h1) h = MatMul(h2, B) t = Transpose<perm=[1,0]>(T)"
+    proto = model(
+        "(int64[b,l] ids) => (float[b,l,60] y)",
+        f"e = Gather(T, ids) {body} y = MatMul(h, t)",
+        T=10 * generator,
+        A=thin,
+        B=noise(86, 40, N).astype(np.float32),
+    )
+    feeds = sentences(26, 40, range(V))
+    result = compress(proto, feeds, CompressConfig(param_ratio=0.8))
+    entries = {e.op_type + e.site: e for e in result.plan.entries}
+    assert entries["GatherT@e"].rank is None
+    assert "T" in constants(result.model)
+
+
+def of_rows(width: int, seed: int) -> Sensitivity:
+    """What 400 rows with a spectrum of their own, and gradients with another, show."""
+    scale = 2.0 ** -np.arange(width)
+    gradients = noise(seed, 400, width) * scale @ np.linalg.qr(noise(seed + 1, width, width))[0]
+    rows = noise(seed + 2, 400, width) * scale @ np.linalg.qr(noise(seed + 3, width, width))[0]
+    gamma = gradients.T @ gradients
+    return Sensitivity(moment=SecondMoment.of(rows), gamma=gamma, samples=400, decisions=4000)
+
+
+def test_tied_basis_loses_what_it_says_and_less_than_those_of_the_ends():
+    graph = index(tied("bias"))
+    ((table, head),) = find_tied(graph, find_sites(graph)[0])
+    ends = [
+        two_sided_site(site, site_matrix(graph, site), of_rows(N, 90 + 10 * k), 0)
+        for k, site in enumerate((table, head))
+    ]
+    both = tie(*ends)
+    assert [one.site.tied for one in both] == [head.key, table.key]
+    assert [one.site.freed for one in both] == [True, False]
+    np.testing.assert_allclose(both[0].found.expand, both[1].found.reduce.T)
+    np.testing.assert_allclose(both[0].found.reduce, both[1].found.expand.T)
+
+    def lost(end: TwoSidedSite, kept: np.ndarray) -> float:
+        gone = np.eye(N) - kept
+        return float(np.trace(end.gamma @ gone @ end.moment.covariance @ gone.T)) / 2
+
+    apart: list[list[float]] = []
+    together: list[float] = []
+    highest = [0.0, 0.0]  # of all larger ranks too: no rank is taken for worse than a lower one
+    for rank in range(N, -1, -1):
+        kept = both[1].found.kept(rank)
+        losses = [lost(ends[0], kept.T), lost(ends[1], kept)]
+        highest = [max(pair) for pair in zip(highest, losses, strict=True)]
+        scale = 1e-9 * max(one.errors[0] for one in both)
+        np.testing.assert_allclose([one.errors[rank] for one in both], highest, rtol=0, atol=scale)
+        if 0 < rank < N:
+            own = [ends[0].found.kept(rank).T, ends[1].found.kept(rank)]
+            apart.append([lost(ends[0], p.T) + lost(ends[1], p) for p in own])
+            together.append(sum(losses))
+    # By far better than the basis of either end, where the two have nothing in common.
+    assert np.log(together).mean() < np.log(apart).mean(0).min() - 1
+
+
+def test_tied_ends_are_measured_together_where_memory_is_short(
+    caplog: pytest.LogCaptureFixture,
+):
+    # Half of the budget is for sums: those of a weight and its gradients, [80, 80] each, of two
+    # halves of the samples, take 200 KiB. There are three weights.
+    proto = model(
+        "(int64[b,l] ids) => (float[b,l,200] y)",
+        "e = Gather(T, ids) a = MatMul(e, M) h = Tanh(a) t = Transpose<perm=[1,0]>(T)"
+        " y = MatMul(h, t)",
+        T=(noise(87, 200, 5) @ noise(88, 5, 80)).astype(np.float32),
+        M=noise(89, 80, 80).astype(np.float32) / 9,
+    )
+    config = CompressConfig(param_ratio=0.6, memory_budget=2**20)
+    result = compress(proto, sentences(31, 10, range(200)), config)
+    assert "passes over the samples" in caplog.text
+    assert [e.op_type for e in result.plan.entries] == ["Gather", "MatMul", "MatMul"]
+    assert "T" not in constants(result.model)
+
+
+def test_tied_ranks_that_differ_are_refused():
+    proto, feeds = tied("transpose"), sentences(27, 40)
+    plan = compress(proto, feeds, only_tied(0.8), dry_run=True).plan
+    entries = tuple(
+        replace(e, rank=e.rank + 1) if e.op_type == "MatMul" and e.rank else e for e in plan.entries
+    )
+    with pytest.raises(ModelError, match=r"share one weight: it cannot be of rank \d and \d"):
+        compress(proto, feeds, plan=replace(plan, entries=entries))
+
+
 @pytest.mark.parametrize(
-    "tied",
+    ("body", "other"),
     [
-        "t = Transpose<perm=[1,0]>(T) z = MatMul(p, t)",
-        "z = Gemm<transB=1>(p, T)",
+        ("u = Neg(T)", "Neg 'u'"),
+        ("u = Identity(T) q = Abs(u)", "Abs 'q'"),
     ],
-    ids=["transpose", "gemm"],
 )
-def test_table_that_makes_the_outputs_too_is_left_and_its_readers_are_named(tied: str):
-    body = f"e = Gather(T, ids) p = ReduceMean<axes=[1], keepdims=0>(e) {tied}"
-    proto = model("(int64[b,l] ids) => (float[b,60] z)", body, T=TABLE)
-    feeds = sentences(9, 20)
-    plan = compress(proto, feeds, CompressConfig(param_ratio=1.0), dry_run=True).plan
+def test_table_with_a_reader_of_another_kind_is_left_and_that_is_named(body: str, other: str):
+    plan = compress(tied("transpose", body), sentences(28, 20), only_tied(1.0), dry_run=True).plan
     assert not plan.factored
-    reader = "MatMul 'z'" if "MatMul" in tied else "Gemm 'z'"
-    by_operator = {e.op_type: e.reason for e in plan.entries}
-    assert f"factors would come on top of it ({reader})" in by_operator["Gather"]
-    assert "on top of it (Gather 'e')" in by_operator[reader.split()[0]]
+    reasons = {e.op_type: e.reason for e in plan.entries}
+    assert f"factors would come on top of it (MatMul 'y', {other})" in reasons["Gather"]
+    assert f"on top of it (Gather 'e', {other})" in reasons["MatMul"]
+
+
+def test_table_that_is_an_output_too_is_left():
+    proto = tied("transpose")
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("T", 1, [V, N]))
+    plan = compress(proto, sentences(29, 20), only_tied(1.0), dry_run=True).plan
+    assert not plan.factored
+
+
+@pytest.mark.parametrize("method", ["one-sided", "svd"])
+def test_tied_table_is_left_by_simpler_methods(method: str):
+    config = only_tied(1.0, method=method)
+    plan = compress(tied("gemm"), sentences(30, 20), config, dry_run=True).plan
+    assert not plan.factored
+    assert "factors would come on top of it (Gemm 'y')" in plan.entries[0].reason
 
 
 # --- what is lost -------------------------------------------------------------------------------

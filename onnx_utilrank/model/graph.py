@@ -1,7 +1,7 @@
 """Who makes and who reads each value of a model's main graph, and which values are constant."""
 
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -149,23 +149,25 @@ class GraphIndex:
             for given in filter(None, self.node(k).input)
         )
 
-    def readers_of_data(self, name: str) -> list[int]:
-        """The nodes that read the data behind constant `name`, layout operators apart, in order."""
-        roots, known = [name], {name}
-        while roots:
-            k = self.producers.get(roots.pop(), -1)
-            given = {n for n in (self.node(k).input if k >= 0 else ()) if n and self._large(n)}
-            roots += given - known
-            known |= given
-        found: set[int] = set()
-        ways = list(known)
+    def family(self, name: str) -> frozenset[str]:
+        """All values that hold the data behind constant `name`, in any layout."""
+        known = {name}
+        ways = [name]
         while ways:
-            for k in self.consumers.get(ways.pop(), ()):
-                made = [n for n in self.node(k).output if n in self.constants]
-                ways += made
-                if not made:
-                    found.add(k)
-        return sorted(found)
+            each = ways.pop()
+            made = self.producers.get(each)
+            found = set() if made is None else {n for n in self.node(made).input if n}
+            for k in self.consumers.get(each, ()):
+                found.update(n for n in self.node(k).output if n in self.constants)
+            new = {n for n in found if self._large(n)} - known
+            known |= new
+            ways += new
+        return frozenset(known)
+
+    def readers_of(self, family: Collection[str]) -> list[int]:
+        """The nodes that read any of some values and make none of them, in order."""
+        found = {k for name in family for k in self.consumers.get(name, ())}
+        return sorted(k for k in found if not set(self.node(k).output) & set(family))
 
     def _large(self, name: str) -> bool:
         # The shape input of a Reshape is not the data.

@@ -38,9 +38,9 @@ class Pivot:
     def applies(self, index: GraphIndex, site: Site) -> bool:
         """Where the bias can be added behind the permutation, and nothing scales the output.
 
-        Of a table that is looked up, features that are made of others are no fewer nodes.
+        A table that is looked up gains next to nothing by it.
         """
-        if site.one_hot:
+        if site.one_hot or site.tied:
             return False
         counted_from_the_end = any(use.result.axis < 0 for use in site.uses)
         if counted_from_the_end and index.store.opset < NEGATIVE_AXES:

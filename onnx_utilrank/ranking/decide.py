@@ -110,7 +110,9 @@ class Offers:
             fingerprint=index.store.fingerprint(),
             choices=choices,
             bundles=tuple(
-                bundled(choices, hidden, shrunk, config.rank_multiple, channels) if hidden else ()
+                bundled(choices, hidden, shrunk, config.rank_multiple, channels)
+                if hidden or any(m.site.tied for m in measured)
+                else ()
             ),
             skips=tuple(skips),
             method=method,
@@ -255,6 +257,8 @@ def _choice(
             if config.moves is None and not kind.pays(site, move.rank, ledger.rows[site.key]):
                 continue
             stored = kind.parameters(site, move.rank) - LOW_RANK.parameters(site, move.rank)
+            if site.tied is not None and not site.freed:  # its factors are those of the other
+                stored -= LOW_RANK.parameters(site, move.rank)
             parameters = move.parameters + stored
             cost = ledger.factored(site, kind, move.rank, parameters)
             moves.append(replace(move, kind=kind.key, parameters=parameters, cost=cost))
@@ -351,9 +355,11 @@ def _reason(index: GraphIndex, site: Site, move: Move) -> str:
         return "it shrinks with the features it makes or reads: see hidden"
     if move.rank is not None:
         return f"rank {move.rank} of {site.full_rank}"
+    if site.tied is not None and not site.freed:
+        return f"it shares its weight with {site.tied!r}, which says more"
     if not site.freed:
         own = {use.node for use in site.uses}
-        others = [k for k in index.readers_of_data(site.weight) if k not in own]
+        others = [k for k in index.readers_of(index.family(site.weight)) if k not in own]
         named = f" ({', '.join(node_label(index.node(k)) for k in others)})" if others else ""
         return (
             f"its weight has other readers and would stay: factors would come on top of it{named}"

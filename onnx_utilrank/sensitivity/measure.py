@@ -12,6 +12,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.channels import channel_patches
 from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.inner import forgiven
+from onnx_utilrank.ranking.tied import tied
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
     two_sided_site,
@@ -27,6 +28,7 @@ from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
+from onnx_utilrank.sites.tied import find_tied
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
@@ -87,6 +89,7 @@ def measure_sensitivity(
         added={s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites},
         readers=frozenset(g.met.site for h in basis for g in h.groups if g.met.side == "columns"),
         readers_of_units=of_units,
+        tied={table.key: head.key for table, head in find_tied(index, sites)},
         kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
     )
     spread = np.random.default_rng(seed).permutation(len(samples))
@@ -121,7 +124,8 @@ def measure_sensitivity(
         for one in measuring.decompose(group, whole):
             twins = [half[one.site.key] for half in halves if one.site.key in half]
             measured.append(one.expecting(twins))
-    return measured
+    places = {site.key: k for k, site in enumerate(sites)}
+    return sorted(measured, key=lambda one: places[one.site.key])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,7 @@ class _Measuring:
         added: By key, what is added to the features that a site makes, on their way.
         readers: Keys of the sites that read such features.
         readers_of_units: Keys of those that read units.
+        tied: Keys of tables and of the layers that share their weight.
         kernels: Kernels of Convs whose input channels are looked at, by node.
     """
 
@@ -150,26 +155,36 @@ class _Measuring:
     added: Mapping[str, np.ndarray]
     readers: frozenset[str]
     readers_of_units: frozenset[str]
+    tied: Mapping[str, str]
     kernels: Mapping[int, np.ndarray]
 
     def groups(self, sites: Sequence[Site], limit: int) -> Iterator[list[Site]]:
         """Sites in order, cut where their sums would hold more than `limit` numbers."""
         group: list[Site] = []
         held = 0
+        by_key, behind = {site.key: site for site in sites}, set(self.tied.values())
         for site in sites:
-            kernel = self.kernels.get(site.uses[0].node)
-            need = 2 * site.full_rank**2
-            if kernel is not None:
-                need += 2 * kernel.shape[1] ** 2
-            elif site.key in self.readers_of_units:
-                need += site.d**2
+            if site.key in behind:  # it comes with its table
+                continue
+            joined = [site, *(by_key[key] for key in (self.tied.get(site.key),) if key)]
+            need = sum(map(self._need, joined))
             if group and held + need > limit:
                 yield group
                 group, held = [], 0
-            group.append(site)
+            group += joined
             held += need
         if group:
             yield group
+
+    def _need(self, site: Site) -> int:
+        """Numbers that the sums of a site hold."""
+        kernel = self.kernels.get(site.uses[0].node)
+        need = 2 * site.full_rank**2
+        if kernel is not None:
+            need += 2 * kernel.shape[1] ** 2
+        elif site.key in self.readers_of_units:
+            need += site.d**2
+        return need
 
     def collect(
         self, sites: Sequence[Site], parts: Sequence[Sequence[int]]
@@ -204,7 +219,7 @@ class _Measuring:
             if seen[site.key].side.moment.rows:
                 found.append(self._decomposed(site, seen[site.key]))
         self.progress("decomposing", len(sites), len(sites))
-        return found
+        return tied(found, list(self.tied.items()))
 
     def predict(self, found: Sequence[TwoSidedSite], samples: Sequence[int]) -> list[TwoSidedSite]:
         """The same sites with the larger of both predictions."""

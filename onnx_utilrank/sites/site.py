@@ -176,6 +176,8 @@ class Site:
         dtype: Element type of the weight, which the factors keep.
         freed: Whether the weight goes from the file once the uses are rewritten; False where
             something else reads it too, so that factors would come on top of it.
+        tied: Key of another site whose weight is this one transposed: both are factored, as one, or
+            neither. The weight and its factors are put down to the one that has it `freed`.
     """
 
     key: str
@@ -186,6 +188,7 @@ class Site:
     d: int
     dtype: np.dtype[np.generic]
     freed: bool
+    tied: str | None = None
 
     @property
     def parameters(self) -> int:
