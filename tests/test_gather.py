@@ -325,7 +325,7 @@ def test_tied_basis_loses_what_it_says_and_less_than_those_of_the_ends():
         gone = np.eye(N) - kept
         return float(np.trace(end.gamma @ gone @ end.moment.covariance @ gone.T)) / 2
 
-    apart: list[list[float]] = []
+    separate: list[list[float]] = []
     together: list[float] = []
     highest = [0.0, 0.0]  # of all larger ranks too: no rank is taken for worse than a lower one
     for rank in range(N, -1, -1):
@@ -336,10 +336,10 @@ def test_tied_basis_loses_what_it_says_and_less_than_those_of_the_ends():
         np.testing.assert_allclose([one.errors[rank] for one in both], highest, rtol=0, atol=scale)
         if 0 < rank < N:
             own = [ends[0].found.kept(rank).T, ends[1].found.kept(rank)]
-            apart.append([lost(ends[0], p.T) + lost(ends[1], p) for p in own])
+            separate.append([lost(ends[0], p.T) + lost(ends[1], p) for p in own])
             together.append(sum(losses))
     # By far better than the basis of either end, where the two have nothing in common.
-    assert np.log(together).mean() < np.log(apart).mean(0).min() - 1
+    assert np.log(together).mean() < np.log(separate).mean(0).min() - 1
 
 
 def test_tied_ends_are_measured_together_where_memory_is_short(

@@ -106,9 +106,13 @@ def balanced(left: np.ndarray, right: np.ndarray) -> Factors:
     The left factor has to have orthonormal columns. Even factors survive half precision and
     quantization better than ones that differ in scale by the spectrum of W.
     """
-    u, s, vt = np.linalg.svd(right, full_matrices=False)
-    root = np.sqrt(s)
-    return Factors(left=(left @ u) * root, right=root[:, None] * vt)
+    # A decomposition of `right` itself is slow where it is long: that of a table is as long as the
+    # vocabulary. Singular values are taken from the rows, so that small ones are true too.
+    _, u = eigenbasis(right @ right.T)
+    rows = u.T @ right
+    root = np.sqrt(np.linalg.norm(rows, axis=1))
+    scale = np.where(root > 0, root, 1.0)
+    return Factors(left=(left @ u) * root, right=rows / scale[:, None])
 
 
 def factored(left: np.ndarray, right: np.ndarray) -> Factors:
@@ -187,8 +191,7 @@ def optimal(
         spectrum = s * s
     else:
         if mixed:
-            mapped = metric.root_t @ weight
-            gram = mapped @ mapped.T
+            gram = metric.root_t @ (weight @ weight.T) @ metric.root_t.T
             level = trace / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
             second = (1 - mixed) * second + (mixed * level) * gram
         spectrum, u = eigenbasis(second)
