@@ -342,6 +342,13 @@ def test_tied_basis_loses_what_it_says_and_less_than_those_of_the_ends():
     assert np.log(together).mean() < np.log(separate).mean(0).min() - 1
 
 
+def test_tied_table_of_which_one_token_came_is_factored():
+    feeds = [{"ids": np.full((4, L), 7)} for _ in range(20)]
+    result = compress(tied("transpose"), feeds, only_tied(0.8))
+    assert len({e.rank for e in result.plan.factored}) == 1
+    assert "T" not in constants(result.model)
+
+
 def test_tied_ends_are_measured_together_where_memory_is_short(
     caplog: pytest.LogCaptureFixture,
 ):

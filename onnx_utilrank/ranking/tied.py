@@ -41,8 +41,9 @@ def tie(table: TwoSidedSite, head: TwoSidedSite) -> tuple[TwoSidedSite, TwoSided
         head: The layer that multiplies with the table, measured by its inputs.
     """
     seen, weighed = (_covariance(each.found) for each in (table, head))
-    traces = np.trace(head.gamma) * np.trace(table.gamma) / (np.trace(seen) * np.trace(weighed))
-    alpha = float(np.sqrt(traces)) if np.isfinite(traces) and traces > 0 else 1.0
+    first = np.trace(head.gamma) * np.trace(table.gamma)
+    second = np.trace(seen) * np.trace(weighed)
+    alpha = float(np.sqrt(first / second)) if first > 0 and second > 0 else 1.0
     metric = Metric.of(head.gamma + alpha * seen)
     _, u = eigenbasis(metric.root_t @ (weighed + table.gamma / alpha) @ metric.root_t.T)
     expand, reduce = metric.undone(u), u.T @ metric.root_t
