@@ -29,8 +29,8 @@ class Gather:
         """
         node = index.node(k)
         table, ids = node.input
-        kind = index.constant_type(table)
-        if kind is None or index.constant_type(ids) is not None:
+        kind = None if ids in index.constants else index.constant_type(table)
+        if kind is None:
             return None
         shape, dtype = kind
         if dtype.name not in FLOAT_TYPES or len(shape) < 2:
