@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto
 
 from onnx_utilrank.calibration.cache import Cache
-from onnx_utilrank.calibration.collect import Progress, collect, in_passes, usable_batch
+from onnx_utilrank.calibration.collect import Collected, Progress, collect, in_passes, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.comparison import compare
@@ -38,9 +38,11 @@ from onnx_utilrank.sites.find import find_sites, has_sites_in_functions, site_ma
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
-from onnx_utilrank.sites.site import RowView, Site, Skip
+from onnx_utilrank.sites.site import RowView, Side, Site, Skip
 from onnx_utilrank.statistics.divergence import rows_of
+from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.spill import spilled
+from onnx_utilrank.statistics.tokens import TokenCounts
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import find_losses
@@ -291,13 +293,16 @@ class Job:
             return [use_view(use, side) for use in site.uses] if side else []
 
         def sums(site: Site) -> dict[Hashable, int]:
-            return {view: SUM_BYTES * view.width**2 for view in views(site)}
+            return {
+                view: view.width * SUM_BYTES * (1 if view.one_hot else view.width)
+                for view in views(site)
+            }
 
         found: list[Measured] = []
         skips: list[Skip] = []
         cache = self._cache(samples, config)
         strides: dict[RowView, int] = {}
-        passes = list(in_passes(sites, sums, config.memory_budget // 2))
+        passes = list(in_passes([[s] for s in sites], sums, config.memory_budget // 2))
         for group in passes:
             collected = collect(
                 self.index,
@@ -313,15 +318,13 @@ class Job:
             for site in group:
                 self.progress("decomposing", len(found), len(sites))
                 side = method.side(site)
-                moment = None
+                moment, weight = None, site_matrix(self.index, site)
                 if side:
-                    moment = site_moment(
-                        site, side, collected.moments, own_biases(self.index, site)
-                    )
+                    moment = self._moment(site, side, collected, weight)
                     if not moment.rows:
                         skips += _skipped(site, "its input is empty on the calibration data")
                         continue
-                weight, cost = site_matrix(self.index, site), bias_cost(self.index, site)
+                cost = bias_cost(self.index, site)
                 found.append(spilled(method.measure(site, weight, moment, cost)))
         self.progress("decomposing", len(sites), len(sites))
         rows = {
@@ -333,6 +336,15 @@ class Job:
     def _cache(self, samples: Sequence[int], config: CalibrationConfig) -> Cache:
         folder = None if config.cache is None else Path(config.cache)
         return Cache.open(folder, self.store, self.data, samples)
+
+    def _moment(
+        self, site: Site, side: Side, collected: Collected, weight: np.ndarray
+    ) -> SecondMoment:
+        """The moment of x, or of W x, over all uses of a site; of a table that of W x."""
+        if not site.one_hot:
+            return site_moment(site, side, collected.moments, own_biases(self.index, site))
+        tokens = (collected.tokens[use.inputs] for use in site.uses)
+        return sum(tokens, TokenCounts.zero(site.d)).moment(weight)
 
     def ledger(self, unit: Unit, sites: Sequence[Site], samples: Sequence[int]) -> Ledger:
         """What the model and its sites cost in a unit."""

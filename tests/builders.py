@@ -110,7 +110,8 @@ class Form:
         exact: Operators of the model when W is factored at full rank.
         corrected: The same when the lost mean goes into the bias; empty where it cannot.
         alpha: α.
-        dtype: Element type of everything.
+        dtype: Element type of everything but ids.
+        ids: Element type of inputs that hold ids of d tokens; None where they hold values.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Form:
     corrected: list[str]
     alpha: float
     dtype: np.dtype[np.generic]
+    ids: np.dtype[np.generic] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -131,11 +133,17 @@ class Form:
     def data(self) -> list[Feed]:
         return [
             {
-                name: activations(1000 * k + j, *shape).astype(self.dtype)
+                name: self._given(1000 * k + j, shape)
                 for j, (name, shape) in enumerate(self.inputs.items())
             }
             for k in range(self.feeds)
         ]
+
+    def _given(self, seed: int, shape: Shape) -> np.ndarray:
+        if self.ids is None:
+            return activations(seed, *shape).astype(self.dtype)
+        d = self.weight.shape[1]
+        return np.random.default_rng(seed).integers(-d, d, shape, self.ids)  # also from the end
 
     def all_rows(self, feeds: Sequence[Feed]) -> np.ndarray:
         return np.concatenate([self.rows(feed) for feed in feeds]).astype(np.float64)
@@ -190,6 +198,7 @@ def form(
     axis: int = -1,
     alpha: float = 1.0,
     dtype: str = "float",
+    ids: str | None = None,
     fixed: bool = False,
     feeds: int = 10,
     opset: int = 17,
@@ -202,7 +211,8 @@ def form(
         key: [str(n) if fixed or k >= len(shape) - 1 else f"{key}{k}" for k, n in enumerate(shape)]
         for key, shape in inputs.items()
     }
-    given = ", ".join(f"{dtype}[{','.join(shape)}] {key}" for key, shape in dims.items())
+    kinds = {key: f"[{','.join(shape)}]" if shape else "" for key, shape in dims.items()}
+    given = ", ".join(f"{ids or dtype}{shape} {key}" for key, shape in kinds.items())
     cast = {
         key: a.astype(DTYPES[dtype]) if a.dtype == np.float64 else a
         for key, a in initializers.items()
@@ -223,6 +233,7 @@ def form(
         corrected=(exact if corrected is None else corrected).split(),
         alpha=alpha,
         dtype=DTYPES[dtype],
+        ids=None if ids is None else np.dtype(ids),
     )
 
 
@@ -645,6 +656,58 @@ CONV_TRANSPOSES = [
         exact="ConvTranspose Conv Add",
         b=B[:, None, None],
     ),
+]
+
+
+# --- Gather --------------------------------------------------------------------------------------
+
+
+def one_hot(feed: Feed) -> np.ndarray:
+    return np.eye(D)[feed["x"].reshape(-1)]
+
+
+def gathered(name: str, shape: Shape = (3, 4), **changes: object) -> Form:
+    """Tokens of a vocabulary of D looked up in a table of M features; ids may be negative."""
+    given = {
+        "inputs": {"x": shape},
+        "outputs": DIMS[len(shape) + 1],
+        "body": "y = Gather(T, x)",
+        "exact": "Gather MatMul",
+        "corrected": "Gather MatMul Add",
+        "rows": one_hot,
+        "ids": "int64",
+        "T": W.T,
+        **({} if shape else {"feeds": 64}),
+    }
+    return form(f"gather_{name}", **given | changes)  # type: ignore[arg-type]
+
+
+TABLE_BEHIND = {"T": None, "U": W}
+GATHERS = [
+    gathered("scalar", ()),
+    gathered("ids1", (12,)),
+    gathered("ids2"),
+    gathered("ids3", (2, 3, 4)),
+    gathered("int32", ids="int32"),
+    gathered("axis_from_the_end", body="y = Gather<axis=-2>(T, x)"),
+    gathered("opset7", opset=7),
+    gathered("opset11", opset=11),
+    gathered(
+        "ids_computed",
+        body="i = Cast<to=7>(x) y = Gather(T, i)",
+        ids="int32",
+        exact="Cast Gather MatMul",
+        corrected="Cast Gather MatMul Add",
+    ),
+    gathered("transposed", body="T = Transpose(U) y = Gather(T, x)", **TABLE_BEHIND),
+    gathered(
+        "add",
+        body="h = Gather(T, x) y = Add(h, b)",
+        exact="Gather MatMul Add",
+        b=B,
+    ),
+    gathered("float16", dtype="float16"),
+    gathered("double", dtype="double"),
 ]
 
 # --- where the weight comes from, versions, types -----------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from builders import (
     CONVS,
     FORMS,
+    GATHERS,
     GEMMS,
     MATMULS,
     Form,
@@ -75,7 +76,7 @@ def applies(kind: MoveKind, form: Form) -> bool:
 CASES = [
     pytest.param(kind, form, id=f"{kind.key}-{form}")
     for kind in KINDS
-    for form in FORMS
+    for form in (*FORMS, *GATHERS)
     if applies(kind, form)
 ]
 

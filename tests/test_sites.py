@@ -7,6 +7,7 @@ import onnx
 import pytest
 from builders import (
     FORMS,
+    GATHERS,
     UNRUNNABLE,
     Feed,
     Form,
@@ -49,7 +50,7 @@ def rows(width: int, count: int = 6) -> list[Feed]:
 # --- sites --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [*FORMS, *UNRUNNABLE], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, *GATHERS, *UNRUNNABLE], ids=str)
 def test_form_is_one_site_with_its_weight_as_a_matrix(form: Form):
     graph = index(form.proto)
     sites, skips = find_sites(graph)

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from builders import (
     FORMS,
+    GATHERS,
     UNRUNNABLE,
     Feed,
     Form,
@@ -70,7 +71,7 @@ def signature(proto: onnx.ModelProto) -> list[object]:
     return [proto.ir_version, list(proto.opset_import), inputs, list(proto.graph.output)]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [*FORMS, *GATHERS], ids=str)
 def test_full_rank_is_exact(form: Form):
     given = serial(form.proto)
     result = compress(form.proto, form.data(), EXACT)
@@ -314,7 +315,7 @@ def test_fields_of_a_later_onnx_are_kept():
     assert factored(proto).SerializeToString().count(later) == 2
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [*FORMS, *GATHERS], ids=str)
 def test_parts_of_a_form_that_are_not_its_weight_are_kept(form: Form):
     graph = index(form.proto)
     (site,), _ = find_sites(graph)

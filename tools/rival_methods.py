@@ -170,9 +170,14 @@ WHITENED_SVD = UniformRatio("whitened-svd", whitened_svd)
 ACTIVATION_SVD = UniformRatio("asvd", activation_svd)
 
 
+def _layers(job: Job) -> list[Site]:
+    """The sites but for tables of embeddings, which these methods know nothing of."""
+    return [site for site in job.sites if not site.one_hot]
+
+
 def measure_rival(job: Job, rival: UniformRatio, samples: Sequence[int]) -> Measurement:
     """Decompose every site by a method of one ratio."""
-    return job.measure_moments(rival, job.sites, samples, CompressConfig())
+    return job.measure_moments(rival, _layers(job), samples, CompressConfig())
 
 
 def ratio_at(lost: np.ndarray, allowed: float) -> float:
@@ -259,8 +264,9 @@ def measure_greedy(job: Job, losses: Sequence[OutputLoss], samples: Sequence[int
     few = samples[: max(GREEDY_SAMPLES, job.data.run or 1)]
     recorder = OutputRecorder(open_session(job.store, job.provider), losses, job.feeds(few))
     sites: list[Measured] = []
-    for k, site in enumerate(job.sites):
-        job.progress("cutting each weight alone", k, len(job.sites))
+    layers = _layers(job)
+    for k, site in enumerate(layers):
+        job.progress("cutting each weight alone", k, len(layers))
         weight = site_matrix(job.index, site)
         found = plain_svd(weight)
         lost = np.array(_lost_alone(job, recorder, site, weight, found))

@@ -9,14 +9,16 @@ import numpy as np
 
 from onnx_utilrank.calibration.cache import CHECKPOINT_SECONDS, Cache
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset
-from onnx_utilrank.calibration.survey import check_finite, survey
+from onnx_utilrank.calibration.survey import check_finite, expose, survey
 from onnx_utilrank.calibration.taps import TappedModel, insert_taps, row_stride, view_rows
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import InferenceError, Session, open_session
 from onnx_utilrank.sites.site import RowView, Site
+from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.tokens import TokenCounts
 
 __all__ = ["Collected", "Progress", "collect", "in_passes", "usable_batch"]
 
@@ -31,33 +33,35 @@ class Collected:
     """What calibration brought.
 
     Attributes:
-        moments: The moment of each row view.
-        strides: Every how many-th row of each view counted.
+        moments: The moment of each row view, one-hot ones apart.
+        strides: Every how many-th row of each of those counted.
+        tokens: What was counted of each view of one-hot rows.
     """
 
     moments: dict[RowView, SecondMoment]
     strides: dict[RowView, int]
+    tokens: dict[RowView, TokenCounts]
 
 
 def in_passes(
-    sites: Sequence[Site], sums: Callable[[Site], dict[Hashable, int]], budget: int
+    sites: Sequence[Sequence[Site]], sums: Callable[[Site], dict[Hashable, int]], budget: int
 ) -> Iterator[list[Site]]:
     """Sites in order, cut where their running sums would take more than the budget.
 
     Args:
-        sites: The sites.
+        sites: Sites that have to come together.
         sums: Bytes of the sums of a site by what they are of, which sites may share.
-        budget: Bytes. A site that needs more gets a pass for itself.
+        budget: Bytes. What needs more gets a pass for itself.
     """
     group: list[Site] = []
     held: dict[Hashable, int] = {}
-    for site in sites:
-        both = held | sums(site)
-        if group and sum(both.values()) > budget:
+    for joined in sites:
+        more = {of: needed for site in joined for of, needed in sums(site).items()}
+        if group and sum((held | more).values()) > budget:
             yield group
-            group, both = [], sums(site)
-        group.append(site)
-        held = both
+            group, held = [], {}
+        group += joined
+        held |= more
     if group:
         yield group
 
@@ -107,27 +111,34 @@ def collect(
     """
     views = list(dict.fromkeys(views))
     if not views:
-        return Collected(moments={}, strides={})
+        return Collected(moments={}, strides={}, tokens={})
     single = next(data.feeds(samples, batch=1))
-    observed = survey(index.store, list({v.tensor for v in views}), single, provider)
+    tokens = {v: TokenCounts.zero(v.width) for v in views if v.one_hot}
+    store = expose(index.store, {v.tensor for v in tokens} - single.keys())
+    views = [v for v in views if not v.one_hot]
+    observed = survey(store, list({v.tensor for v in views}), single, provider)
     singles = data.count_feeds(samples, batch=1)
     runs = data.count_feeds(samples, batch=batch)
     strides = {}
     for view in views:
         rows = view_rows(view, observed[view.tensor].shape) * singles
         strides[view] = row_stride(rows, rows // max(runs, 1), view.width)
-    tapped = insert_taps(index.store, views, observed, strides)
+    tapped = insert_taps(store, views, observed, strides)
     del observed
-    moments = _run(index, tapped, data, samples, provider, batch, progress, cache or Cache())
+    moments = _run(
+        index, tapped, tokens, data, samples, provider, batch, progress, cache or Cache()
+    )
     return Collected(
         moments=moments,
         strides={tap.view: tap.stride for tap in tapped.taps},
+        tokens=tokens,
     )
 
 
 def _run(
     index: GraphIndex,
     tapped: TappedModel,
+    tokens: Mapping[RowView, TokenCounts],
     data: Dataset,
     samples: Sequence[int],
     provider: Provider,
@@ -137,8 +148,9 @@ def _run(
 ) -> dict[RowView, SecondMoment]:
     # Sums of z = x - shift, of which the shift is taken out once, at the end.
     sums = {tap.view: SecondMoment.zero(tap.view.width) for tap in tapped.taps}
-    what = ("moments", provider.key, batch, [(tap.view, tap.stride) for tap in tapped.taps])
-    first = _resumed(cache.load(*what), sums)
+    taps = [(tap.view, tap.stride) for tap in tapped.taps]
+    what = ("moments", provider.key, batch, taps, list(tokens))
+    first = _resumed(cache.load(*what), sums, tokens)
     saved = time.monotonic()
     session = open_session(tapped.store, provider)
     own = tuple(o.name for o in index.store.outputs)
@@ -149,6 +161,9 @@ def _run(
         phases = {name: np.array([k % stride]) for stride, name in tapped.phases.items()}
         values = session.run({**feed, **phases})
         check_finite(index, {name: values[name] for name in own}, feed, provider)
+        for view, counts in tokens.items():
+            ids = values[view.tensor] if view.tensor in values else feed[view.tensor]
+            counts.add(_by_sample(ids, samples_in(feed)))
         for tap in tapped.taps:
             held = sums[tap.view]
             held.outer += values[tap.outer]
@@ -162,13 +177,15 @@ def _run(
                     f"overflow {values[tap.outer].dtype.name}, on the calibration data"
                 )
         if k + 1 == runs or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            cache.save(_state(sums, k + 1), *what)
+            cache.save(_state(sums, tokens, k + 1), *what)
             saved = time.monotonic()
         progress("calibrating", k + 1, runs)
     return {tap.view: sums[tap.view].shifted(tap.shift) for tap in tapped.taps}
 
 
-def _state(sums: Mapping[RowView, SecondMoment], done: int) -> dict[str, np.ndarray]:
+def _state(
+    sums: Mapping[RowView, SecondMoment], tokens: Mapping[RowView, TokenCounts], done: int
+) -> dict[str, np.ndarray]:
     """Sums over so many feeds, as a cache keeps them."""
     state = {"done": np.array(done)}
     for k, held in enumerate(sums.values()):
@@ -177,17 +194,31 @@ def _state(sums: Mapping[RowView, SecondMoment], done: int) -> dict[str, np.ndar
             f"{k} total": held.total,
             f"{k} rows": np.array(held.rows),
         }
+    for k, counted in enumerate(tokens.values()):
+        state |= {f"tokens {k} {name}": array for name, array in counted.state.items()}
     return state
 
 
-def _resumed(state: Mapping[str, np.ndarray] | None, sums: Mapping[RowView, SecondMoment]) -> int:
+def _resumed(
+    state: Mapping[str, np.ndarray] | None,
+    sums: Mapping[RowView, SecondMoment],
+    tokens: Mapping[RowView, TokenCounts],
+) -> int:
     """Go on with the sums of an earlier run; how many feeds it had done."""
     if state is None:
         return 0
     for k, held in enumerate(sums.values()):
         held.outer, held.total = state[f"{k} outer"], state[f"{k} total"]
         held.rows = int(state[f"{k} rows"])
+    for k, counted in enumerate(tokens.values()):
+        counted.restore({name: state[f"tokens {k} {name}"] for name in counted.state})
     return int(state["done"])
+
+
+def _by_sample(ids: np.ndarray, samples: int) -> np.ndarray:
+    """Ids as [samples, positions]; where the first axis does not count samples, all are of one."""
+    first = samples if ids.ndim and ids.shape[0] % samples == 0 else 1
+    return ids.reshape(first, -1)
 
 
 def _place(index: GraphIndex, value: str) -> str:

@@ -32,9 +32,9 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "compress",
         help="make a smaller model and validate it",
-        description="Measures on the samples what each product and Conv does to the outputs, "
-        "chooses a rank for it, puts factors in the place of its weight, and compares the result "
-        "with the original on samples that were held back.",
+        description="Measures on the samples what each product, Conv and embedding does to the "
+        "outputs, chooses a rank for it, puts factors in the place of its weight, and compares the "
+        "result with the original on samples that were held back.",
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")

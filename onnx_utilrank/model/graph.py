@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -232,6 +232,26 @@ class GraphIndex:
             self.freed_by(given, frozenset({k})) or not self._large(given)
             for given in filter(None, self.node(k).input)
         )
+
+    def family(self, name: str) -> frozenset[str]:
+        """All values that hold the data behind constant `name`, in any layout."""
+        known = {name}
+        ways = [name]
+        while ways:
+            each = ways.pop()
+            made = self.producers.get(each)
+            found = set() if made is None else {n for n in self.node(made).input if n}
+            for k in self.consumers.get(each, ()):
+                found.update(n for n in self.node(k).output if n in self.constants)
+            new = {n for n in found if self._large(n)} - known
+            known |= new
+            ways += new
+        return frozenset(known)
+
+    def readers_of(self, family: Collection[str]) -> list[int]:
+        """The nodes that read any of some values and make none of them, in order."""
+        found = {k for name in family for k in self.consumers.get(name, ())}
+        return sorted(k for k in found if not set(self.node(k).output) & set(family))
 
     def _large(self, name: str) -> bool:
         # The shape input of a Reshape is not the data.

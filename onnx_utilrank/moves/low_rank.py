@@ -37,7 +37,7 @@ class LowRank:
 
     def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`."""
-        return rank * (site.m + site.d * site.density)
+        return rank * (site.m if site.one_hot else site.m + site.d * site.density)
 
     def replace(
         self, surgeon: Surgeon, site: Site, factors: Factors, lost_mean: np.ndarray | None

@@ -36,7 +36,12 @@ class Pivot:
     key = "pivot"
 
     def applies(self, index: GraphIndex, site: Site) -> bool:
-        """Where the bias can be added behind the permutation, and nothing scales the output."""
+        """Where the bias can be added behind the permutation, and nothing scales the output.
+
+        A table that is looked up gains next to nothing by it.
+        """
+        if site.one_hot or site.tied:
+            return False
         counted_from_the_end = any(use.result.axis < 0 for use in site.uses)
         if counted_from_the_end and index.store.opset < NEGATIVE_AXES:
             return False

@@ -39,7 +39,7 @@ class Ledger:
     def dense(self, site: Site) -> float:
         """What the site costs as it is: what goes when it is factored."""
         if self.unit == "operations":
-            return self.rows[site.key] * site.parameters * site.density
+            return self.rows[site.key] * site.multiplications
         # A weight that stays whatever happens to this site is none of its cost.
         kept = site.parameters if site.freed else 0
         return float(kept * site.stored.itemsize) if self.unit == "bytes" else float(kept)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, TargetMissedError
-from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
@@ -114,7 +114,9 @@ class Offers:
             fingerprint=index.source.fingerprint(),
             choices=choices,
             bundles=tuple(
-                bundled(choices, hidden, shrunk, config.rank_multiple, channels) if hidden else ()
+                bundled(choices, hidden, shrunk, config.rank_multiple, channels)
+                if hidden or any(m.site.tied for m in measured)
+                else ()
             ),
             skips=tuple(skips),
             method=method,
@@ -269,6 +271,8 @@ def _choice(
             if config.moves is None and not kind.pays(site, move.rank, ledger.rows[site.key]):
                 continue
             stored = kind.parameters(site, move.rank) - LOW_RANK.parameters(site, move.rank)
+            if site.tied is not None and not site.freed:  # its factors are those of the other
+                stored -= LOW_RANK.parameters(site, move.rank)
             parameters = move.parameters + stored
             cost = ledger.factored(site, kind, move.rank, parameters)
             moves.append(replace(move, kind=kind.key, parameters=parameters, cost=cost))
@@ -356,17 +360,24 @@ def _entry(index: GraphIndex, measured: Measured, move: Move) -> PlanEntry:
         predicted_error=error,
         rows=None if moment is None else moment.rows,
         trusted=moment is None or moment.enough_rows,
-        reason=_reason(site, move),
+        reason=_reason(index, site, move),
     )
 
 
-def _reason(site: Site, move: Move) -> str:
+def _reason(index: GraphIndex, site: Site, move: Move) -> str:
     if move.kind == SHRINK:
         return "it shrinks with the features it makes or reads: see hidden"
     if move.rank is not None:
         return f"rank {move.rank} of {site.full_rank}"
+    if site.tied is not None and not site.freed:
+        return f"it shares its weight with {site.tied!r}, which says more"
     if not site.freed:
-        return "its weight has other readers and would stay: factors would come on top of it"
+        own = {use.node for use in site.uses}
+        others = [k for k in index.readers_of(index.family(site.weight)) if k not in own]
+        named = f" ({', '.join(node_label(index.node(k)) for k in others)})" if others else ""
+        return (
+            f"its weight has other readers and would stay: factors would come on top of it{named}"
+        )
     if site.break_even_rank < 1:
         return "no rank saves parameters on so narrow a weight"
     return "at this target it is worth more dense than at any rank that saves parameters"

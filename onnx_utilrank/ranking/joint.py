@@ -87,10 +87,28 @@ def bundled(
             )
         bundles.append(Bundle(members=members, hidden=each, moves=tuple(options)))
     for k, choice in enumerate(choices):
+        tied = choice.measured.site.tied
+        if tied is not None and choice.measured.site.freed:
+            members = (k, place[tied])
+            taken.update(members)
+            both = tuple(_as_one([choices[j] for j in members]))
+            bundles.append(Bundle(members=members, hidden=None, moves=both))
+    for k, choice in enumerate(choices):
         if k not in taken:
             alone = [Option(cost=m.cost, error=m.error, moves=(m,)) for m in choice.moves]
             bundles.append(Bundle(members=(k,), hidden=None, moves=tuple(alone)))
     return bundles
+
+
+def _as_one(choices: Sequence[Choice]) -> list[Option]:
+    """Moves that sites make at the same rank."""
+    first, *rest = ({m.rank: m for m in c.moves} for c in choices)
+    common = [rank for rank in first if all(rank in moves for moves in rest)]
+    together = [tuple(moves[rank] for moves in (first, *rest)) for rank in common]
+    return [
+        Option(cost=sum(m.cost for m in moves), error=sum(m.error for m in moves), moves=moves)
+        for moves in together
+    ]
 
 
 def _separately(choices: Sequence[Choice]) -> list[Option]:

@@ -137,8 +137,8 @@ def candidate_ranks(site: Site, top: int, multiple: int, *, force: bool) -> list
 
 
 def use_view(use: Use, side: Side) -> RowView:
-    """The rows of one side of a use."""
-    if side == "inputs":
+    """The rows of one side of a use; where x is one-hot, those of x say all of W x too."""
+    if side == "inputs" or use.inputs.one_hot:
         return use.inputs
     assert use.outputs is not None
     return use.outputs

@@ -7,7 +7,13 @@ import numpy as np
 
 from onnx_utilrank.ranking.method import Choice, Measured, Move
 from onnx_utilrank.sites.site import Side, Site
-from onnx_utilrank.statistics.factorize import Factors, Utilization, output_error, utilized
+from onnx_utilrank.statistics.factorize import (
+    Factors,
+    Utilization,
+    output_error,
+    utilized,
+    utilized_outputs,
+)
 from onnx_utilrank.statistics.moments import SecondMoment
 
 __all__ = ["UTILIZED_RANK", "UtilizedRank", "UtilizedSite", "at_energy"]
@@ -21,7 +27,7 @@ class UtilizedSite:
 
     Attributes:
         site: The site.
-        moment: Moment of x.
+        moment: Moment of x; of W x where x is one-hot.
         found: The subspaces.
     """
 
@@ -64,14 +70,22 @@ class UtilizedSite:
         if move.rank is None:
             return 0.0
         energy = float(self.found.output_values.sum())
+        if self.site.one_hot:
+            _, k_t = move.subspaces or (move.rank, move.rank)
+            lost = float(self.found.output_values[k_t:].sum())
+            return lost / max(energy, float(np.finfo(np.float64).tiny))
         product = self.factors(weight, move).product
         lost = output_error(weight, product, self.moment.uncentred)
         return lost / max(energy, float(np.finfo(np.float64).tiny))
 
     def lost_mean(self, weight: np.ndarray, factors: Factors, move: Move) -> np.ndarray:
         """See `Measured.lost_mean`; not used, as the paper leaves the bias alone."""
-        del move
-        return np.asarray((weight - factors.product) @ self.moment.mean)
+        mean = self.moment.mean
+        if self.site.one_hot:  # all inputs are kept: W' = P_T W
+            _, k_t = move.subspaces or (move.rank, move.rank)
+            basis = self.found.output_basis[:, :k_t]
+            return np.asarray(mean - basis @ (basis.T @ mean))
+        return np.asarray((weight - factors.product) @ mean)
 
 
 def at_energy(choices: Sequence[Choice], energy: float) -> list[Move]:
@@ -96,9 +110,8 @@ class UtilizedRank:
     moves: tuple[str, ...] | None = ("low-rank",)
 
     def side(self, site: Site) -> Side:
-        """The inputs: both subspaces follow from their moment."""
-        del site
-        return "inputs"
+        """The inputs: both subspaces follow from their moment; of a table the outputs."""
+        return "outputs" if site.one_hot else "inputs"
 
     def measure(
         self, site: Site, weight: np.ndarray, moment: SecondMoment | None, bias_cost: int
@@ -106,7 +119,7 @@ class UtilizedRank:
         """See `Method.measure`."""
         del bias_cost
         assert moment is not None
-        found = utilized(weight, moment)
+        found = utilized_outputs(weight, moment) if site.one_hot else utilized(weight, moment)
         return UtilizedSite(site=site, moment=moment, found=found)
 
     def ranks(self, measured: Measured, energy: float) -> tuple[int, int]:

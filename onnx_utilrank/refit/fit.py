@@ -14,6 +14,10 @@ __all__ = ["can_fit", "fit_layer"]
 def can_fit(layer: Layer) -> bool:
     """Whether a layer has one use, and a bias that takes what its mean output loses."""
     site = layer.measured.site
+    if site.one_hot or site.tied:
+        # Tokens come as they did, some of later ones not among the samples; and what is tied to
+        # them stays so.
+        return False
     if layer.projected and not site.wide:
         return False  # its outputs would be fitted, and the metric is of its inputs
     # A new bias can be added to factors; a weight that only shrinks keeps the nodes it has.

@@ -14,6 +14,7 @@ from onnx_utilrank.sites.site import Site, Use
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
+from onnx_utilrank.statistics.tokens import TokenCounts
 
 __all__ = ["Collector", "RowSums", "Seen", "collect_sensitivity"]
 
@@ -118,6 +119,7 @@ class Seen:
         inputs: The moment of the inputs, where it was asked for.
         input_total: Their sum, where it was asked for, [d].
         input_rows: Rows of that sum.
+        tokens: The tokens that a table was looked up at.
     """
 
     side: Sensitivity
@@ -125,6 +127,7 @@ class Seen:
     inputs: SecondMoment | None = None
     input_total: np.ndarray | None = None
     input_rows: int = 0
+    tokens: TokenCounts | None = None
 
     @property
     def input_mean(self) -> np.ndarray | None:
@@ -148,12 +151,16 @@ class Seen:
             inputs = inputs + other.inputs
         if total is not None and other.input_total is not None:
             total = total + other.input_total
+        tokens = self.tokens
+        if tokens is not None and other.tokens is not None:
+            tokens = tokens + other.tokens
         return Seen(
             side=self.side + other.side,
             channels=channels,
             inputs=inputs,
             input_total=total,
             input_rows=self.input_rows + other.input_rows,
+            tokens=tokens,
         )
 
 
@@ -194,6 +201,7 @@ class Collector:
         ]
         self._input_total = np.zeros(site.d) if input_mean else None
         self._input_rows = 0
+        self._tokens = TokenCounts.zero(site.d) if site.one_hot else None
 
     @property
     def seen(self) -> Seen:
@@ -204,6 +212,7 @@ class Collector:
             inputs=self._inputs.moment if self._inputs else None,
             input_total=self._input_total,
             input_rows=self._input_rows,
+            tokens=self._tokens,
         )
 
     def add(self, use: Use, rows: UseRows, samples: int, share: float, phase: int) -> None:
@@ -218,6 +227,9 @@ class Collector:
         """
         live = torch.stack([g.abs().amax(-1) for g in rows.gradients]).amax(0) > 0
         self._rows.add(*self._side.rows(use, rows, samples), live, share, phase)
+        if self._tokens is not None:
+            ids = rows.inputs.reshape(live.shape).cpu().numpy()
+            self._tokens.add(ids, live.cpu().numpy())
         for block, columns in zip(self._blocks, self._groups, strict=True):
             for gradient in rows.gradients:
                 flat = gradient.reshape(-1, gradient.shape[-1])[:, columns]
@@ -240,6 +252,8 @@ class Collector:
         held |= {f"block {k}": block.numpy() for k, block in enumerate(self._blocks)}
         if self._input_total is not None:
             held["input total"] = self._input_total
+        if self._tokens is not None:
+            held |= {f"tokens {part}": array for part, array in self._tokens.state.items()}
         for name, sums in self._sums.items():
             held |= {f"{name} {part}": array for part, array in sums.state.items()}
         return held
@@ -256,6 +270,8 @@ class Collector:
             np.copyto(block.numpy(), state[f"block {k}"], casting="no")
         if self._input_total is not None:
             np.copyto(self._input_total, state["input total"], casting="no")
+        if self._tokens is not None:
+            self._tokens.restore({part: state[f"tokens {part}"] for part in self._tokens.state})
         for name, sums in self._sums.items():
             parts = (key for key in state if key.startswith(f"{name} "))
             sums.restore({key.removeprefix(f"{name} "): state[key] for key in parts})

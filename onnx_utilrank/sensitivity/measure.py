@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.channels import channel_patches
 from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.inner import forgiven
+from onnx_utilrank.ranking.tied import tied
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
     two_sided_site,
@@ -33,6 +34,7 @@ from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
+from onnx_utilrank.sites.tied import find_tied
 from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -93,6 +95,7 @@ def measure_sensitivity(
         added={s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites},
         readers=frozenset(g.met.site for h in basis for g in h.groups if g.met.side == "columns"),
         readers_of_units=of_units,
+        tied={table.key: head.key for table, head in find_tied(index, sites)},
         kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
     )
     spread = np.random.default_rng(seed).permutation(len(samples))
@@ -104,7 +107,7 @@ def measure_sensitivity(
     if not left_over and len(chosen) >= 2 * run:
         parts = [[s for k, s in enumerate(chosen) if k // run % 2 == half] for half in range(2)]
     budget = effort.statistics_bytes // len(parts)
-    passes = list(in_passes(sites, measuring.sums, budget))
+    passes = list(in_passes(measuring.joined(sites), measuring.sums, budget))
     measured: list[TwoSidedSite] = []
     for group in passes:
         seen = measuring.collect(group, parts)
@@ -120,7 +123,8 @@ def measure_sensitivity(
         for one in measuring.decompose(group, whole):
             twins = [half[one.site.key] for half in halves if one.site.key in half]
             measured.append(one.expecting(twins))
-    return measured, len(passes)
+    places = {site.key: k for k, site in enumerate(sites)}
+    return sorted(measured, key=lambda one: places[one.site.key]), len(passes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,7 @@ class _Measuring:
         cache: Where what was collected is kept.
         readers: Keys of the sites that read such features.
         readers_of_units: Keys of those that read units.
+        tied: Keys of tables and of the layers that share their weight.
         kernels: Kernels of Convs whose input channels are looked at, by node.
     """
 
@@ -151,7 +156,17 @@ class _Measuring:
     added: Mapping[str, np.ndarray]
     readers: frozenset[str]
     readers_of_units: frozenset[str]
+    tied: Mapping[str, str]
     kernels: Mapping[int, np.ndarray]
+
+    def joined(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """Sites in order; a table comes with the layer that shares its weight."""
+        by_key, behind = {site.key: site for site in sites}, set(self.tied.values())
+        return [
+            [site, *(by_key[key] for key in (self.tied.get(site.key),) if key)]
+            for site in sites
+            if site.key not in behind
+        ]
 
     def sums(self, site: Site) -> dict[Hashable, int]:
         """Bytes of the running sums of a site."""
@@ -253,7 +268,7 @@ class _Measuring:
             if seen[site.key].side.moment.rows:
                 found.append(spilled(self._decomposed(site, seen[site.key])))
         self.progress("decomposing", len(sites), len(sites))
-        return found
+        return tied(found, list(self.tied.items()))
 
     def predict(
         self, found: Sequence[TwoSidedSite], fitted: Sequence[int], samples: Sequence[int]
@@ -315,7 +330,10 @@ class _Measuring:
     def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
         weight = site_matrix(self.index, site)
         cost = bias_cost(self.index, site)
-        found = two_sided_site(site, weight, seen.side, cost, seen.input_mean)
+        side = seen.side
+        if seen.tokens is not None:
+            side = replace(side, moment=seen.tokens.moment(weight))
+        found = two_sided_site(site, weight, side, cost, seen.input_mean)
         if site.key in self.heads:
             own, gammas = self.biases[site.uses[0].node], seen.side.block_fishers()
             groups, added = self.heads[site.key], self.added[site.key]

@@ -1,20 +1,13 @@
-"""Biases: what a node adds itself, and the vector that is added right after it."""
+"""Biases: what a node adds itself, and the vector that is added right after it: found, or made."""
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.sites.site import BiasSlot, Site
+from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.sites.site import BiasSlot, Site, SiteKind, Use
 
-__all__ = ["added_bias", "own_biases"]
-
-
-def own_biases(index: GraphIndex, site: Site) -> dict[int, np.ndarray]:
-    """What the node of each use adds to W x itself, [m]; an Add behind it is not part of it."""
-    return {
-        use.node: use.bias.values(index, site.m) if use.bias.kind == "input" else np.zeros(site.m)
-        for use in site.uses
-    }
-
+__all__ = ["added_bias", "own_biases", "product_and_bias"]
 
 # Operators of com.microsoft that add a vector of their own to an input, and that vector's place
 # among their inputs; what they add it to may be any input before.
@@ -24,6 +17,14 @@ _ADDERS = {
     "SkipLayerNormalization": 4,
     "SkipSimplifiedLayerNormalization": 3,
 }
+
+
+def own_biases(index: GraphIndex, site: Site) -> dict[int, np.ndarray]:
+    """What the node of each use adds to W x itself, [m]; an Add behind it is not part of it."""
+    return {
+        use.node: use.bias.values(index, site.m) if use.bias.kind == "input" else np.zeros(site.m)
+        for use in site.uses
+    }
 
 
 def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlot | None:
@@ -64,3 +65,22 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
     if any(n != 1 for n in others) or not index.is_finite(name):
         return None
     return BiasSlot(kind="add", node=readers[0], name=name, shape=shape)
+
+
+def product_and_bias(
+    kind: SiteKind, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
+) -> list[gs.Node]:
+    """`SiteKind.chain` of an operator without gain or a bias of its own: a new one is an Add."""
+    y = surgeon.tensor(use.result.tensor)
+    if bias is None or use.bias.kind != "new":
+        return kind.product(surgeon, use, first, second, y)
+    product = surgeon.value(f"{y.name}/product")
+    return [
+        *kind.product(surgeon, use, first, second, product),
+        gs.Node(
+            op="Add",
+            name=surgeon.unique(f"{surgeon.index.node(use.node).name or y.name}/bias"),
+            inputs=[product, surgeon.tensor(bias)],
+            outputs=[y],
+        ),
+    ]

@@ -13,10 +13,11 @@ from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.sites.conv import CONV
 from onnx_utilrank.sites.conv_transpose import CONV_TRANSPOSE
+from onnx_utilrank.sites.gather import GATHER
 from onnx_utilrank.sites.gemm import GEMM
 from onnx_utilrank.sites.left import left_alone, quantized_operand
 from onnx_utilrank.sites.matmul import MATMUL
-from onnx_utilrank.sites.site import Site, SiteKind, Skip, Use
+from onnx_utilrank.sites.site import FLOAT_TYPES, Site, SiteKind, Skip, Use
 
 __all__ = [
     "SITE_KINDS",
@@ -28,11 +29,10 @@ __all__ = [
 ]
 
 # Adding an operator is one file beside this one and one entry here.
-SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV, CONV_TRANSPOSE)
+SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV, CONV_TRANSPOSE, GATHER)
 
 # Before it, Add and Gemm broadcast by attributes that later operators do not have.
 FIRST_OPSET = 7
-FLOAT_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 def site_kind(op_type: str) -> SiteKind:
@@ -70,7 +70,7 @@ def find_sites(
 
     Returns:
         The sites in graph order, and every node that is left alone though its operator is handled
-        or it holds a weight.
+        (of Gather those that look like an embedding) or it holds a weight.
 
     Raises:
         ConfigError: `op_types` names an operator that is not handled.
@@ -79,31 +79,32 @@ def find_sites(
     unknown = sorted(set(op_types or ()) - set(known))
     if unknown:
         raise ConfigError(f"op type {unknown[0]!r} cannot be factored; choose from {known}")
+    listed = [kind.op_type for kind in SITE_KINDS if kind.listed]
     groups: defaultdict[tuple[str, str, str], list[Use]] = defaultdict(list)
     skips: list[Skip] = []
     for k, node in enumerate(index.store.proto.graph.node):
-        skips.extend(_nested(node, known))
+        skips.extend(_nested(node, listed))
         if node.domain not in ("", "ai.onnx") or node.op_type not in known:
             left = left_alone(index, node)
             skips.extend([left] if left else [])
             continue
         found: Use | Skip | None = None
-        if index.store.opset < FIRST_OPSET:
+        if len(node.input) >= 2 and all(node.input[:2]) and node.output:
+            found = site_kind(node.op_type).match(index, k)
+        if found is not None and index.store.opset < FIRST_OPSET:
             reason = f"opset {index.store.opset} is older than {FIRST_OPSET}"
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
-        elif len(node.input) >= 2 and all(node.input[:2]) and node.output:
-            found = site_kind(node.op_type).match(index, k)
         found = found or quantized_operand(index, node)
-        if found is None:
+        if found is None and node.op_type in listed:
             reason = "no operand is a constant weight"
             found = Skip(node=node_label(node), op_type=node.op_type, reason=reason)
-        if index.spans:
+        if found is not None and index.spans:
             found = _relabelled(found, node_label(index.origin(k)))
         if isinstance(found, Use):
             found = _refused(index, found, op_types, include, exclude) or found
         if isinstance(found, Skip):
             skips.append(found)
-        else:
+        elif found is not None:
             groups[found.weight, found.op_type, found.layout].append(found)
     skips.extend(
         Skip(
@@ -113,7 +114,7 @@ def find_sites(
         )
         for function in index.store.proto.functions
         for node in function.node
-        if node.op_type in known
+        if node.op_type in listed
     )
     # Parts of one node say the same.
     unique = dict.fromkeys(skips) if index.spans else skips

@@ -25,6 +25,8 @@ def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tup
         sites: Its sites.
         values: What `values_followed` names, on one sample.
     """
+    # A table that is looked up makes features too, but of tokens never seen nothing is known.
+    sites = [site for site in sites if not site.one_hot]
     trace = Trace(index, sites, values)
     trace.run()
     units = UnitTrace(index, sites, values)

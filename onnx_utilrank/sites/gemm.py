@@ -23,6 +23,7 @@ class Gemm:
     """
 
     op_type = "Gemm"
+    listed = True
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See `SiteKind.match`."""

@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.model.surgeon import Surgeon
-from onnx_utilrank.sites.bias import added_bias
+from onnx_utilrank.sites.bias import added_bias, product_and_bias
 from onnx_utilrank.sites.site import BiasSlot, RowView, Skip, Use
 from onnx_utilrank.statistics.factorize import Factors
 
@@ -22,6 +22,7 @@ class MatMul:
     """
 
     op_type = "MatMul"
+    listed = True
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See `SiteKind.match`."""
@@ -99,19 +100,7 @@ class MatMul:
         self, surgeon: Surgeon, use: Use, first: str, second: str, bias: str | None
     ) -> list[gs.Node]:
         """See `SiteKind.chain`."""
-        y = surgeon.tensor(use.result.tensor)
-        if bias is None or use.bias.kind != "new":
-            return self.product(surgeon, use, first, second, y)
-        product = surgeon.value(f"{y.name}/product")
-        return [
-            *self.product(surgeon, use, first, second, product),
-            gs.Node(
-                op="Add",
-                name=surgeon.unique(f"{surgeon.index.node(use.node).name or y.name}/bias"),
-                inputs=[product, surgeon.tensor(bias)],
-                outputs=[y],
-            ),
-        ]
+        return product_and_bias(self, surgeon, use, first, second, bias)
 
     def _product(
         self,

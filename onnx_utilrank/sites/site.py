@@ -15,10 +15,22 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.statistics.factorize import Factors
 
-__all__ = ["BiasSlot", "Patches", "RowView", "Side", "Site", "SiteKind", "Skip", "Use"]
+__all__ = [
+    "FLOAT_TYPES",
+    "BiasSlot",
+    "Patches",
+    "RowView",
+    "Side",
+    "Site",
+    "SiteKind",
+    "Skip",
+    "Use",
+]
 
 
 Side = Literal["inputs", "outputs"]
+
+FLOAT_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +81,15 @@ class RowView:
         axis: The feature axis; negative axes count from the end.
         width: Features in a row.
         patches: Set where the rows are the unfolded patches (im2col) of a Conv's input.
+        one_hot: Whether each row is all 0 but for a 1, and the tensor holds integers: the places of
+            those, in [-width, width). The rows themselves are never formed.
     """
 
     tensor: str
     axis: int
     width: int
     patches: Patches | None = None
+    one_hot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +192,8 @@ class Site:
         stored: Element type that the file holds it in: another one where a Cast lies between.
         freed: Whether the weight goes from the file once the uses are rewritten; False where
             something else reads it too, so that factors would come on top of it.
+        tied: Key of another site whose weight is this one transposed: both are factored, as one, or
+            neither. The weight and its factors are put down to the one that has it `freed`.
     """
 
     key: str
@@ -188,6 +205,7 @@ class Site:
     dtype: np.dtype[np.generic]
     stored: np.dtype[np.generic]
     freed: bool
+    tied: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -199,6 +217,16 @@ class Site:
         """Share of a row x that has to be multiplied; see `Patches.density`."""
         patches = self.uses[0].inputs.patches
         return patches.density if patches else 1.0
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether its outputs are columns of W, picked by number: W is an embedding's table."""
+        return self.uses[0].inputs.one_hot
+
+    @property
+    def multiplications(self) -> float:
+        """Multiply-accumulates that a row of the output takes."""
+        return 0 if self.one_hot else self.parameters * self.density
 
     @property
     def full_rank(self) -> int:
@@ -236,6 +264,9 @@ class SiteKind(Protocol):
     """How one operator takes part: the one thing to write, and list in `SITE_KINDS`, for an op."""
 
     op_type: str
+    listed: bool
+    """Whether a node without a constant weight is worth a line in a report: not a Gather, most of
+    which have to do with shapes."""
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:
         """See node `k` as a use of a weight; None where it has no constant operand at all."""

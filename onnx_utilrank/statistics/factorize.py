@@ -25,6 +25,7 @@ __all__ = [
     "optimal",
     "plain_svd",
     "utilized",
+    "utilized_outputs",
 ]
 
 
@@ -105,9 +106,13 @@ def balanced(left: np.ndarray, right: np.ndarray) -> Factors:
     The left factor has to have orthonormal columns. Even factors survive half precision and
     quantization better than ones that differ in scale by the spectrum of W.
     """
-    u, s, vt = np.linalg.svd(right, full_matrices=False)
-    root = np.sqrt(s)
-    return Factors(left=(left @ u) * root, right=root[:, None] * vt)
+    # A decomposition of `right` itself is slow where it is long: that of a table is as long as the
+    # vocabulary. Singular values are taken from the rows, so that small ones are true too.
+    _, u = eigenbasis(right @ right.T)
+    rows = u.T @ right
+    root = np.sqrt(np.linalg.norm(rows, axis=1))
+    scale = np.where(root > 0, root, 1.0)
+    return Factors(left=(left @ u) * root, right=rows / scale[:, None])
 
 
 def factored(left: np.ndarray, right: np.ndarray) -> Factors:
@@ -173,7 +178,6 @@ def optimal(
     moment = inputs if inputs is not None else outputs
     assert moment is not None
     second = moment.covariance if centred else moment.uncentred
-    mapped = metric.root_t @ weight
     if outputs is not None:
         second = metric.root_t @ second @ metric.root_t.T
     mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)
@@ -182,12 +186,15 @@ def optimal(
         second = (1 - mixed) * second
         second[np.diag_indices_from(second)] += mixed * trace / inputs.width
         values, vectors = eigenbasis(second)
+        mapped = metric.root_t @ weight
         u, s, _ = np.linalg.svd((mapped @ vectors) * np.sqrt(values), full_matrices=False)
         spectrum = s * s
     else:
-        gram = mapped @ mapped.T
-        level = trace / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
-        spectrum, u = eigenbasis((1 - mixed) * second + (mixed * level) * gram)
+        if mixed:
+            gram = metric.root_t @ (weight @ weight.T) @ metric.root_t.T
+            level = trace / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+            second = (1 - mixed) * second + (mixed * level) * gram
+        spectrum, u = eigenbasis(second)
     rank = min(weight.shape)
     u, spectrum = u[:, :rank], spectrum[:rank]
     return Decomposition(
@@ -275,35 +282,40 @@ class Utilization:
 
     Attributes:
         input_values: Eigenvalues of M = E[x x^T], uncentred, [d].
-        input_basis: Its eigenvectors as columns [d, d].
+        input_basis: Its eigenvectors as columns [d, d]; None where no input is left out.
         output_values: Eigenvalues of W M W^T, [min(m, d)]: it has no more that are not zero.
         output_basis: Their eigenvectors as columns [m, min(m, d)].
     """
 
     input_values: np.ndarray
-    input_basis: np.ndarray
+    input_basis: np.ndarray | None
     output_values: np.ndarray
     output_basis: np.ndarray
 
     def ranks(self, energy: float) -> tuple[int, int]:
         """k_S and k_T: how many directions hold `energy` of the inputs' and outputs' energy."""
-        k_t = energy_rank(self.output_values, energy)
-        return energy_rank(self.input_values, energy), len(
-            self.output_basis
-        ) if energy >= 1 else k_t
+        k_s, k_t = (energy_rank(v, energy) for v in (self.input_values, self.output_values))
+        if self.input_basis is None:
+            k_s = len(self.input_values)
+        return k_s, len(self.output_basis) if energy >= 1 else k_t
 
     def factors(self, weight: np.ndarray, k_s: int, k_t: int) -> Factors:
         """W' = P_T W P_S factored at its rank r = min(k_S, k_T).
 
         The paper writes rows, hence P_S W P_T. The product is exact: W' has no larger rank.
         """
-        t, s = self.output_basis[:, :k_t], self.input_basis[:, :k_s]
+        t = self.output_basis[:, :k_t]
         if k_t >= len(self.output_values):
             t = np.eye(len(weight))  # all directions, also those that the data leave at zero
-        u, values, vt = np.linalg.svd(t.T @ weight @ s, full_matrices=False)
+        core = t.T @ weight
+        if self.input_basis is not None:
+            core = core @ self.input_basis[:, :k_s]
+        u, values, vt = np.linalg.svd(core, full_matrices=False)
         rank = min(k_s, k_t)
         u, root, vt = u[:, :rank], np.sqrt(values[:rank]), vt[:rank]
-        return Factors(left=(t @ u) * root, right=root[:, None] * (vt @ s.T))
+        if self.input_basis is not None:
+            vt = vt @ self.input_basis[:, :k_s].T
+        return Factors(left=(t @ u) * root, right=root[:, None] * vt)
 
 
 def utilized(weight: np.ndarray, inputs: SecondMoment) -> Utilization:
@@ -322,6 +334,22 @@ def utilized(weight: np.ndarray, inputs: SecondMoment) -> Utilization:
         input_basis=input_basis,
         output_values=output_values,
         output_basis=output_basis,
+    )
+
+
+def utilized_outputs(weight: np.ndarray, outputs: SecondMoment) -> Utilization:
+    """The same of a table of tokens: any may come, and each is a direction of its own.
+
+    Args:
+        weight: W [m, d], m at most d.
+        outputs: Moment of W x, width m.
+    """
+    values, basis = eigenbasis(outputs.uncentred)
+    return Utilization(
+        input_values=np.ones(weight.shape[1]),
+        input_basis=None,
+        output_values=values,
+        output_basis=basis,
     )
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from onnx_utilrank.errors import UtilrankError
+from onnx_utilrank.errors import ModelError, UtilrankError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import INLINE_LIMIT, ModelStore
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import find_move
 from onnx_utilrank.moves.shrink import Shrinking, shrink
+from onnx_utilrank.moves.tied import replace_tied
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import Factors
 
@@ -52,16 +53,33 @@ def rewrite(
         shrinkings: Features between other weights that shrink.
 
     Raises:
-        ModelError: A factor does not fit the dtype of its weight.
+        ModelError: A factor does not fit the dtype of its weight, or sites that share one have
+            factors of two ranks.
     """
     surgeon = Surgeon(index)
+    by_key = {replacement.site.key: replacement for replacement in replacements}
     for replacement in replacements:
+        site = replacement.site
+        if site.tied is not None:
+            if site.freed:
+                _tied(surgeon, replacement, by_key[site.tied])
+            continue
         find_move(replacement.move).replace(
-            surgeon, replacement.site, replacement.factors, replacement.lost_mean
+            surgeon, site, replacement.factors, replacement.lost_mean
         )
     for shrinking in shrinkings:
         shrink(surgeon, shrinking)
     return surgeon.finish()
+
+
+def _tied(surgeon: Surgeon, table: Replacement, head: Replacement) -> None:
+    if table.factors.rank != head.factors.rank:
+        raise ModelError(
+            f"{surgeon.index.store.label}: {table.site.key!r} and {head.site.key!r} share one "
+            f"weight: it cannot be of rank {table.factors.rank} and {head.factors.rank}"
+        )
+    lost = table.lost_mean, head.lost_mean
+    replace_tied(surgeon, table.site, head.site, table.factors, lost)
 
 
 def check_contract(source: ModelStore, result: ModelStore) -> None:
