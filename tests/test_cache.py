@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,7 @@ def made(result: CompressResult) -> tuple[str, bytes]:
 
 
 def config(name: str, folder: Path) -> CompressConfig:
-    given = CONFIGS[name]
-    fields = {f: getattr(given, f) for f in ("param_ratio", "memory_budget", "moves", "method")}
-    return CompressConfig(**fields, cache=folder)
+    return replace(CONFIGS[name], cache=folder)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -112,6 +111,33 @@ def test_run_that_was_stopped_goes_on_where_it_was(
         assert made(result) == made(expected)
 
 
+@pytest.mark.parametrize("method", [None, "one-sided"])
+def test_counts_of_tokens_are_kept_too(
+    tmp_path: Path, method: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    for module in ("calibration.collect", "sensitivity.measure"):
+        monkeypatch.setattr(f"onnx_utilrank.{module}.CHECKPOINT_SECONDS", 0.0)
+    table = (noise(1, 60, 4) @ noise(2, 4, 16) + 0.1 * noise(3, 60, 16)).astype(np.float32)
+    lookup = model(
+        "(int64[n,5] ids) => (float[n,7] y)",
+        "e = Gather(T, ids) s = ReduceMean<axes = [1], keepdims = 0>(e) y = MatMul(s, W)",
+        T=table,
+        W=noise(4, 16, 7).astype(np.float32),
+    )
+    ids = {"ids": np.random.default_rng(5).integers(0, 30, (200, 5))}
+    options = CompressConfig(param_ratio=0.7, method=method, include=("T",))
+    cached = replace(options, cache=tmp_path / "c")
+    expected = compress(lookup, ids, options)
+    assert [entry.site for entry in expected.plan.factored] == ["T"]
+    whole, rest = Watch("calibrating"), Watch("calibrating")
+    compress(lookup, ids, options, progress=whole)
+    with pytest.raises(KeyboardInterrupt):
+        compress(lookup, ids, cached, progress=Watch("calibrating", whole.count // 2))
+    result = compress(lookup, ids, cached, progress=rest)
+    assert rest.count == whole.count - whole.count // 2 - 1
+    assert made(result) == made(expected)
+
+
 def other_model() -> onnx.ModelProto:
     changed = proto()
     tensor = next(t for t in changed.graph.initializer if t.name == "w2")
@@ -136,12 +162,11 @@ def test_statistics_of_another_model_or_data_are_never_used(
     compress(proto(), data(), config(name, folder))
     before = len(entries(folder))
     more = {"seed": {"seed": 1}, "samples": {"samples": 150}}.get(changed, {})
-    fields = {f: getattr(config(name, folder), f) for f in ("param_ratio", "method", "cache")}
     watch = Watch("calibrating")
     compress(
         other_model() if changed == "model" else proto(),
         other_data() if changed == "data" else data(),
-        CompressConfig(**fields, **more),
+        replace(config(name, folder), **more),
         progress=watch,
     )
     assert watch.count > 0

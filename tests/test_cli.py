@@ -338,3 +338,14 @@ def test_the_module_runs_as_a_program(tmp_path, data):
     command = [sys.executable, "-m", "onnx_utilrank", "analyze", CNN, "--data", data, "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["layers"]
+
+
+def test_interruption_is_one_line_and_leaves_nothing(run, data, monkeypatch):
+    def stopped(*_given, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onnx_utilrank.pipeline.Job.measure", stopped)
+    status, out, err = run("compress", CNN, "-o", "o.onnx", "--data", data, "--param-ratio", 0.5)
+    assert (status, out) == (130, "")
+    assert [line for line in err.splitlines() if line] == ["onnx-utilrank: interrupted"]
+    assert not Path("o.onnx").exists()

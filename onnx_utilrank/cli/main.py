@@ -21,7 +21,11 @@ EXIT_STATUS = """exit status:
   2  usage: options that are wrong or contradict each other
   3  the target or a tolerance was missed
   4  an execution provider was asked for and is not available
-  5  the model, the plan or the data cannot be used"""
+  5  the model, the plan or the data cannot be used
+  130  interrupted from the keyboard"""
+
+# As shells have it: 128 and the number of the signal.
+INTERRUPTED = 130
 
 
 class _OneLine(logging.Formatter):
@@ -68,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UtilrankError as e:
         print(f"onnx-utilrank: error: {e}", file=sys.stderr)
         return e.exit_status
+    except KeyboardInterrupt:
+        print("onnx-utilrank: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status
 
 
