@@ -108,9 +108,9 @@ class Job:
         """
         found = find_provider(config.provider, config.custom_op_libraries)
         source = ModelStore.load(model)
-        index = index_model(inlined(source) if has_sites_in_functions(source) else source)
         # What ONNX Runtime refuses ends here, before anything rests on it.
         session = open_session(source, found)
+        index = index_model(inlined(source) if has_sites_in_functions(source) else source)
         sites, skips = find_sites(
             index, op_types=config.op_types, include=config.include, exclude=config.exclude
         )

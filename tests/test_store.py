@@ -173,7 +173,11 @@ def test_every_tensor_counts_wherever_it_is():
 # --- external data ------------------------------------------------------------------------------
 
 
-def test_external_data_stay_external(tmp_path: Path):
+@pytest.mark.parametrize(("large", "alignment"), [(0, 4096), (2**20, 64)])
+def test_external_data_stay_external(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, alignment: int
+):
+    monkeypatch.setattr("onnx_utilrank.model.external.LARGE", large)
     path = outside(tmp_path / "in")
     result = compress(path, feeds(), SMALLER)
     assert {e.rank for e in result.plan.entries} != {None}
@@ -185,7 +189,7 @@ def test_external_data_stay_external(tmp_path: Path):
     assert outside_now
     places = [{e.key: e.value for e in t.external_data} for t in outside_now]
     assert {place["location"] for place in places} == {"small.onnx.data"}
-    assert {int(place["offset"]) % 4096 for place in places} == {0}  # can be mapped
+    assert {int(place["offset"]) % alignment for place in places} == {0}  # can be mapped
     onnx.checker.check_model(out / "small.onnx", full_check=True)
     inline = compress(two_layers(), feeds(), SMALLER)
     feed = feeds()[0]

@@ -601,7 +601,7 @@ def test_old_opset():
 
 def test_nodes_in_a_circle():
     proto = builders.model(PAIR, "a = Add(x, b) b = Neg(a) y = Abs(b)")
-    with pytest.raises(ModelError, match="wait for each other"):
+    with pytest.raises(ModelError, match="waits for its own output"):
         graph_of(proto)
 
 

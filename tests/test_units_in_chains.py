@@ -174,9 +174,9 @@ def test_losses_are_predicted_on_samples_that_are_left_over(monkeypatch):
         seen.append(([list(p) for p in parts], []))
         return collect(self, sites, parts)
 
-    def predicted(self, found, samples):
+    def predicted(self, found, fitted, samples):
         seen[-1][1].extend(samples)
-        return predict(self, found, samples)
+        return predict(self, found, fitted, samples)
 
     monkeypatch.setattr(_Measuring, "collect", collected)
     monkeypatch.setattr(_Measuring, "predict", predicted)

@@ -212,11 +212,17 @@ def _node_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, object]]
 
 
 def _order_fault(graph: onnx.GraphProto) -> str | None:
-    """Whether a node reads what nothing makes, or nodes wait for each other's outputs.
+    """Whether a value is made twice or never, or nodes wait for each other's outputs.
 
     Nodes may stand before what they read: runtimes sort them.
     """
-    made = {name for node in graph.node for name in node.output}
+    made: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in made:
+                makers = f"{node_label(made[name])} and {node_label(node)}"
+                return f"value {name!r} is made twice, by {makers}"
+            made[name] = node
     given = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     given |= {t.values.name for t in graph.sparse_initializer}
     known = given | {""}

@@ -21,8 +21,9 @@ __all__ = [
     "mapped_array",
 ]
 
-# Readers that map the file want tensors to begin at pages.
-PAGE = 4096
+# Readers that map the file want large tensors to begin at pages, and any at a line of the cache.
+PAGE, LINE = 4096, 64
+LARGE = 2**20
 
 # The data file of a model that has no file of its own yet.
 DATA_FILE = "weights.data"
@@ -92,7 +93,7 @@ class ExternalWriter:
             OSError: The file cannot be written.
         """
         data = memoryview(data).cast("B")
-        self._file.write(b"\0" * (-self._file.tell() % PAGE))
+        self._file.write(b"\0" * (-self._file.tell() % (PAGE if len(data) >= LARGE else LINE)))
         entries = {"location": self._location, "offset": self._file.tell(), "length": len(data)}
         self._file.write(data)
         tensor.ClearField("raw_data")

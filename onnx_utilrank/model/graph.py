@@ -84,9 +84,6 @@ class GraphIndex:
             store: The model.
             source: What it is the plain form of, if it is.
             spans: What was taken apart for it.
-
-        Raises:
-            ModelError: Two nodes make the same value.
         """
         graph = store.proto.graph
         producers: dict[str, int] = {}
@@ -96,11 +93,6 @@ class GraphIndex:
         depths = dict.fromkeys(initializers, 0)
         for k, node in enumerate(graph.node):
             for name in filter(None, node.output):
-                if name in producers:
-                    raise ModelError(
-                        f"{store.label}: value {name!r} is made twice, by "
-                        f"{node_label(graph.node[producers[name]])} and {node_label(node)}"
-                    )
                 producers[name] = k
             for name in filter(None, node.input):
                 consumers[name].append(k)

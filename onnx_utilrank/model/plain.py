@@ -40,7 +40,7 @@ def index_model(store: ModelStore) -> GraphIndex:
     followed through; where there are none, the index is of the model itself.
 
     Raises:
-        ModelError: Two nodes make the same value, or a constant cannot be read.
+        ModelError: A constant cannot be read.
     """
     index = GraphIndex.build(store)
     plain = {}

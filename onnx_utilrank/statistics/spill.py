@@ -10,8 +10,9 @@ from onnx_utilrank.errors import UtilrankError
 
 __all__ = ["spilled"]
 
-# Bytes from which an array goes to a file; a square of 1448 numbers of 8 bytes.
-SPILLED = 2**24
+# Bytes from which an array goes to a file: a square of 362 numbers of 8 bytes. There are several of
+# each weight, and of a large model hundreds of weights.
+SPILLED = 2**20
 
 T = TypeVar("T")
 
