@@ -19,6 +19,7 @@ __all__ = [
     "all_names",
     "attributes",
     "captured_names",
+    "new_name",
     "node_label",
     "subgraphs",
 ]
@@ -283,3 +284,13 @@ def all_names(model: onnx.ModelProto) -> set[str]:
 
     visit(model.graph)
     return names
+
+
+def new_name(hint: str, taken: set[str]) -> str:
+    """A name that starts with `hint` and is not taken yet; then it is."""
+    name, k = hint, 0
+    while name in taken:
+        k += 1
+        name = f"{hint}_{k}"
+    taken.add(name)
+    return name

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnx_utilrank.model.einsum import matrix_product
-from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes
+from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, new_name
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = ["MOST_GROUPS", "index_model", "plain_model"]
@@ -98,12 +98,7 @@ class _Parts:
 
     def unique(self, stem: str) -> str:
         """A name that nothing has."""
-        name, k = stem, 0
-        while name in self.taken:
-            k += 1
-            name = f"{stem}_{k}"
-        self.taken.add(name)
-        return name
+        return new_name(stem, self.taken)
 
     def add(
         self,

@@ -20,7 +20,7 @@ from onnx.external_data_helper import uses_external_data
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnx_utilrank.model.external import DATA_FILE, SMALLEST_OUTSIDE, ExternalWriter, Scratch
-from onnx_utilrank.model.graph import GraphIndex, all_names
+from onnx_utilrank.model.graph import GraphIndex, all_names, new_name
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = ["Surgeon"]
@@ -69,12 +69,7 @@ class Surgeon:
 
     def unique(self, hint: str) -> str:
         """A name that no value or node of the model has, starting with `hint`."""
-        name, k = hint, 0
-        while name in self._taken:
-            k += 1
-            name = f"{hint}_{k}"
-        self._taken.add(name)
-        return name
+        return new_name(hint, self._taken)
 
     def value(self, hint: str) -> gs.Variable:
         """A new value of the graph."""

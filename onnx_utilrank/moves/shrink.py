@@ -113,7 +113,8 @@ def _rewrite_site(
         for at in sorted(columns):
             expand, taps = columns[at]
             each = matrix[:, at : at + n * taps].reshape(len(matrix), n, taps)
-            parts.append(np.einsum("mnt,nk->mkt", each, expand).reshape(len(matrix), -1))
+            of_kept = np.tensordot(each, expand, axes=(1, 0)).swapaxes(1, 2)
+            parts.append(of_kept.reshape(len(matrix), -1))
         matrix = np.concatenate(parts, axis=1)
     old = surgeon.index.constant(use.weight)
     assert old is not None

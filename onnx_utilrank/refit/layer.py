@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.statistics.factorize import Decomposition, Factors
+from onnx_utilrank.statistics.spill import spilled
 
 __all__ = ["Layer", "Refitted", "as_measured"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # slots would leave no place for what is computed once
 class Layer:
     """One site that is to be factored, or that shrinks with hidden features.
 
@@ -41,7 +43,7 @@ class Layer:
         """Whether its inputs, or of a Conv its input channels, are projected before all else."""
         return self.channels or self.units is not None
 
-    @property
+    @cached_property
     def projected_weight(self) -> np.ndarray:
         """W [m, d] of what the projection leaves of its inputs."""
         if not self.projected:
@@ -54,7 +56,7 @@ class Layer:
             projected[:, places] = of_kept
         else:
             projected = np.tensordot(places, of_kept, axes=(0, 1)).swapaxes(0, 1)
-        return projected.reshape(self.weight.shape)
+        return spilled(projected.reshape(self.weight.shape))
 
     @property
     def _projection(self) -> tuple[np.ndarray, np.ndarray]:
