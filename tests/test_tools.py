@@ -381,3 +381,26 @@ def test_move_costs_prints_a_row_for_each_shape(monkeypatch, capsys):
         ratios = dict(zip(head_of_convs, row, strict=True))
         assert all(float(ratios[f"−{n}"]) > 0 for n in move_costs.LEFT_OUT[1:])
     assert {dict(zip(head, row, strict=True))["on"] for row in rows} == {"the last axis", "axis 1"}
+
+
+# --- tools/large_model.py -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="tells memory on Linux alone")
+def test_large_model_is_made_and_compressed_beside_its_data(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(TOOLS)
+    large = importlib.import_module("large_model")
+    weights = large.build_large(tmp_path / "m.onnx", size=400_000, width=64)
+    store = ModelStore.load(tmp_path / "m.onnx")
+    assert store.has_external_data
+    assert 400_000 <= store.file_bytes < 600_000
+    assert sum(list(t.dims) in ([64, 256], [256, 64]) for t in store.tensors()) == weights
+    words = ["--gib", "0.0004", "--width", "64", "--samples", "20", "--memory-budget", "0.01"]
+    assert large.main(words) == 0
+    head, values = cells(capsys.readouterr().out)
+    row = dict(zip(head, values, strict=True))
+    assert row["weights"] == str(weights)
+    assert row["samples"] == "16"
+    assert float(row["anonymous memory, GiB"]) > 0
+    assert large.main([*words, "--param-ratio", "0.0001"]) == 1
+    assert "ended with status 3" in capsys.readouterr().err

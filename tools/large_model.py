@@ -107,7 +107,7 @@ def watched(command: Sequence[str | Path]) -> tuple[float, float]:
         subprocess.CalledProcessError: It failed.
     """
     start, most = time.perf_counter(), 0
-    with subprocess.Popen(command, stdout=sys.stderr) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             for line in status.read_text().splitlines():
