@@ -225,13 +225,15 @@ class _Builder:
         attrs: dict[str, Any] = {"auto_pad": patches.auto_pad}
         if patches.auto_pad == "NOTSET" and not patches.output_shape:
             attrs = {"pads": list(patches.pads)}
+        elif patches.auto_pad.startswith("SAME") and set(strides) == {1} and not patches.transposed:
+            attrs = {"pads": _same_pads(patches)}
         each = 1
         if patches.transposed:
             kernel = kernel.reshape(patches.channels, taps, *patches.kernel)
             for key in ("output_padding", "output_shape"):
                 if getattr(patches, key):
                     attrs[key] = list(getattr(patches, key))
-        elif not patches.auto_pad.startswith("SAME"):  # whose padding depends on the strides
+        elif "pads" in attrs or patches.auto_pad == "VALID":  # else it depends on the strides
             each = int(stride ** (1 / len(strides)) + 1e-9)
             strides = [s * each for s in strides]
         x = self.node(
@@ -263,6 +265,13 @@ class _Builder:
         if self.opset >= REDUCE_SUM_AXES_AS_INPUT:
             return self.node("ReduceSum", x, self.constant(np.array([axis])), keepdims=0)
         return self.node("ReduceSum", x, axes=[axis], keepdims=0)
+
+
+def _same_pads(patches: Patches) -> list[int]:
+    """The pads that `auto_pad` SAME stands for at strides of 1, where no extent matters."""
+    totals = [(k - 1) * step for k, step in zip(patches.kernel, patches.dilations, strict=True)]
+    less, more = [n // 2 for n in totals], [n - n // 2 for n in totals]
+    return [*less, *more] if patches.auto_pad == "SAME_UPPER" else [*more, *less]
 
 
 def _mean(sample: np.ndarray, axis: int) -> np.ndarray:
