@@ -269,7 +269,7 @@ class _Builder:
 
 def _same_pads(patches: Patches) -> list[int]:
     """The pads that `auto_pad` SAME stands for at strides of 1, where no extent matters."""
-    totals = [(k - 1) * step for k, step in zip(patches.kernel, patches.dilations, strict=True)]
+    totals = [(k - 1) * by for k, by in zip(patches.kernel, patches.dilations, strict=True)]
     less, more = [n // 2 for n in totals], [n - n // 2 for n in totals]
     return [*less, *more] if patches.auto_pad == "SAME_UPPER" else [*more, *less]
 
