@@ -223,7 +223,7 @@ class ModelStore:
         digest = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
         for tensor in self.tensors():
             if uses_external_data(tensor):
-                digest.update(self.array(tensor).tobytes())
+                digest.update(self.outside_bytes(tensor))  # mapped: no copy is made
         return digest.hexdigest()
 
     def save(self, target: str | os.PathLike[str], *, save_as_external_data: bool = False) -> None:
