@@ -10,9 +10,9 @@ from onnx_utilrank.errors import UtilrankError
 
 __all__ = ["spilled"]
 
-# Bytes from which an array goes to a file: a square of 1024 numbers of 8 bytes. Models of smaller
-# weights fit in memory, and are faster there.
-SPILLED = 2**23
+# Bytes from which an array goes to a file: a square of 362 numbers of 8 bytes. There are several of
+# each weight, and of a large model hundreds of weights.
+SPILLED = 2**20
 
 T = TypeVar("T")
 
