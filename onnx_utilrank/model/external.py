@@ -32,7 +32,9 @@ DATA_FILE = "weights.data"
 SMALLEST_OUTSIDE = 1024
 
 
-def external_bytes(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+def external_bytes(
+    tensor: onnx.TensorProto, folder: Path, maps: dict[Path, np.ndarray]
+) -> np.ndarray:
     """The raw data of an external tensor, uint8 [bytes], mapped to memory: only read where looked.
 
     The pages are private: what is written to the array never gets to the file.
@@ -40,6 +42,8 @@ def external_bytes(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     Args:
         tensor: A tensor with external data.
         folder: The model's folder.
+        maps: Files that are mapped already, to which this one is added: each map costs an open
+            file, and a model may have a thousand tensors.
 
     Raises:
         ValueError: The location is not a plain file in the folder, or holds less than the shape
@@ -54,10 +58,14 @@ def external_bytes(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     path, offset = folder / entries["location"], int(entries.get("offset", 0))
     if not size:
         return np.empty(0, np.uint8)
-    return np.asarray(np.memmap(path, np.uint8, "c", offset, (size,)))
+    if path not in maps:
+        maps[path] = np.asarray(np.memmap(path, np.uint8, "c"))
+    return maps[path][offset : offset + size]
 
 
-def mapped_array(tensor: onnx.TensorProto, folder: Path) -> np.ndarray | None:
+def mapped_array(
+    tensor: onnx.TensorProto, folder: Path, maps: dict[Path, np.ndarray]
+) -> np.ndarray | None:
     """The values of an external tensor, mapped to memory; None for types that are packed.
 
     Raises:
@@ -67,7 +75,7 @@ def mapped_array(tensor: onnx.TensorProto, folder: Path) -> np.ndarray | None:
     kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     if stored_bytes(tensor) != math.prod(tensor.dims) * kind.itemsize:
         return None
-    return external_bytes(tensor, folder).view(kind).reshape(tuple(tensor.dims))
+    return external_bytes(tensor, folder, maps).view(kind).reshape(tuple(tensor.dims))
 
 
 class ExternalWriter:

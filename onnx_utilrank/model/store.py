@@ -79,6 +79,7 @@ class ModelStore:
     path: Path | None = None
     name: str | None = None
     scratch: Scratch | None = field(default=None, repr=False, compare=False)
+    _maps: dict[Path, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, source: "ModelSource") -> "ModelStore":
@@ -159,7 +160,7 @@ class ModelStore:
         try:
             if not uses_external_data(tensor):
                 return numpy_helper.to_array(tensor)
-            mapped = mapped_array(tensor, self._data_folder)
+            mapped = mapped_array(tensor, self._data_folder, self._maps)
             return numpy_helper.to_array(self.inlined(tensor)) if mapped is None else mapped
         except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as e:
             raise self._unreadable(tensor, e) from e
@@ -204,7 +205,7 @@ class ModelStore:
             ModelError: See `array`.
         """
         try:
-            return external_bytes(tensor, self._data_folder).data
+            return external_bytes(tensor, self._data_folder, self._maps).data
         except (OSError, ValueError, TypeError) as e:
             raise self._unreadable(tensor, e) from e
 

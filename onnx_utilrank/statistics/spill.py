@@ -1,6 +1,7 @@
 """Large arrays in temporary files, mapped to memory: statistics that wait for their turn."""
 
 import dataclasses
+import os
 import tempfile
 from typing import TypeVar
 
@@ -13,6 +14,11 @@ __all__ = ["spilled"]
 # Bytes from which an array goes to a file: a square of 362 numbers of 8 bytes. There are several of
 # each weight, and of a large model hundreds of weights.
 SPILLED = 2**20
+
+# Bytes of a file for several arrays, which begin at pages of it.
+SEGMENT, PAGE = 2**26, 4096
+# The one that is being filled.
+_SEGMENTS: list["_Segment"] = []
 
 T = TypeVar("T")
 
@@ -42,12 +48,37 @@ def spilled(value: T) -> T:
     return value
 
 
+class _Segment:
+    """A temporary file that several arrays share: each that is mapped alone costs an open file."""
+
+    def __init__(self, size: int) -> None:
+        with tempfile.TemporaryFile(prefix="onnx-utilrank-") as f:
+            # A disk that is full has to say so here: later on it would end the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, size)
+            else:
+                f.truncate(size)
+            self._bytes = np.asarray(np.memmap(f, np.uint8, "r+", shape=(size,)))
+        self._used = 0
+
+    def has_room(self, array: np.ndarray) -> bool:
+        return self._used + array.nbytes <= len(self._bytes)
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        """A copy of the array in the file."""
+        start, end = self._used, self._used + array.nbytes
+        self._used = -(-end // PAGE) * PAGE
+        held = self._bytes[start:end].view(array.dtype).reshape(array.shape)
+        held[...] = array
+        return held
+
+
 def _mapped(array: np.ndarray) -> np.ndarray:
     try:
-        with tempfile.TemporaryFile(prefix="onnx-utilrank-") as f:
-            f.write(np.ascontiguousarray(array).data)
-            f.flush()
-            return np.asarray(np.memmap(f, array.dtype, "c", shape=array.shape))
+        if not _SEGMENTS or not _SEGMENTS[0].has_room(array):
+            # A full one goes when the last of its arrays does.
+            _SEGMENTS[:] = [_Segment(max(SEGMENT, array.nbytes))]
+        return _SEGMENTS[0].put(array)
     except OSError as e:
         raise UtilrankError(
             f"{tempfile.gettempdir()}: no room for {array.nbytes:,} bytes of statistics "
