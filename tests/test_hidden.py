@@ -626,6 +626,35 @@ def test_lost_mean_goes_into_the_bias_of_the_reader():
         assert count_parameters(moved) == count_parameters(plain)
 
 
+@pytest.mark.parametrize("name", STYLES)
+def test_both_sides_of_a_feature_are_of_one_size(name: str):
+    """However the basis was scaled: half precision and training want weights of like size."""
+    style = STYLES[name]
+    graph, sites, found = hidden_of(style.proto(), style.feed(1))
+    for hidden in found:
+        bases = bases_of(hidden, 2, 50)
+        scaled = [
+            Basis(expand=b.expand / np.array([1e4, 1e-3]), reduce=b.reduce * [[1e4], [1e-3]])
+            for b in bases
+        ]
+        plain, again = (
+            rewrite(graph, [], [shrinking(graph, sites, hidden, each)]) for each in (bases, scaled)
+        )
+        for one, other in zip(plain.tensors(), again.tensors(), strict=True):
+            values = plain.array(one)
+            np.testing.assert_allclose(again.array(other), values, rtol=8 * EPS, atol=8 * EPS)
+        after = index(plain.proto)
+        small, _ = find_sites(after)
+        matrices = {s.weight.removesuffix("/shrunk"): site_matrix(after, s) for s in small}
+        group = hidden.groups[0]
+        made = matrices[group.made.site][group.made.start // hidden.size * 2 :][:2]
+        met = matrices[group.met.site]
+        met = met if group.met.side == "rows" else met.T
+        met = met[group.met.start // hidden.size * 2 :][:2]
+        norms = np.linalg.norm(made, axis=1), np.linalg.norm(met, axis=1)
+        np.testing.assert_allclose(*norms, rtol=(D + ALL) * EPS)
+
+
 def test_new_biases_of_makers_are_taken_into_the_new_basis():
     for name in ("gemm", "matmul"):
         style = STYLES[name]

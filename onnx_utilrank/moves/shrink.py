@@ -1,7 +1,7 @@
 """Shrink features that lie between weights: every matrix gets smaller in its place."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -10,7 +10,7 @@ from onnx_utilrank.model.graph import attributes
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.moves.stored import corrected_bias, store
 from onnx_utilrank.sites.find import site_kind
-from onnx_utilrank.sites.hidden import Hidden, Repair, Vector
+from onnx_utilrank.sites.hidden import Hidden, Part, Repair, Vector
 from onnx_utilrank.sites.site import Site
 
 __all__ = ["FAST_CHANNELS", "SHRINK", "Basis", "Shrinking", "shrink"]
@@ -66,6 +66,8 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
     """
     hidden = what.hidden
     kept = len(what.bases[0].reduce)
+    if not hidden.units:
+        what = replace(what, bases=_balanced(what))
     maps = _row_maps(what)
     for key, site in what.sites.items():
         _rewrite_site(surgeon, what, site, maps.get(key))
@@ -80,6 +82,32 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
     surgeon.forget(hidden.values)
     for repair in hidden.shapes:
         _show_as_before(surgeon, repair, hidden.size, kept)
+
+
+def _balanced(what: Shrinking) -> list[Basis]:
+    """The bases with each feature scaled so that both of its sides are of one size.
+
+    What makes a feature and what reads it share its scale as they like: L K is the same. Weights
+    that differ in it by orders of magnitude do badly in half precision, quantized, or trained.
+    """
+    bases = []
+    for group, basis in zip(what.hidden.groups, what.bases, strict=True):
+        rows = slice(group.made.start, group.made.start + what.hidden.size)
+        made = np.square(basis.reduce @ what.weights[group.made.site][rows]).sum(1)
+        met = _squares_met(what, group.met, basis.expand)
+        ratios = np.divide(met, made, out=np.ones(len(made)), where=(made > 0) & (met > 0))
+        scale = ratios**0.25
+        bases.append(Basis(expand=basis.expand / scale, reduce=scale[:, None] * basis.reduce))
+    return bases
+
+
+def _squares_met(what: Shrinking, part: Part, expand: np.ndarray) -> np.ndarray:
+    """Sum of squares of what reads or meets each kept feature, [k]."""
+    weight, n = what.weights[part.site], what.hidden.size
+    if part.side == "rows":
+        return np.asarray(np.square(expand.T @ weight[part.start : part.start + n]).sum(1))
+    read = weight[:, part.start : part.start + n * part.taps].reshape(len(weight), n, part.taps)
+    return np.asarray(np.square(np.tensordot(read, expand, axes=(1, 0))).sum((0, 1)))
 
 
 def _row_maps(what: Shrinking) -> dict[str, dict[int, np.ndarray]]:

@@ -204,8 +204,8 @@ class _Measuring:
             seen.append({key: collector.seen for key, collector in collectors.items()})
         if backward.dropped:
             logger.warning(
-                "%s: the gradients of %d samples of a run or more are not finite; those do not "
-                "count",
+                "%s: the gradients of %d of the samples of a run, or more, are not finite; those "
+                "do not count",
                 self.index.store.label,
                 backward.dropped,
             )
