@@ -279,6 +279,21 @@ def test_one_group_is_rewritten_where_only_one_is_chosen():
     assert_same(proto, made, feed)
 
 
+@pytest.mark.parametrize("reader", ["z = Neg(W)", "W2 = Identity(W) z = Add(W2, W2)", ""])
+def test_groups_stay_whole_where_their_weight_is_read_elsewhere(reader: str):
+    # Each Conv would get pieces of its own, on top of the weight that stays or of each other's.
+    second = "" if reader else "z = Conv<group=2, pads=[1, 1, 1, 1]>(h, W)"
+    proto = model(
+        "(float[n,8,6,6] x) => (float[n,8,6,6] y, float[a,b,c,d] z)",
+        f"h = Relu(x) y = Conv<group=2, pads=[1, 1, 1, 1]>(x, W) {reader}{second}",
+        W=float32(17, 8, 4, 3, 3),
+    )
+    sites, skips = find_sites(index(proto))
+    assert not sites
+    assert len(skips) == 1 + (not reader)
+    assert all("a weight that nothing else reads" in skip.reason for skip in skips)
+
+
 def test_what_holds_for_all_groups_is_said_once():
     _, skips = find_sites(index(grouped("bias")), exclude=["y"])
     assert [(s.node, s.reason) for s in skips] == [("Conv 'y'", "excluded by a pattern")]

@@ -86,15 +86,15 @@ REFUSED = {
         "(float[n,18,8,8] x) => (float[n,9,a,b] y)",
         "y = Conv<group=9>(x, W)",
         {"W": np.ones((9, 2, 3, 3), np.float32)},
-        "grouped convolution (9 groups; up to 8, with a constant bias or none, are factored one by "
-        "one)",
+        "grouped convolution (9 groups; up to 8, with a constant bias or none and a weight that "
+        "nothing else reads, are factored one by one)",
     ),
     "groups_with_a_computed_bias": (
         "(float[n,4,8,8] x, float[4] b) => (float[n,4,a,b] y)",
         "y = Conv<group=2>(x, W, b)",
         {"W": np.ones((4, 2, 3, 3), np.float32)},
-        "grouped convolution (2 groups; up to 8, with a constant bias or none, are factored one by "
-        "one)",
+        "grouped convolution (2 groups; up to 8, with a constant bias or none and a weight that "
+        "nothing else reads, are factored one by one)",
     ),
     "computed_kernel": (
         "(float[n,4,8,8] x, float[4,4,3,3] k) => (float[n,4,a,b] y)",

@@ -57,7 +57,7 @@ def index_model(store: ModelStore) -> GraphIndex:
         if index.constants.isdisjoint(node.input[:2]) and take_apart is not _matmul:
             continue
         taken = all_names(store.proto) if taken is None else taken
-        parts = _Parts(index, node, taken)
+        parts = _Parts(index, k, taken)
         if take_apart(parts):
             plain[k] = parts.nodes
     if not plain:
@@ -88,9 +88,14 @@ class _Parts:
     """The plain nodes of one node, in the making."""
 
     index: GraphIndex
-    node: onnx.NodeProto
+    place: int  # of the node in the graph
     taken: set[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    @property
+    def node(self) -> onnx.NodeProto:
+        """The node."""
+        return self.index.node(self.place)
 
     def value(self, hint: str) -> str:
         """A new name, after that of the node's output."""
@@ -213,6 +218,8 @@ def _groups(parts: _Parts, output: str) -> bool:
     whole = [v for v in held if v is not None and v.ndim and not len(v) % groups]
     if len(whole) < len(held):
         return False
+    if not parts.index.freed_by(operands[0], frozenset({parts.place})):
+        return False  # pieces would come on top of the whole, which is read elsewhere too
     pieces = [np.split(values, groups) for values in whole]
     shape = pieces[0][0].shape
     channels = shape[1] if len(shape) > 2 else 0
