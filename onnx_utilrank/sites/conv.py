@@ -26,8 +26,8 @@ class Conv:
     op_type = "Conv"
     # Which groups are seen as Convs of their own, and never get here.
     exempt = (
-        f"; up to {MOST_GROUPS}, with a constant bias or none and a weight that nothing else reads, "
-        "are factored one by one"
+        f"; up to {MOST_GROUPS}, with a constant bias or none and a weight that nothing else "
+        "reads, are factored one by one"
     )
     listed = True
 
