@@ -199,6 +199,21 @@ def altered(path: Path) -> None:
     np.savez(path, **arrays)
 
 
+def test_an_entry_that_is_altered_anywhere_is_read_as_it_was_or_not_at_all(tmp_path: Path):
+    cache, arrays = Cache(folder=tmp_path, key="k"), {"a": np.arange(3.0)}
+    cache.save(arrays, "of")
+    (path,) = entries(tmp_path)
+    raw = path.read_bytes()
+    refused = 0
+    for k in range(len(raw)):
+        for bit in (1, 8, 128):  # among them flags of encryption and of other compressions
+            path.write_bytes(raw[:k] + bytes([raw[k] ^ bit]) + raw[k + 1 :])
+            found = cache.load("of")
+            refused += found is None
+            assert found is None or np.array_equal(found["a"], arrays["a"])
+    assert refused > len(raw)
+
+
 @pytest.mark.parametrize("harm", [cut, emptied, flipped, altered], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["two-sided", "one-sided"])
 def test_harmed_entries_are_refused_and_replaced(

@@ -8,8 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset
+from onnx_utilrank.calibration.limits import UNREADABLE
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.model.store import ModelStore, atomic_write
 
@@ -106,7 +105,7 @@ class Cache:
             if arrays.pop(DIGEST).tobytes() == _digest(arrays):
                 return arrays
             reason = "it was altered"
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+        except (*UNREADABLE, KeyError) as e:
             reason = " ".join(str(e).split()) or type(e).__name__
         logger.warning("%s: this cache entry is not whole and is not used (%s)", path, reason)
         return None
