@@ -15,10 +15,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnx_utilrank.model.einsum import matrix_product
-from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, new_name
+from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, new_name, qualified
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["MOST_GROUPS", "index_model", "plain_model"]
+__all__ = ["MOST_GROUPS", "index_model", "is_fused", "plain_model"]
 
 MICROSOFT = "com.microsoft"
 # Where Clip took its limits, and Split its sizes, from attributes to inputs.
@@ -47,9 +47,9 @@ def index_model(store: ModelStore) -> GraphIndex:
     taken: set[str] | None = None
     local = {(function.domain, function.name) for function in store.proto.functions}
     for k, node in enumerate(store.proto.graph.node):
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        take_apart = _FUSED.get((domain, node.op_type))
-        if take_apart is None or (domain, node.op_type) in local or not store.opset:
+        operator = qualified(node)
+        take_apart = _FUSED.get(operator)
+        if take_apart is None or operator in local or not store.opset:
             continue  # without ONNX's own operators there are no plain ones
         whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
         if not whole:
@@ -76,6 +76,11 @@ def index_model(store: ModelStore) -> GraphIndex:
         source=store,
         spans=tuple(spans),
     )
+
+
+def is_fused(node: onnx.NodeProto) -> bool:
+    """Whether nodes of this operator may stand for others, of which one has a weight."""
+    return qualified(node) in _FUSED
 
 
 def plain_model(store: ModelStore) -> ModelStore:
