@@ -332,6 +332,48 @@ def test_types_of_any_width_survive_outside(tmp_path: Path, dtype: str):
     np.testing.assert_array_equal(numpy_helper.to_array(held), values)
 
 
+TYPED = {
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
+    "int64": TensorProto.INT64,
+    "uint64": TensorProto.UINT64,
+    "bool": TensorProto.BOOL,
+    "complex64": TensorProto.COMPLEX64,
+}
+
+
+@pytest.mark.parametrize("dtype", TYPED)
+def test_weights_that_are_kept_by_type_go_outside_too(tmp_path: Path, dtype: str):
+    values = np.random.default_rng(3).integers(0, 7, 64 * 63).tolist()
+    tensor = helper.make_tensor("held", TYPED[dtype], [64, 63], values)
+    assert not tensor.HasField("raw_data")
+    proto = right(2, ir=11, opset=23).proto
+    proto.graph.initializer.append(tensor)
+    expected = numpy_helper.to_array(tensor)
+    ModelStore.load(proto).save(tmp_path / "out.onnx", save_as_external_data=True)
+    saved = ModelStore.load(tmp_path / "out.onnx")
+    (found,) = (t for t in saved.proto.graph.initializer if t.name == "held")
+    assert uses_external_data(found)
+    assert saved.proto.ByteSize() < 2000
+    assert saved.array(found).dtype == expected.dtype
+    np.testing.assert_array_equal(saved.array(found), expected)
+
+
+def test_strings_stay_in_the_file(tmp_path: Path):
+    proto = right(2).proto
+    proto.graph.initializer.append(
+        helper.make_tensor("words", TensorProto.STRING, [500], [b"word"] * 500)
+    )
+    ModelStore.load(proto).save(tmp_path / "out.onnx", save_as_external_data=True)
+    saved = ModelStore.load(tmp_path / "out.onnx")
+    (words,) = (t for t in saved.proto.graph.initializer if t.name == "words")
+    assert list(words.string_data) == [b"word"] * 500
+
+
 def test_tensors_of_nodes_may_lie_outside_too(tmp_path: Path):
     body = "c = Constant<value = float[2] {1, 2}>() y = Add(x, c)"
     proto = model("(float[2] x) => (float[2] y)", body)

@@ -78,6 +78,10 @@ def mapped_array(
     return external_bytes(tensor, folder, maps).view(kind).reshape(tuple(tensor.dims))
 
 
+# Fields of a tensor that may hold its elements.
+_HELD = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
+
+
 class ExternalWriter:
     """Appends data of tensors to one open file."""
 
@@ -104,8 +108,8 @@ class ExternalWriter:
         self._file.write(b"\0" * (-self._file.tell() % (PAGE if len(data) >= LARGE else LINE)))
         entries = {"location": self._location, "offset": self._file.tell(), "length": len(data)}
         self._file.write(data)
-        tensor.ClearField("raw_data")
-        tensor.ClearField("external_data")
+        for held in ("external_data", *_HELD):
+            tensor.ClearField(held)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=str(value))
