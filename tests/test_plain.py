@@ -196,6 +196,17 @@ LEFT_ALONE = {
 }
 
 
+def test_one_value_that_meets_many_is_no_product_of_matrices():
+    body = 'h = Einsum<equation="ab,bc->ac">(x, W) y = MatMul(h, V)'
+    weights = {"W": float32(8, 1, 40), "V": float32(9, 40, 2) @ float32(10, 2, 40)}
+    proto = model(f"(float[n,{D}] x) => (float[n,40] y)", body, **weights)
+    data = {"x": activations(11, 40, D).astype(np.float32)}
+    made = compress(proto, data, CompressConfig(param_ratio=0.8, moves=("low-rank",))).model
+    assert ops(made)[0] == "Einsum"
+    assert "V" not in constants(made)
+    run(made, data)
+
+
 @pytest.mark.parametrize("what", LEFT_ALONE)
 def test_forms_that_are_not_followed_are_left_with_the_reason(what: str):
     signature, body, reason = LEFT_ALONE[what]
