@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data, uses_external_data
 
 from onnx_utilrank import CompressConfig, ModelError, UtilrankError, compress
+from onnx_utilrank.model import external
 from onnx_utilrank.model import store as store_module
 from onnx_utilrank.model.store import ModelStore, TensorSpec, atomic_write
 from onnx_utilrank.ranking.cost import count_parameters
@@ -269,6 +270,20 @@ def test_models_made_of_one_with_data_outside_wait_in_a_folder_that_goes_with_th
     assert not made.exists()
     assert not ModelStore.load(whole).has_external_data
     np.testing.assert_array_equal(run(whole, feed)["y"], expected)
+
+
+@pytest.mark.parametrize("when", ["folder", "file"])
+def test_no_room_for_weights_that_wait_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    monkeypatch.setattr(external.tempfile, "tempdir", str(tmp_path))
+    source = outside(tmp_path / "in")
+    if when == "folder":
+        monkeypatch.setattr(external.tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(external, "DATA_FILE", "no/such/folder")
+    with pytest.raises(UtilrankError, match="TMPDIR names another folder"):
+        compress(source, feeds(), SMALLER)
 
 
 def test_no_proto_holds_what_is_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
