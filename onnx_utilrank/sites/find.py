@@ -230,8 +230,10 @@ def _nested(
 def _looks_up(
     index: GraphIndex, node: onnx.NodeProto, held: Mapping[str, onnx.TensorProto]
 ) -> bool:
-    """Whether a node of a subgraph picks rows of a table."""
-    if qualified(node) != ("", GATHER.op_type) or not node.input:
+    """Whether a node of a subgraph picks rows of a table, other ones from run to run."""
+    if qualified(node) != ("", GATHER.op_type) or len(node.input) < 2:
+        return False
+    if node.input[1] in held or node.input[1] in index.constants:
         return False
     tensor = held.get(node.input[0])
     kind = index.constant_type(node.input[0]) if tensor is None else tensor_type(tensor)
