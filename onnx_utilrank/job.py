@@ -335,7 +335,8 @@ class Job:
 
     def _cache(self, samples: Sequence[int], config: CalibrationConfig) -> Cache:
         folder = None if config.cache is None else Path(config.cache)
-        return Cache.open(folder, self.store, self.data, samples)
+        libraries = self.provider.custom_op_libraries
+        return Cache.open(folder, self.store, self.data, samples, libraries=libraries)
 
     def _moment(
         self, site: Site, side: Side, collected: Collected, weight: np.ndarray

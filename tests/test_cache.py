@@ -19,7 +19,10 @@ from onnx_utilrank import (
     analyze,
     compress,
 )
+from onnx_utilrank.calibration.cache import Cache
+from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.cli.main import main
+from onnx_utilrank.model.store import ModelStore
 
 WIDTH = 24
 CONFIGS = {
@@ -196,6 +199,21 @@ def altered(path: Path) -> None:
     np.savez(path, **arrays)
 
 
+def test_an_entry_that_is_altered_anywhere_is_read_as_it_was_or_not_at_all(tmp_path: Path):
+    cache, arrays = Cache(folder=tmp_path, key="k"), {"a": np.arange(3.0)}
+    cache.save(arrays, "of")
+    (path,) = entries(tmp_path)
+    raw = path.read_bytes()
+    refused = 0
+    for k in range(len(raw)):
+        for bit in (1, 8, 128):  # among them flags of encryption and of other compressions
+            path.write_bytes(raw[:k] + bytes([raw[k] ^ bit]) + raw[k + 1 :])
+            found = cache.load("of")
+            refused += found is None
+            assert found is None or np.array_equal(found["a"], arrays["a"])
+    assert refused > len(raw)
+
+
 @pytest.mark.parametrize("harm", [cut, emptied, flipped, altered], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["two-sided", "one-sided"])
 def test_harmed_entries_are_refused_and_replaced(
@@ -235,3 +253,66 @@ def test_a_cache_that_cannot_be_is_an_error(tmp_path: Path, capsys: pytest.Captu
     assert main([*words, str(tmp_path / "c")]) == 0
     assert entries(tmp_path / "c")
     capsys.readouterr()
+
+
+def test_one_weight_used_in_fewer_places_has_statistics_of_its_own(tmp_path: Path):
+    # Patterns leave two uses, then one; the weight and the first use are the same.
+    body = """
+        a = MatMul(x, w) b = MatMul(x, w) c = MatMul(z, w) d = Add(a, b) e = Add(c, d)
+        y = MatMul(e, v)
+    """
+    weight = (noise(1, WIDTH, 3) @ noise(2, 3, WIDTH)).astype(np.float32)
+    signature = f"(float[n,{WIDTH}] x, float[n,{WIDTH}] z) => (float[n,m] y)"
+    shared = model(signature, body, w=weight, v=weight.T)
+    feed = {"x": data()["x"], "z": 10 * data()["x"][::-1]}
+    counts = []
+    for exclude in (("a",), ("a", "c")):
+        watch = Watch("calibrating")
+        options = CompressConfig(param_ratio=0.9, exclude=exclude, moves=("low-rank",))
+        compress(shared, feed, replace(options, cache=tmp_path / "c"), progress=watch)
+        counts.append(watch.count)
+    assert min(counts) > 0
+
+
+@pytest.mark.parametrize("name", ["w" * 70_000, "a\0b", "a/../b", "\\", "file"])
+def test_names_of_the_model_are_none_of_the_files(tmp_path: Path, name: str):
+    odd = proto()
+    next(t for t in odd.graph.initializer if t.name == "w1").name = name
+    odd.graph.node[0].input[1] = name
+    first, second = Watch("calibrating"), Watch("calibrating")
+    once = compress(odd, data(), config("two-sided", tmp_path / "c"), progress=first)
+    again = compress(odd, data(), config("two-sided", tmp_path / "c"), progress=second)
+    assert (first.count > 0, second.count) == (True, 0)
+    assert made(once) == made(again)
+
+
+def test_sequences_are_told_apart(tmp_path: Path):
+    weight = (noise(1, WIDTH, 3) @ noise(2, 3, WIDTH)).astype(np.float32)
+    body = "x = ConcatFromSequence<axis = 0>(s) y = MatMul(x, w)"
+    source = model(f"(seq(float[n,{WIDTH}]) s) => (float[m,{WIDTH}] y)", body, w=weight)
+    rows = data()["x"]
+
+    def feeds() -> list[dict[str, list[np.ndarray]]]:
+        return [{"s": [rows[k : k + 3], rows[k + 3 : k + 8]]} for k in range(0, 160, 8)]
+
+    options = CompressConfig(param_ratio=0.6, cache=tmp_path / "c")
+    counts = []
+    for _ in range(3):
+        watch = Watch("calibrating")
+        compress(source, feeds(), options, progress=watch)  # type: ignore[arg-type]
+        counts.append(watch.count)
+        if len(counts) == 2:
+            rows[:, 5] += np.float32(1e-3)  # far inside, where a printed array has dots
+    assert [count > 0 for count in counts] == [True, False, True]
+
+
+def test_operators_of_the_user_count(tmp_path: Path):
+    store, library = ModelStore.load(proto()), tmp_path / "ops.so"
+    samples = open_data(data(), store.inputs)
+    keys = []
+    for content in (b"one", b"two", b"one"):
+        library.write_bytes(content)
+        held = Cache.open(tmp_path / "c", store, samples, [0, 1], libraries=[str(library)])
+        keys.append(held.key)
+    assert keys[0] == keys[2] != keys[1]
+    assert keys[0] != Cache.open(tmp_path / "c", store, samples, [0, 1]).key

@@ -1,6 +1,7 @@
 """The command line as a user types it: outputs, streams and exit statuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -338,6 +339,21 @@ def test_the_module_runs_as_a_program(tmp_path, data):
     command = [sys.executable, "-m", "onnx_utilrank", "analyze", CNN, "--data", data, "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["layers"]
+
+
+def test_terminals_may_lack_letters_that_names_have(tmp_path, data):
+    model = onnx.load(CNN)
+    model.graph.node[0].name = "卷积"
+    onnx.save(model, tmp_path / "named.onnx")
+    command = [sys.executable, "-m", "onnx_utilrank", "compress", "named.onnx", "-o", "out.onnx"]
+    command += ["--data", data, "--param-ratio", "0.7", "--moves", "low-rank"]
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ascii_alone, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xb1" in done.stdout
+    assert (tmp_path / "out.onnx").exists()
 
 
 def test_interruption_is_one_line_and_leaves_nothing(run, data, monkeypatch):

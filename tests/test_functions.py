@@ -69,3 +69,18 @@ def test_functions_without_weights_stay():
     result = compress(source, data(), CompressConfig(param_ratio=0.6, moves=("low-rank",)))
     assert [f.name for f in result.model.functions] == ["bent"]
     assert [entry.site for entry in result.plan.factored] == ["W"]
+
+
+def test_functions_of_fused_products_are_inlined():
+    functions = """
+        <opset_import: ["" : 17, "com.microsoft" : 1], domain: "local">
+        block (a, w) => (b) { b = com.microsoft.FusedMatMul(a, w) }
+    """
+    source = proto(functions)
+    source.opset_import.add(domain="com.microsoft", version=1)
+    result = compress(source, data(), CompressConfig(param_ratio=0.5, moves=("low-rank",)))
+    assert {entry.site for entry in result.plan.factored} == {"V", "W"}
+    feed = {"x": data()["x"][:9]}
+    expected, made = run(source, feed)["y"], run(result.model, feed)["y"]
+    atol = 16 * np.finfo(np.float32).eps * WIDTH * float(np.abs(expected).max())
+    np.testing.assert_allclose(made, expected, rtol=0, atol=atol)

@@ -43,6 +43,7 @@ from onnx_utilrank.calibration.limits import available_memory
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.graph import DEEPEST, GraphIndex
+from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.follow_units import values_followed
@@ -452,6 +453,22 @@ def test_what_looks_at_every_node_takes_many():
     factors = factored(left[:, :3] * values[:3], right[:3])
     made = rewrite(index, [Replacement(site=sites[0], factors=factors, lost_mean=None)])
     assert len(made.proto.graph.node) == 50_003
+
+
+def test_what_takes_nodes_apart_takes_many():
+    many = 30_000
+    proto = model(
+        SIGNATURE, "y0 = Relu(x)", domains=', "com.microsoft" : 1', V=noise(0, SIZE, SIZE)
+    )
+    proto.graph.node.extend(
+        helper.make_node("FusedMatMul", [f"y{k}", "V"], [f"y{k + 1}"], domain="com.microsoft")
+        for k in range(many)
+    )
+    proto.graph.output[0].name = f"y{many}"
+    (site,), skips = find_sites(index_model(ModelStore.load(proto)))
+    assert len(site.uses) == many
+    assert site.uses[-1].label == f"FusedMatMul 'y{many}'"
+    assert not skips
 
 
 @pytest.mark.parametrize("op_type", ["Identity", "Add"])

@@ -196,6 +196,17 @@ LEFT_ALONE = {
 }
 
 
+def test_one_value_that_meets_many_is_no_product_of_matrices():
+    body = 'h = Einsum<equation="ab,bc->ac">(x, W) y = MatMul(h, V)'
+    weights = {"W": float32(8, 1, 40), "V": float32(9, 40, 2) @ float32(10, 2, 40)}
+    proto = model(f"(float[n,{D}] x) => (float[n,40] y)", body, **weights)
+    data = {"x": activations(11, 40, D).astype(np.float32)}
+    made = compress(proto, data, CompressConfig(param_ratio=0.8, moves=("low-rank",))).model
+    assert ops(made)[0] == "Einsum"
+    assert "V" not in constants(made)
+    run(made, data)
+
+
 @pytest.mark.parametrize("what", LEFT_ALONE)
 def test_forms_that_are_not_followed_are_left_with_the_reason(what: str):
     signature, body, reason = LEFT_ALONE[what]
@@ -277,6 +288,21 @@ def test_one_group_is_rewritten_where_only_one_is_chosen():
     made = compress(proto, feed, config).model
     assert ops(made).count("Conv") == 3
     assert_same(proto, made, feed)
+
+
+@pytest.mark.parametrize("reader", ["z = Neg(W)", "W2 = Identity(W) z = Add(W2, W2)", ""])
+def test_groups_stay_whole_where_their_weight_is_read_elsewhere(reader: str):
+    # Each Conv would get pieces of its own, on top of the weight that stays or of each other's.
+    second = "" if reader else "z = Conv<group=2, pads=[1, 1, 1, 1]>(h, W)"
+    proto = model(
+        "(float[n,8,6,6] x) => (float[n,8,6,6] y, float[a,b,c,d] z)",
+        f"h = Relu(x) y = Conv<group=2, pads=[1, 1, 1, 1]>(x, W) {reader}{second}",
+        W=float32(17, 8, 4, 3, 3),
+    )
+    sites, skips = find_sites(index(proto))
+    assert not sites
+    assert len(skips) == 1 + (not reader)
+    assert all("a weight that nothing else reads" in skip.reason for skip in skips)
 
 
 def test_what_holds_for_all_groups_is_said_once():

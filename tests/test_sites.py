@@ -86,15 +86,15 @@ REFUSED = {
         "(float[n,18,8,8] x) => (float[n,9,a,b] y)",
         "y = Conv<group=9>(x, W)",
         {"W": np.ones((9, 2, 3, 3), np.float32)},
-        "grouped convolution (9 groups; up to 8, with a constant bias or none, are factored one by "
-        "one)",
+        "grouped convolution (9 groups; up to 8, with a constant bias or none and a weight that "
+        "nothing else reads, are factored one by one)",
     ),
     "groups_with_a_computed_bias": (
         "(float[n,4,8,8] x, float[4] b) => (float[n,4,a,b] y)",
         "y = Conv<group=2>(x, W, b)",
         {"W": np.ones((4, 2, 3, 3), np.float32)},
-        "grouped convolution (2 groups; up to 8, with a constant bias or none, are factored one by "
-        "one)",
+        "grouped convolution (2 groups; up to 8, with a constant bias or none and a weight that "
+        "nothing else reads, are factored one by one)",
     ),
     "computed_kernel": (
         "(float[n,4,8,8] x, float[4,4,3,3] k) => (float[n,4,a,b] y)",
@@ -254,6 +254,47 @@ def test_nodes_of_subgraphs_and_functions_are_left_alone():
         ("Gemm 'deep'", "inside a subgraph of If 'b'"),
         ("MatMul 'b' in function 'f'", "inside a model-local function"),
     }
+
+
+def test_all_that_holds_weights_in_subgraphs_and_functions_is_listed():
+    functions = """
+        <opset_import: ["" : 17], domain: "local"> f (a, w, r) => (b) {
+            p, b = LSTM<hidden_size = 5>(a, w, r)
+        }
+    """
+    branches = """
+        y = If (flag) <
+            then_branch = one () => (float[n,k] a) { a = com.microsoft.FusedMatMul(x, W) },
+            else_branch = two () => (float[n,k] b)
+            <float[9,5] own = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+             20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41,
+             42, 43, 44}> {
+                c = Einsum<equation = "ab,bc->ac">(x, W)
+                d = Gather(own, ids)
+                e = Gather(W, ids)
+                s = Shape(x)
+                i = Gather(s, ids)
+                q = local.MatMul(x, W)
+                b = com.microsoft.MatMulNBits<K = 7, N = 5, bits = 4, block_size = 16>(x, W, W)
+            }
+        >
+    """
+    proto = model(
+        "(float[n,7] x, int64[3] ids, bool flag) => (float[n,5] y)",
+        f"h = local.f(x, W, W) {branches}",
+        domains=', "local" : 1, "com.microsoft" : 1',
+        functions=functions,
+        W=W,
+    )
+    inside = "inside a subgraph of If 'y'"
+    assert [(s.node, s.reason) for s in skips_of(proto)] == [
+        ("FusedMatMul 'a'", inside),
+        ("Einsum 'c'", inside),
+        ("Gather 'd'", inside),
+        ("Gather 'e'", inside),
+        ("MatMulNBits 'b'", inside),
+        ("LSTM 'p' in function 'f'", "inside a model-local function"),
+    ]
 
 
 def test_bodies_of_loops_are_left_alone():

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data, uses_external_data
 
 from onnx_utilrank import CompressConfig, ModelError, UtilrankError, compress
+from onnx_utilrank.model import external
 from onnx_utilrank.model import store as store_module
 from onnx_utilrank.model.store import ModelStore, TensorSpec, atomic_write
 from onnx_utilrank.ranking.cost import count_parameters
@@ -271,6 +272,20 @@ def test_models_made_of_one_with_data_outside_wait_in_a_folder_that_goes_with_th
     np.testing.assert_array_equal(run(whole, feed)["y"], expected)
 
 
+@pytest.mark.parametrize("when", ["folder", "file"])
+def test_no_room_for_weights_that_wait_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    monkeypatch.setattr(external.tempfile, "tempdir", str(tmp_path))
+    source = outside(tmp_path / "in")
+    if when == "folder":
+        monkeypatch.setattr(external.tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(external, "DATA_FILE", "no/such/folder")
+    with pytest.raises(UtilrankError, match="TMPDIR names another folder"):
+        compress(source, feeds(), SMALLER)
+
+
 def test_no_proto_holds_what_is_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     result = compress(outside(tmp_path / "in"), feeds(), SMALLER)
     monkeypatch.setattr(store_module, "INLINE_LIMIT", 20_000)
@@ -330,6 +345,48 @@ def test_types_of_any_width_survive_outside(tmp_path: Path, dtype: str):
     held = next(t for t in copy.graph.initializer if t.name == "packed")
     assert held.raw_data == raw
     np.testing.assert_array_equal(numpy_helper.to_array(held), values)
+
+
+TYPED = {
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
+    "int64": TensorProto.INT64,
+    "uint64": TensorProto.UINT64,
+    "bool": TensorProto.BOOL,
+    "complex64": TensorProto.COMPLEX64,
+}
+
+
+@pytest.mark.parametrize("dtype", TYPED)
+def test_weights_that_are_kept_by_type_go_outside_too(tmp_path: Path, dtype: str):
+    values = np.random.default_rng(3).integers(0, 7, 64 * 63).tolist()
+    tensor = helper.make_tensor("held", TYPED[dtype], [64, 63], values)
+    assert not tensor.HasField("raw_data")
+    proto = right(2, ir=11, opset=23).proto
+    proto.graph.initializer.append(tensor)
+    expected = numpy_helper.to_array(tensor)
+    ModelStore.load(proto).save(tmp_path / "out.onnx", save_as_external_data=True)
+    saved = ModelStore.load(tmp_path / "out.onnx")
+    (found,) = (t for t in saved.proto.graph.initializer if t.name == "held")
+    assert uses_external_data(found)
+    assert saved.proto.ByteSize() < 2000
+    assert saved.array(found).dtype == expected.dtype
+    np.testing.assert_array_equal(saved.array(found), expected)
+
+
+def test_strings_stay_in_the_file(tmp_path: Path):
+    proto = right(2).proto
+    proto.graph.initializer.append(
+        helper.make_tensor("words", TensorProto.STRING, [500], [b"word"] * 500)
+    )
+    ModelStore.load(proto).save(tmp_path / "out.onnx", save_as_external_data=True)
+    saved = ModelStore.load(tmp_path / "out.onnx")
+    (words,) = (t for t in saved.proto.graph.initializer if t.name == "words")
+    assert list(words.string_data) == [b"word"] * 500
 
 
 def test_tensors_of_nodes_may_lie_outside_too(tmp_path: Path):

@@ -8,19 +8,19 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset
+from onnx_utilrank.calibration.limits import UNREADABLE
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.model.store import ModelStore, atomic_write
 
-__all__ = ["CHECKPOINT_SECONDS", "Cache"]
+__all__ = ["CHECKPOINT_SECONDS", "Cache", "numbered", "of_each"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 60.0
 
 # Goes up whenever what is collected, or how it is kept, changes.
-FORMAT = 1
+FORMAT = 2
 
 # The array that holds the hash of the others.
 DIGEST = "sha256"
@@ -50,12 +50,25 @@ class Cache:
 
     @classmethod
     def open(
-        cls, folder: Path | None, store: ModelStore, data: Dataset, samples: Sequence[int]
+        cls,
+        folder: Path | None,
+        store: ModelStore,
+        data: Dataset,
+        samples: Sequence[int],
+        *,
+        libraries: Sequence[str] = (),
     ) -> "Cache":
         """The entries of a model and samples in a folder, which is made if it is not there.
 
+        Args:
+            folder: The folder; None for a cache that keeps nothing.
+            store: The model.
+            data: What the samples are of.
+            samples: Their numbers.
+            libraries: Files of operators of the user's, on which values depend too.
+
         Raises:
-            ConfigError: The folder cannot be made.
+            ConfigError: The folder cannot be made, or a library cannot be read.
             ModelError: The model's weights cannot be read.
             DataError: The samples cannot be read.
         """
@@ -67,6 +80,12 @@ class Cache:
             raise ConfigError(f"{folder}: cannot be a cache ({e.strerror or e})") from e
         written_by = importlib.metadata.version("onnx-utilrank")
         digest = hashlib.sha256(f"{FORMAT} {written_by} {store.fingerprint()}".encode())
+        for library in libraries:
+            try:
+                digest.update(hashlib.sha256(Path(library).read_bytes()).digest())
+            except OSError as e:
+                reason = e.strerror or e
+                raise ConfigError(f"custom op library {library}: cannot be read ({reason})") from e
         for feed in data.feeds(samples, batch=DYNAMIC_BATCH):
             digest.update(_digest(feed))
         return cls(folder=folder, key=digest.hexdigest())
@@ -86,7 +105,7 @@ class Cache:
             if arrays.pop(DIGEST).tobytes() == _digest(arrays):
                 return arrays
             reason = "it was altered"
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+        except (*UNREADABLE, KeyError) as e:
             reason = " ".join(str(e).split()) or type(e).__name__
         logger.warning("%s: this cache entry is not whole and is not used (%s)", path, reason)
         return None
@@ -118,14 +137,39 @@ class Cache:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}.npz"
 
 
-def _digest(arrays: Arrays) -> bytes:
-    """SHA-256 of names, types, shapes and values."""
+def numbered(parts: Iterable[Arrays]) -> dict[str, np.ndarray]:
+    """Arrays of several things as one entry: by number, for an archive cannot hold any name."""
+    return {f"{k} {name}": array for k, part in enumerate(parts) for name, array in part.items()}
+
+
+def of_each(entry: Arrays) -> Mapping[int, Arrays]:
+    """The arrays of each thing by its number; what is of none is left out. See `numbered`."""
+    parts: defaultdict[int, dict[str, np.ndarray]] = defaultdict(dict)
+    for full, array in entry.items():
+        number, _, name = full.partition(" ")
+        if number.isdecimal():
+            parts[int(number)][name] = array
+    return parts
+
+
+def _digest(values: object) -> bytes:
+    """SHA-256 of names, types, shapes and values, of arrays and of whatever holds some.
+
+    Sequences and maps, as some models take them, are lists and dictionaries.
+    """
     digest = hashlib.sha256()
-    for name, values in sorted(arrays.items()):
-        array = np.ascontiguousarray(values)
-        digest.update(f"{name!r} {array.dtype} {array.shape}".encode())
-        if array.dtype.hasobject:  # strings
-            digest.update(repr(array.tolist()).encode())
-        else:
-            digest.update(array.reshape(-1).view(np.uint8).data)
+    if isinstance(values, Mapping):
+        for name, value in sorted(values.items()):
+            digest.update(repr(name).encode() + _digest(value))
+    elif isinstance(values, list | tuple):
+        digest.update(f"list {len(values)}".encode())
+        for value in values:
+            digest.update(_digest(value))
+    elif isinstance(values, np.ndarray) and not values.dtype.hasobject:
+        digest.update(f"{values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    elif isinstance(values, np.ndarray):  # of strings
+        digest.update(f"object {values.shape}".encode() + _digest(values.reshape(-1).tolist()))
+    else:
+        digest.update(repr(values).encode())
     return digest.digest()

@@ -1,4 +1,4 @@
-"""What data may take of memory.
+"""What data may take of memory, and how reading them fails.
 
 Arrays are read into memory whole, so that a small compressed file could ask for any amount of it.
 Two limits hold, both of them the memory that is available when a file is read: what an archive says
@@ -7,14 +7,23 @@ bookkeeping of samples takes, of which there may be many though they are empty.
 """
 
 import contextlib
+import lzma
 import os
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from onnx_utilrank.errors import DataError
 
-__all__ = ["available_memory", "check_archive", "check_count"]
+__all__ = ["UNREADABLE", "available_memory", "check_archive", "check_count"]
+
+# What numpy and zipfile raise for files that are cut short, damaged, encrypted or pickled.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, OverflowError, MemoryError, zipfile.BadZipFile),
+    *(zlib.error, lzma.LZMAError, tokenize.TokenError),
+)
 
 # What lists of sample numbers and feeds take for each sample, about.
 SAMPLE_BYTES = 512

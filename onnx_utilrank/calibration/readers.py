@@ -8,11 +8,7 @@ names, element types, ranks and fixed dimensions are the model's, and floats are
 import copy
 import itertools
 import logging
-import lzma
 import re
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +19,13 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from onnx_utilrank.calibration.limits import check_archive, check_count
+from onnx_utilrank.calibration.limits import UNREADABLE, check_archive, check_count
 from onnx_utilrank.errors import DataError
 from onnx_utilrank.model.store import TensorSpec
 
 __all__ = ["Block", "Feeds", "Rows", "fixed_batch", "read_arrays", "read_path", "read_samples"]
 
 logger = logging.getLogger(__name__)
-
-# What numpy and zipfile raise for files that are cut short, damaged, encrypted or pickled.
-_UNREADABLE = (
-    *(OSError, EOFError, ValueError, RuntimeError, OverflowError, MemoryError, zipfile.BadZipFile),
-    *(zlib.error, lzma.LZMAError, tokenize.TokenError),
-)
 
 # Values looked at together in the search for NaN: bounds the memory that the answer takes.
 _CHUNK = 2**22
@@ -275,7 +265,7 @@ def _load(path: Path, file: IO[bytes]) -> Any:
     # numpy leaves a damaged archive open that it opened itself.
     try:
         return np.load(file, allow_pickle=False)
-    except _UNREADABLE as e:
+    except UNREADABLE as e:
         raise DataError(f"{path}: cannot be read ({_reason(e)})") from e
 
 
@@ -302,7 +292,7 @@ def _read_member(where: str, given: Mapping[str, Any], spec: TensorSpec) -> np.n
     # Members of an archive are read as they are asked for, and fail then.
     try:
         value = given[spec.name]
-    except _UNREADABLE as e:
+    except UNREADABLE as e:
         raise DataError(f"{where}: {spec.name!r} cannot be read ({_reason(e)})") from e
     if spec.dtype is None:
         raise DataError(f"{where}: input {spec.name!r} is not a tensor; give whole feeds as dicts")

@@ -1,6 +1,7 @@
 """Entry point: parse, run the verb, turn errors into one line and the documented exit status."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     args = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that names have
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("onnx-utilrank: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

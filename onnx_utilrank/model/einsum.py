@@ -33,7 +33,7 @@ def matrix_product(equation: str, slot: int, shape: Sequence[int]) -> MatrixProd
     """See an Einsum of two operands as a product with the constant one.
 
     Every index of the constant has to be either in the other operand or in the output, and no
-    index may come twice in one term.
+    index may come twice in one term, nor one that is summed have a single value in the constant.
 
     Args:
         equation: Its equation (ONNX operators, Einsum).
@@ -60,6 +60,8 @@ def matrix_product(equation: str, slot: int, shape: Sequence[int]) -> MatrixProd
     if set(w) != {*summed, *made} or set(out) != {*rows, *made}:
         return None
     extent = dict(zip(w, shape, strict=True))
+    if any(extent[i] == 1 for i in summed):
+        return None  # x may have more there, all of which meet the one value
     d, m = (math.prod(extent[i] for i in part) for part in (summed, made))
     # A zero keeps an extent as it is (ONNX operators, Reshape).
     kept = (0,) * len(rows)

@@ -1,15 +1,18 @@
 """Tensor data outside the model file: mapped to memory where they are read, appended one by one."""
 
+import contextlib
 import math
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import onnx
 
+from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.check import outside_fault, stored_bytes
 
 __all__ = [
@@ -78,6 +81,10 @@ def mapped_array(
     return external_bytes(tensor, folder, maps).view(kind).reshape(tuple(tensor.dims))
 
 
+# Fields of a tensor that may hold its elements.
+_HELD = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
+
+
 class ExternalWriter:
     """Appends data of tensors to one open file."""
 
@@ -104,8 +111,8 @@ class ExternalWriter:
         self._file.write(b"\0" * (-self._file.tell() % (PAGE if len(data) >= LARGE else LINE)))
         entries = {"location": self._location, "offset": self._file.tell(), "length": len(data)}
         self._file.write(data)
-        tensor.ClearField("raw_data")
-        tensor.ClearField("external_data")
+        for held in ("external_data", *_HELD):
+            tensor.ClearField(held)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=str(value))
@@ -121,5 +128,32 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="onnx-utilrank-"))
+        """Make it.
+
+        Raises:
+            UtilrankError: It cannot be made.
+        """
+        with _temporary():
+            self.path = Path(tempfile.mkdtemp(prefix="onnx-utilrank-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[ExternalWriter]:
+        """What appends to the data file of the folder, for the time of the block.
+
+        Raises:
+            UtilrankError: The file cannot be written.
+        """
+        with _temporary(), (self.path / DATA_FILE).open("ab") as f:
+            yield ExternalWriter(f, DATA_FILE)
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UtilrankError(
+            f"weights cannot be kept in a temporary file ({e.strerror or e}); TMPDIR names another "
+            "folder"
+        ) from e

@@ -1,5 +1,6 @@
 """Who makes and who reads each value of a model's main graph, and which values are constant."""
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -10,7 +11,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from onnx_utilrank.errors import ModelError
-from onnx_utilrank.model.scopes import captured_names, node_label, subgraphs
+from onnx_utilrank.model.scopes import captured_names, node_label, qualified, subgraphs
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "captured_names",
     "new_name",
     "node_label",
+    "qualified",
     "subgraphs",
+    "tensor_type",
 ]
 
 # Operators that only move, cast or reshape data: a weight behind them is still a constant.
@@ -124,7 +127,9 @@ class GraphIndex:
 
     def origin(self, k: int) -> onnx.NodeProto:
         """The node of the given model that the k-th node is, or is a part of."""
-        return next((s.origin for s in self.spans if k in s.nodes), self.node(k))
+        place = bisect.bisect_right(self.spans, k, key=lambda span: span.nodes.start) - 1
+        inside = place >= 0 and k in self.spans[place].nodes
+        return self.spans[place].origin if inside else self.node(k)
 
     def rank(self, name: str) -> int | None:
         """Number of dimensions that the model declares of an input or inner value, if it does.
@@ -181,9 +186,7 @@ class GraphIndex:
         """Shape and element type of a constant, without reading an initializer's values."""
         tensor = self.initializers.get(name)
         if tensor is not None:
-            return tuple(tensor.dims), np.dtype(
-                onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            )
+            return tensor_type(tensor)
         value = self.constant(name)
         return None if value is None else (value.shape, value.dtype)
 
@@ -262,6 +265,11 @@ def _constant_depth(node: onnx.NodeProto, depths: Mapping[str, int]) -> float:
     if node.op_type not in LAYOUT_OPS or not inputs:
         return math.inf
     return 1 + max(depths.get(name, math.inf) for name in inputs)
+
+
+def tensor_type(tensor: onnx.TensorProto) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    """Shape and element type of a tensor."""
+    return tuple(tensor.dims), np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, object]:

@@ -15,10 +15,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnx_utilrank.model.einsum import matrix_product
-from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, new_name
+from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, new_name, qualified
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["MOST_GROUPS", "index_model", "plain_model"]
+__all__ = ["MOST_GROUPS", "index_model", "is_fused", "plain_model"]
 
 MICROSOFT = "com.microsoft"
 # Where Clip took its limits, and Split its sizes, from attributes to inputs.
@@ -47,9 +47,9 @@ def index_model(store: ModelStore) -> GraphIndex:
     taken: set[str] | None = None
     local = {(function.domain, function.name) for function in store.proto.functions}
     for k, node in enumerate(store.proto.graph.node):
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        take_apart = _FUSED.get((domain, node.op_type))
-        if take_apart is None or (domain, node.op_type) in local or not store.opset:
+        operator = qualified(node)
+        take_apart = _FUSED.get(operator)
+        if take_apart is None or operator in local or not store.opset:
             continue  # without ONNX's own operators there are no plain ones
         whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
         if not whole:
@@ -57,7 +57,7 @@ def index_model(store: ModelStore) -> GraphIndex:
         if index.constants.isdisjoint(node.input[:2]) and take_apart is not _matmul:
             continue
         taken = all_names(store.proto) if taken is None else taken
-        parts = _Parts(index, node, taken)
+        parts = _Parts(index, k, taken)
         if take_apart(parts):
             plain[k] = parts.nodes
     if not plain:
@@ -78,6 +78,11 @@ def index_model(store: ModelStore) -> GraphIndex:
     )
 
 
+def is_fused(node: onnx.NodeProto) -> bool:
+    """Whether nodes of this operator may stand for others, of which one has a weight."""
+    return qualified(node) in _FUSED
+
+
 def plain_model(store: ModelStore) -> ModelStore:
     """A model in plain form; the model itself where it is that already."""
     return index_model(store).store
@@ -88,9 +93,14 @@ class _Parts:
     """The plain nodes of one node, in the making."""
 
     index: GraphIndex
-    node: onnx.NodeProto
+    place: int  # of the node in the graph
     taken: set[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    @property
+    def node(self) -> onnx.NodeProto:
+        """The node."""
+        return self.index.node(self.place)
 
     def value(self, hint: str) -> str:
         """A new name, after that of the node's output."""
@@ -213,6 +223,8 @@ def _groups(parts: _Parts, output: str) -> bool:
     whole = [v for v in held if v is not None and v.ndim and not len(v) % groups]
     if len(whole) < len(held):
         return False
+    if not parts.index.freed_by(operands[0], frozenset({parts.place})):
+        return False  # pieces would come on top of the whole, which is read elsewhere too
     pieces = [np.split(values, groups) for values in whole]
     shape = pieces[0][0].shape
     channels = shape[1] if len(shape) > 2 else 0

@@ -4,12 +4,17 @@ from collections.abc import Iterator
 
 import onnx
 
-__all__ = ["all_nodes", "captured_names", "node_label", "subgraphs"]
+__all__ = ["all_nodes", "captured_names", "node_label", "qualified", "subgraphs"]
 
 
 def node_label(node: onnx.NodeProto) -> str:
     """How messages name a node: operator and name, or its first output where it has no name."""
     return f"{node.op_type} {node.name or (node.output[0] if node.output else '?')!r}"
+
+
+def qualified(node: onnx.NodeProto) -> tuple[str, str]:
+    """Domain and operator of a node; the domain of ONNX's own operators is ''."""
+    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -20,8 +25,8 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph, each with those of the graphs inside it."""
+def all_nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph or function, each with those of the graphs inside it."""
     for node in graph.node:
         yield node
         for inner in subgraphs(node):

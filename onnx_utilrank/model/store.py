@@ -275,8 +275,10 @@ class ModelStore:
             for tensor in ModelStore(proto=proto).tensors():
                 if uses_external_data(tensor):
                     writer.put(tensor, self.outside_bytes(tensor))
-                elif smallest is not None and len(tensor.raw_data) >= smallest:
-                    writer.put(tensor, tensor.raw_data)
+                elif smallest is not None:
+                    raw = _raw(tensor)
+                    if len(raw) >= smallest:
+                        writer.put(tensor, raw)
         with atomic_write(path) as f:
             f.write(proto.SerializeToString())
         for name in old - own:
@@ -340,6 +342,13 @@ def _read_by_model_at(path: Path) -> set[str]:
         return _data_files(ModelStore.load(path))
     except ModelError:
         return set()  # no model, or one that nobody can read
+
+
+def _raw(tensor: onnx.TensorProto) -> bytes:
+    """Data that a tensor holds, also in a field of their type; none of strings."""
+    if not tensor.HasField("raw_data") and stored_bytes(tensor):
+        tensor = numpy_helper.from_array(numpy_helper.to_array(tensor))
+    return bytes(tensor.raw_data)
 
 
 def _outside_length(tensor: onnx.TensorProto) -> int:

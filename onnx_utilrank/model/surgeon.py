@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnx_utilrank.model.external import DATA_FILE, SMALLEST_OUTSIDE, ExternalWriter, Scratch
+from onnx_utilrank.model.external import SMALLEST_OUTSIDE, Scratch
 from onnx_utilrank.model.graph import GraphIndex, all_names, new_name
 from onnx_utilrank.model.store import ModelStore
 
@@ -84,8 +84,7 @@ class Surgeon:
             return name
         kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
         self._new[name] = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
-        with (self._scratch.path / DATA_FILE).open("ab") as f:
-            writer = ExternalWriter(f, DATA_FILE)
+        with self._scratch.writer() as writer:
             writer.put(self._new[name], values.view(np.uint8).data)
         return name
 
@@ -162,8 +161,7 @@ class Surgeon:
         source = self.index.store
         if self._scratch is None:
             return ModelStore(proto=proto, folder=source.folder)
-        with (self._scratch.path / DATA_FILE).open("ab") as f:
-            writer = ExternalWriter(f, DATA_FILE)
+        with self._scratch.writer() as writer:
             for tensor in ModelStore(proto=proto).tensors():
                 if uses_external_data(tensor) and tensor.name not in self._new:
                     writer.put(tensor, source.outside_bytes(tensor))

@@ -1,6 +1,5 @@
 """Measure every site of a model: gradients, decompositions and the predicted loss of each rank."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_utilrank.calibration.cache import CHECKPOINT_SECONDS, Cache
+from onnx_utilrank.calibration.cache import CHECKPOINT_SECONDS, Cache, numbered, of_each
 from onnx_utilrank.calibration.collect import in_passes
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
@@ -215,7 +214,9 @@ class _Measuring:
         """All that decides what is collected of sites, beside the model and the samples."""
         of_sites = [
             (
-                *(s.key, s.op_type, self.heads.get(s.key), s.uses[0].node in self.kernels),
+                # Patterns choose uses: one key may stand for more of them, or fewer.
+                *(s.key, s.op_type, [use.node for use in s.uses], self.heads.get(s.key)),
+                s.uses[0].node in self.kernels,
                 *(s.key in self.readers, s.key in self.readers_of_units),
             )
             for s in sites
@@ -229,9 +230,9 @@ class _Measuring:
         state = self.cache.load(*what)
         if state is None:
             return 0
-        for key, collector in collectors.items():
-            own = (name for name in state if name.startswith(f"{key}: "))
-            collector.restore({name.removeprefix(f"{key}: "): state[name] for name in own})
+        parts = of_each(state)
+        for k, collector in enumerate(collectors.values()):
+            collector.restore(parts[k])
         backward.restore(state["draws"])
         backward.dropped = int(state["dropped"])
         return int(state["done"])
@@ -243,11 +244,7 @@ class _Measuring:
         backward: GradientPass,
         done: int,
     ) -> None:
-        state = {
-            f"{key}: {name}": array
-            for key, collector in collectors.items()
-            for name, array in collector.state.items()
-        }
+        state = numbered([collector.state for collector in collectors.values()])
         state |= {"draws": backward.state, "dropped": np.array(backward.dropped)}
         self.cache.save({**state, "done": np.array(done)}, *what)
 
@@ -289,13 +286,14 @@ class _Measuring:
                 list(self.data.feeds(samples, batch=self.effort.batch)),
                 lambda done, total: self.progress("predicting", done, total),
             )
-            state = {
-                f"{k} {key}": lost
-                for key, of_site in quadratics.items()
-                for k, lost in enumerate(of_site)
-            }
+            losses = ({f"{k}": lost for k, lost in enumerate(quadratics[s.key])} for s in sites)
+            state = numbered(losses)
             self.cache.save(state, *what)
-        return [f.corrected(_listed(state, f.site.key)) for f in found]
+        parts = of_each(state)
+        return [
+            f.corrected([parts[k][f"{which}"] for which in range(len(parts[k]))])
+            for k, f in enumerate(found)
+        ]
 
     def _sides(self, sites: Sequence[Site]) -> dict[str, SmallerSide]:
         return {s.key: SmallerSide(s, site_weight(self.index, s), self.biases) for s in sites}
@@ -367,12 +365,6 @@ class _Measuring:
                 )
             )
         return probes
-
-
-def _listed(state: Mapping[str, np.ndarray], key: str) -> list[np.ndarray]:
-    """The arrays of a site, in order."""
-    numbered = (f"{k} {key}" for k in itertools.count())
-    return [state[name] for name in itertools.takewhile(state.__contains__, numbered)]
 
 
 def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:

@@ -25,7 +25,10 @@ class Conv:
 
     op_type = "Conv"
     # Which groups are seen as Convs of their own, and never get here.
-    exempt = f"; up to {MOST_GROUPS}, with a constant bias or none, are factored one by one"
+    exempt = (
+        f"; up to {MOST_GROUPS}, with a constant bias or none and a weight that nothing else "
+        "reads, are factored one by one"
+    )
     listed = True
 
     def match(self, index: GraphIndex, k: int) -> Use | Skip | None:

@@ -1,7 +1,7 @@
 """Find every site of a model, and the reason for every node that is not one."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -9,13 +9,21 @@ import numpy as np
 import onnx
 
 from onnx_utilrank.errors import ConfigError, ModelError
-from onnx_utilrank.model.graph import GraphIndex, node_label, subgraphs
+from onnx_utilrank.model.graph import (
+    GraphIndex,
+    node_label,
+    qualified,
+    subgraphs,
+    tensor_type,
+)
+from onnx_utilrank.model.plain import is_fused
+from onnx_utilrank.model.scopes import all_nodes
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.sites.conv import CONV
 from onnx_utilrank.sites.conv_transpose import CONV_TRANSPOSE
-from onnx_utilrank.sites.gather import GATHER
+from onnx_utilrank.sites.gather import GATHER, is_table
 from onnx_utilrank.sites.gemm import GEMM
-from onnx_utilrank.sites.left import left_alone, quantized_operand
+from onnx_utilrank.sites.left import REASONS, left_alone, quantized_operand
 from onnx_utilrank.sites.matmul import MATMUL
 from onnx_utilrank.sites.site import FLOAT_TYPES, Site, SiteKind, Skip, Use
 
@@ -30,6 +38,9 @@ __all__ = [
 
 # Adding an operator is one file beside this one and one entry here.
 SITE_KINDS: tuple[SiteKind, ...] = (MATMUL, GEMM, CONV, CONV_TRANSPOSE, GATHER)
+
+# By domain and operator, what multiplies with weights, but for what is taken apart.
+_MULTIPLY = frozenset({*REASONS, *(("", kind.op_type) for kind in SITE_KINDS if kind.listed)})
 
 # Before it, Add and Gemm broadcast by attributes that later operators do not have.
 FIRST_OPSET = 7
@@ -83,7 +94,7 @@ def find_sites(
     groups: defaultdict[tuple[str, str, str], list[Use]] = defaultdict(list)
     skips: list[Skip] = []
     for k, node in enumerate(index.store.proto.graph.node):
-        skips.extend(_nested(node, listed))
+        skips.extend(_nested(index, node, {}))
         if node.domain not in ("", "ai.onnx") or node.op_type not in known:
             left = left_alone(index, node)
             skips.extend([left] if left else [])
@@ -113,8 +124,8 @@ def find_sites(
             reason="inside a model-local function",
         )
         for function in index.store.proto.functions
-        for node in function.node
-        if node.op_type in listed
+        for node in all_nodes(function)
+        if _multiplies(node)
     )
     # Parts of one node say the same.
     unique = dict.fromkeys(skips) if index.spans else skips
@@ -130,8 +141,20 @@ def _relabelled(found: Use | Skip, label: str) -> Use | Skip:
 
 def has_sites_in_functions(store: ModelStore) -> bool:
     """Whether a model-local function holds a node of an operator that can be factored."""
-    known = {kind.op_type for kind in SITE_KINDS}
-    return any(node.op_type in known for f in store.proto.functions for node in f.node)
+    known = {("", kind.op_type) for kind in SITE_KINDS}
+    # Functions may hide operators of their names.
+    own = {(f.domain, f.name) for f in store.proto.functions}
+    return any(
+        qualified(node) in known or is_fused(node)
+        for function in store.proto.functions
+        for node in function.node
+        if qualified(node) not in own
+    )
+
+
+def _multiplies(node: onnx.NodeProto) -> bool:
+    """Whether a node is of an operator that multiplies with weights, factored elsewhere or not."""
+    return qualified(node) in _MULTIPLY or is_fused(node)
 
 
 def _refused(
@@ -189,12 +212,29 @@ def _site(index: GraphIndex, uses: list[Use]) -> Site:
     )
 
 
-def _nested(node: onnx.NodeProto, known: list[str]) -> list[Skip]:
+def _nested(
+    index: GraphIndex, node: onnx.NodeProto, outer: Mapping[str, onnx.TensorProto]
+) -> list[Skip]:
+    """What the subgraphs of a node hold of weights, with the initializers of those around it."""
     skips = []
     for graph in subgraphs(node):
+        held = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
         for inner in graph.node:
-            if inner.op_type in known:
+            if _multiplies(inner) or _looks_up(index, inner, held):
                 reason = f"inside a subgraph of {node_label(node)}"
                 skips.append(Skip(node=node_label(inner), op_type=inner.op_type, reason=reason))
-            skips.extend(_nested(inner, known))
+            skips.extend(_nested(index, inner, held))
     return skips
+
+
+def _looks_up(
+    index: GraphIndex, node: onnx.NodeProto, held: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Whether a node of a subgraph picks rows of a table, other ones from run to run."""
+    if qualified(node) != ("", GATHER.op_type) or len(node.input) < 2:
+        return False
+    if node.input[1] in held or node.input[1] in index.constants:
+        return False
+    tensor = held.get(node.input[0])
+    kind = index.constant_type(node.input[0]) if tensor is None else tensor_type(tensor)
+    return kind is not None and is_table(*kind)

@@ -1,5 +1,7 @@
 """Gather on a constant table: rows picked by ids, as embeddings are (ONNX operators, Gather)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -9,7 +11,12 @@ from onnx_utilrank.sites.bias import added_bias, product_and_bias
 from onnx_utilrank.sites.site import FLOAT_TYPES, BiasSlot, RowView, Skip, Use
 from onnx_utilrank.statistics.factorize import Factors
 
-__all__ = ["GATHER", "Gather"]
+__all__ = ["GATHER", "Gather", "is_table"]
+
+
+def is_table(shape: Sequence[int], dtype: np.dtype[np.generic]) -> bool:
+    """Whether a constant of this shape and type may be an embedding that is worth factoring."""
+    return dtype.name in FLOAT_TYPES and len(shape) == 2 and shape[0] > shape[1]
 
 
 class Gather:

@@ -2,7 +2,7 @@
 
 import onnx
 
-from onnx_utilrank.model.graph import LAYOUT_OPS, GraphIndex, node_label
+from onnx_utilrank.model.graph import LAYOUT_OPS, GraphIndex, node_label, qualified
 from onnx_utilrank.sites.site import Skip
 
 __all__ = ["REASONS", "left_alone", "quantized_operand"]
@@ -65,8 +65,7 @@ REASONS: dict[tuple[str, str], str] = {
 
 def left_alone(index: GraphIndex, node: onnx.NodeProto) -> Skip | None:
     """Why a node of an operator that cannot be factored is left; None where it has no matrix."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    reason = REASONS.get((domain, node.op_type))
+    reason = REASONS.get(qualified(node))
     if reason is None or not any(_is_matrix(index, name) for name in node.input):
         return None
     return Skip(node=node_label(node), op_type=node.op_type, reason=reason)
