@@ -1,5 +1,6 @@
 """Statistics that are kept: used where they fit, refused where they do not."""
 
+import importlib.metadata
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,10 @@ from onnx_utilrank import (
     analyze,
     compress,
 )
+from onnx_utilrank.calibration.cache import Cache
+from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.cli.main import main
+from onnx_utilrank.model.store import ModelStore
 
 WIDTH = 24
 CONFIGS = {
@@ -235,3 +239,37 @@ def test_a_cache_that_cannot_be_is_an_error(tmp_path: Path, capsys: pytest.Captu
     assert main([*words, str(tmp_path / "c")]) == 0
     assert entries(tmp_path / "c")
     capsys.readouterr()
+
+
+def test_statistics_of_another_version_are_never_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another version may collect something else."""
+    first, second = Watch("calibrating"), Watch("calibrating")
+    options = config("one-sided", tmp_path / "c")
+    compress(proto(), data(), options, progress=first)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
+    compress(proto(), data(), options, progress=second)
+    assert second.count == first.count > 0
+
+
+def test_arrays_of_another_shape_or_type_are_altered(tmp_path: Path):
+    cache = Cache(folder=tmp_path, key="k")
+    held = {"a": np.arange(6, dtype=np.int64), "b": np.ones(2)}
+    cache.save(held, "x")
+    (path,) = entries(tmp_path)
+    with np.load(path) as entry:
+        digest = entry["sha256"]
+    assert cache.load("x").keys() == held.keys()
+    for other in (held["a"].reshape(2, 3), held["a"].view(np.uint64)):
+        np.savez(path, **held | {"a": other, "sha256": digest})
+        assert cache.load("x") is None
+
+
+def test_samples_of_text_have_entries_of_their_own(tmp_path: Path):
+    store = ModelStore.load(model("(string[n] x) => (string[n] y)", "y = Identity(x)"))
+    keys = set()
+    for texts in (["a", "b"], ["a", "c"], ["ab", ""]):
+        feeds = open_data({"x": np.array(texts, dtype=object)}, store.inputs)
+        keys.add(Cache.open(tmp_path, store, feeds, range(2)).key)
+    assert len(keys) == 3
