@@ -81,9 +81,11 @@ def rows_notes(
         )
     strided = [s for s in strides.values() if s > 1] if strides else []
     if strides and strided:
+        least, most = min(strided), max(strided)
+        share = f"one row in {least}" + (f" to one in {most}" if most > least else "")
         notes.append(
             f"{len(strided)} of {len(strides)} tensors have more rows than a rank "
-            f"estimate needs: of those one row in {min(strided)} to one in {max(strided)} was used."
+            f"estimate needs: of those {share} was used."
         )
     if passes > 1:
         notes.append(

@@ -1,5 +1,6 @@
 """Statistics that are kept: used where they fit, refused where they do not."""
 
+import importlib.metadata
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -316,3 +317,37 @@ def test_operators_of_the_user_count(tmp_path: Path):
         keys.append(held.key)
     assert keys[0] == keys[2] != keys[1]
     assert keys[0] != Cache.open(tmp_path / "c", store, samples, [0, 1]).key
+
+
+def test_statistics_of_another_version_are_never_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another version may collect something else."""
+    first, second = Watch("calibrating"), Watch("calibrating")
+    options = config("one-sided", tmp_path / "c")
+    compress(proto(), data(), options, progress=first)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
+    compress(proto(), data(), options, progress=second)
+    assert second.count == first.count > 0
+
+
+def test_arrays_of_another_shape_or_type_are_altered(tmp_path: Path):
+    cache = Cache(folder=tmp_path, key="k")
+    held = {"a": np.arange(6, dtype=np.int64), "b": np.ones(2)}
+    cache.save(held, "x")
+    (path,) = entries(tmp_path)
+    with np.load(path) as entry:
+        digest = entry["sha256"]
+    assert cache.load("x").keys() == held.keys()
+    for other in (held["a"].reshape(2, 3), held["a"].view(np.uint64)):
+        np.savez(path, **held | {"a": other, "sha256": digest})
+        assert cache.load("x") is None
+
+
+def test_samples_of_text_have_entries_of_their_own(tmp_path: Path):
+    store = ModelStore.load(model("(string[n] x) => (string[n] y)", "y = Identity(x)"))
+    keys = set()
+    for texts in (["a", "b"], ["a", "c"], ["ab", ""]):
+        feeds = open_data({"x": np.array(texts, dtype=object)}, store.inputs)
+        keys.add(Cache.open(tmp_path, store, feeds, range(2)).key)
+    assert len(keys) == 3

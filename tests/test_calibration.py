@@ -14,6 +14,7 @@ from onnx_utilrank.calibration.collect import Collected, collect, usable_batch
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.calibration.survey import expose, linear_flops, survey
 from onnx_utilrank.calibration.taps import insert_taps, row_stride, view_rows
+from onnx_utilrank.measurement import rows_notes
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.method import site_moment
@@ -368,3 +369,13 @@ def test_weight_that_is_not_finite_is_left_alone_and_the_others_are_not(method: 
     assert [e.site for e in result.plan.factored] == ["V"]
     (skipped,) = result.plan.skipped
     assert (skipped.node, skipped.reason) == ("MatMul 'h'", "the weight holds NaN or infinity")
+
+
+@pytest.mark.parametrize(
+    ("strides", "expected"),
+    [((1, 2, 2), "of those one row in 2 was used"), ((2, 5), "one row in 2 to one in 5 was used")],
+)
+def test_note_of_rows_left_out_names_how_many(strides: tuple[int, ...], expected: str):
+    views = [RowView(tensor=str(k), axis=1, width=4) for k in range(len(strides))]
+    (note,) = rows_notes({"w": (100, True)}, dict(zip(views, strides, strict=True)))
+    assert expected in note

@@ -106,7 +106,9 @@ def test_unseen_tokens_are_never_ruled_out_nor_is_any_token_without_data():
 def test_moment_is_that_of_rows_as_often_as_they_are_expected():
     size = COLUMNS + 3  # two parts
     counts = TokenCounts.zero(size)
-    counts.add(np.random.default_rng(4).integers(0, size, (5, 40)))
+    ids = np.random.default_rng(4).integers(0, size, (5, 40))
+    ids[:, :20] = size - 1  # which every sample holds, and which lies in the second part
+    counts.add(ids)
     table = noise(5, size, 3)
     moment = counts.moment(table.T)
     p = counts.weights
@@ -340,6 +342,30 @@ def test_tied_basis_loses_what_it_says_and_less_than_those_of_the_ends():
             together.append(sum(losses))
     # By far better than the basis of either end, where the two have nothing in common.
     assert np.log(together).mean() < np.log(separate).mean(0).min() - 1
+
+
+def test_tied_basis_is_the_same_in_any_unit_of_the_loss():
+    graph = index(tied("bias"))
+    ((table, head),) = find_tied(graph, find_sites(graph)[0])
+    kept = []
+    for unit in (1.0, 1e4):
+        ends = []
+        for k, site in enumerate((table, head)):
+            seen = of_rows(N, 90 + 10 * k)
+            seen = replace(seen, gamma=unit * seen.gamma)
+            ends.append(two_sided_site(site, site_matrix(graph, site), seen, 0))
+        _, both = tie(*ends)
+        kept.append([both.found.kept(rank) for rank in range(N)])
+    np.testing.assert_allclose(kept[0], kept[1], rtol=0, atol=1e-6)
+
+
+def test_tied_ends_both_make_up_for_their_mean():
+    config = only_tied(0.8, refit=False)
+    result = compress(tied("bias"), sentences(24, 40, range(V)), config)
+    assert [e.bias for e in result.plan.factored] == [True, True]
+    held = constants(result.model)
+    assert np.abs(held["b_1"] - constants(tied("bias"))["b"]).max() > 1e-3
+    assert np.abs(held["T/bias"]).max() > 1e-3
 
 
 def test_tied_table_of_which_one_token_came_is_factored():

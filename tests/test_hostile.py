@@ -38,6 +38,7 @@ from onnx_utilrank import (
     compress,
     validate,
 )
+from onnx_utilrank.calibration import limits
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.calibration.limits import available_memory
 from onnx_utilrank.cli.main import main
@@ -243,6 +244,19 @@ def test_tensors_whose_shape_and_data_disagree(folder: Path, capsys, change: Cha
     proto = sound()
     change(proto)
     assert reason in refused_by_all(proto, capsys, folder)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_complex_numbers_are_two_values_each(count: int):
+    proto = sound()
+    values = np.arange(count) * (1 + 2j)
+    proto.graph.initializer.append(
+        helper.make_tensor("odd", TensorProto.COMPLEX64, [count], values.astype(np.complex64))
+    )
+    np.testing.assert_array_equal(ModelStore.load(proto).array(proto.graph.initializer[-1]), values)
+    proto.graph.initializer[-1].float_data.append(0.0)
+    with pytest.raises(ModelError, match="tensor 'odd': shape"):
+        ModelStore.load(proto)
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn", "bfloat16", "bool", "int8"])
@@ -694,6 +708,40 @@ def test_samples_without_values_are_counted_too(tmp_path: Path):
     path.write_bytes(header(f"({2**40},)", "<U0"))
     with pytest.raises(DataError, match="samples are more than memory can list"):
         open_data(path, ModelStore.load(texts).inputs)
+
+
+def test_samples_are_counted_with_what_lists_of_them_take(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "available_memory", lambda: 512 * 1000)
+    limits.check_count("x.npy", 1000)
+    with pytest.raises(DataError, match="1,001 samples are more than memory can list"):
+        limits.check_count("x.npy", 1001)
+    monkeypatch.setattr(limits, "available_memory", lambda: None)
+    limits.check_count("x.npy", 2**60)
+
+
+@pytest.mark.parametrize(
+    ("figures", "container", "expected"),
+    [
+        ("MemTotal: 9 kB\nMemAvailable:   5 kB\n", "7000\n", 5120),
+        ("MemTotal: 9 kB\nMemAvailable:   5 kB\n", "5000\n", 5000),
+        ("MemTotal: 9 kB\nMemAvailable:   5 kB\n", "max\n", 5120),
+        ("MemTotal: 9 kB\nMemAvailable:   5 kB\n", None, 5120),
+        ("", "7\n", 7),
+    ],
+)
+def test_memory_is_what_the_system_and_the_container_leave(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figures: str,
+    container: str | None,
+    expected: int,
+):
+    for name, text in (("_FIGURES", figures), ("_CONTAINER", container)):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        monkeypatch.setattr(limits, name, path)
+    assert available_memory() == expected
 
 
 def test_damaged_members_of_every_method(tmp_path: Path):

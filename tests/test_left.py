@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import MICROSOFT, activations, index, model, noise
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.sites.find import SITE_KINDS, find_sites
@@ -51,6 +51,12 @@ def test_what_is_factored_has_no_reason_to_be_left():
     assert not {kind.op_type for kind in SITE_KINDS} & {op for domain, op in REASONS if not domain}
 
 
+@pytest.mark.parametrize("op_type", ["LSTM", "Einsum"])
+def test_the_domain_of_onnx_has_two_names(op_type: str):
+    _, (skip,) = find_sites(index(one_node("ai.onnx", op_type, "W")))
+    assert skip.reason == REASONS["", op_type]
+
+
 BYTES = np.random.default_rng(2).integers(-100, 100, (8, 8)).astype(np.int8)
 SCALE, ZERO = np.float32(0.01), np.int8(0)
 DEQUANTIZED = {
@@ -93,6 +99,27 @@ def test_weights_behind_dequantize_linear_are_left(how: str, op: str):
     result = compress(proto, data, CompressConfig(energy=1.0, force=True))
     assert [(s.node, s.reason) for s in result.plan.skipped] == [(f"{op} 'h'", QUANTIZED)]
     assert list(result.model.graph.node)[:-2] == list(proto.graph.node)[:-1]
+
+
+def test_quantized_weights_of_other_operators_are_matrices_too():
+    proto = one_node("", "LSTM", "V")
+    proto.graph.node.insert(0, helper.make_node("DequantizeLinear", ["Q", "s"], ["V"]))
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v), k) for k, v in {"Q": BYTES, "s": SCALE}.items()
+    )
+    _, (skip,) = find_sites(index(proto))
+    assert skip.reason == STEPS
+
+
+def test_quantized_bias_is_no_quantized_weight():
+    proto = model(
+        "(float[n,8] x, float[8,8] v) => (float[n,8] y)",
+        "c = DequantizeLinear(Q, s) y = Gemm(x, v, c)",
+        Q=BYTES[0],
+        s=SCALE,
+    )
+    (reason,) = {skip.reason for skip in find_sites(index(proto))[1]}
+    assert reason == "no operand is a constant weight"
 
 
 LEFT = {

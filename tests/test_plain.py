@@ -355,6 +355,35 @@ def test_functions_that_hide_an_operator_are_not_it():
     assert not find_sites(index(proto))[0]
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_products_of_computed_matrices_are_taken_apart_where_a_factor_can_be_cast(
+    opset: int, alpha: float
+):
+    """Of which type the factor has to be is not known; CastLike came with opset 15."""
+    proto = model(
+        f"(float[n,{D}] x) => (float[n,n] y)",
+        f"t = Transpose(x) y = com.microsoft.FusedMatMul<alpha={alpha}>(x, t)",
+        opset=opset,
+        domains=MICROSOFT,
+    )
+    plain = plain_model(ModelStore.load(proto))
+    assert ("FusedMatMul" in ops(plain.proto)) == (opset == 13 and alpha != 1.0)
+    assert_same(proto, plain, {"x": ROWS})
+
+
+def test_vectors_have_nothing_to_transpose():
+    proto = model(
+        f"(float[{D}] x) => (float[{H}] y)",
+        "y = com.microsoft.FusedMatMul<transA=1>(x, W)",
+        domains=MICROSOFT,
+        W=float32(3, D, H),
+    )
+    plain = plain_model(ModelStore.load(proto))
+    assert ops(plain.proto) == ["MatMul"]
+    assert_same(proto, plain, {"x": ROWS[0]})
+
+
 # --- measured -----------------------------------------------------------------------------------
 
 LAYERS = {

@@ -1,5 +1,7 @@
 """Arrays that wait in files."""
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +59,31 @@ def test_many_arrays_share_few_open_files():
         pytest.skip("open files are told on Linux alone")
     before = len(list(descriptors.iterdir()))
     values = [noise(k, 100) for k in range(30)]
+    values[0] = np.full(801, 7, np.uint8)
     held = [spilled(v) for v in values]
     assert len(list(descriptors.iterdir())) - before <= 12  # ten files of three pages each
     for one, other in zip(held, values, strict=True):
+        assert one.flags.aligned
         np.testing.assert_array_equal(one, other)
     whole = noise(99, 4, 4096)  # more than such a file
     np.testing.assert_array_equal(spilled(whole), whole)
     np.testing.assert_array_equal(held[0], values[0])
+    del held, one
+    assert len(list(descriptors.iterdir())) - before <= 1  # the one that is being filled
 
 
 def test_no_room_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(spill.tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(UtilrankError, match="TMPDIR names another folder"):
+        spilled(noise(1, 200))
+
+
+def test_full_disk_is_told_before_anything_is_written(monkeypatch: pytest.MonkeyPatch):
+    """A page of a mapped file that the disk has no room for would end the process."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UtilrankError, match="no room for 1,600 bytes of statistics"):
         spilled(noise(1, 200))

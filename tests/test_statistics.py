@@ -662,3 +662,19 @@ def test_full_subspaces_give_the_weight_back(seed, m, d, n):
     assert found.ranks(1.0) == (d, m)
     lost = np.linalg.norm(found.factors(weight, d, m).product - weight)
     assert lost <= 16 * gamma(m + d) * np.linalg.norm(weight)
+
+
+@law
+@given(seed=SEEDS, m=st.integers(2, 7), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+def test_metric_of_a_matrix_that_rounding_made_indefinite(seed: int, m: int, scale: float):
+    """Gradients at the inputs of a weight that ignores some lie in a subspace, but for rounding."""
+    rng = np.random.default_rng(seed)
+    g = rng.standard_normal((3 * m, m - 1)) @ rng.standard_normal((m - 1, m))
+    rounding = float(np.finfo(np.float32).eps) * float(np.linalg.norm(g.T @ g, 2)) * scale / 4
+    held = scale * (g.T @ g) - rounding * np.eye(m)
+    assert np.linalg.eigvalsh(held)[0] < 0
+    metric = Metric.of(held)
+    assert np.array_equal(metric.root_t, np.triu(metric.root_t))
+    np.testing.assert_allclose(metric.root_t.T @ metric.root_t, held, rtol=0, atol=8 * rounding)
+    identity = metric.root_t @ metric.undone(np.eye(m))
+    np.testing.assert_allclose(identity, np.eye(m), rtol=0, atol=1e-9)

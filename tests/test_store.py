@@ -313,6 +313,16 @@ def test_external_arrays_are_mapped_and_never_written_back(tmp_path: Path):
     assert ModelStore.load(path).array(store.proto.graph.initializer[0]).any()
 
 
+def test_tensors_without_elements_may_lie_in_an_empty_file(tmp_path: Path):
+    proto = model("(float[n] x) => (float[m] y)", "y = Concat<axis=0>(x, e)")
+    proto.graph.initializer.append(numpy_helper.from_array(np.empty(0, np.float32), "e"))
+    store = ModelStore.load(outside(tmp_path / "in", proto))
+    (tensor,) = store.proto.graph.initializer
+    assert uses_external_data(tensor)
+    assert (tmp_path / "in" / "weights.bin").stat().st_size == 0
+    assert store.array(tensor).shape == (0,)
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_weights_go_outside_where_that_is_asked_for(tmp_path: Path, external: bool):
     source = outside(tmp_path / "in") if external else two_layers()

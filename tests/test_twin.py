@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import test_hidden
-from builders import Feed, model, noise, run
+from builders import Feed, activations, model, noise, run
 from test_units import EPS, SHRINK, STYLES, WIDE, D, whole
 
 from onnx_utilrank import CompressConfig, compress
@@ -27,6 +27,30 @@ def units_case(name: str) -> tuple[onnx.ModelProto, Feed]:
 
 def heads_case(body: str) -> tuple[onnx.ModelProto, Feed]:
     return test_hidden.Style(body=body).proto(), test_hidden.data()
+
+
+def read_twice() -> tuple[onnx.ModelProto, Feed]:
+    """Something else reads the weight, behind the node."""
+    proto = model(
+        "(float[n,24] x) => (float[n,24] y)",
+        "h = MatMul(x, W) s = Add(h, b) t = Tanh(s) q = Transpose(W) u = MatMul(t, q)"
+        " y = MatMul(u, V)",
+        W=(noise(1, 24, 24) / 5).astype(np.float32),
+        b=noise(2, 24).astype(np.float32),
+        V=(noise(4, 24, 24) / 5).astype(np.float32),
+    )
+    return proto, {"x": noise(3, 200, 24).astype(np.float32)}
+
+
+def scaled() -> tuple[onnx.ModelProto, Feed]:
+    """Gemm with a factor, and inputs with a mean that its bias has to make up for."""
+    proto = model(
+        "(float[n,24] x) => (float[n,24] y)",
+        "h = Gemm<alpha=0.3, beta=2.0>(x, W, b) y = Tanh(h)",
+        W=(noise(1, 24, 24) / 5).astype(np.float32),
+        b=noise(2, 24).astype(np.float32),
+    )
+    return proto, {"x": activations(3, 200, 24).astype(np.float32)}
 
 
 TWIN_UNITS = (
@@ -57,6 +81,10 @@ for each in ("relu", "gate", "conv"):
         if moves != ("channels",) or each == "conv":
             config = CompressConfig(param_ratio=0.45, moves=moves)
             TWINS[f"{each} by {' and '.join(moves)}"] = partial(whole, each), config
+
+ONE_OF_TWO = CompressConfig(param_ratio=0.95, moves=("low-rank",), include=("h", "y"), force=True)
+TWINS["gemm with a factor"] = scaled, CompressConfig(param_ratio=0.7)
+TWINS["weight that another reads"] = read_twice, ONE_OF_TWO
 
 
 @pytest.mark.parametrize("fitted", [False, True])

@@ -56,7 +56,7 @@ class Stages:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take note that a stage has come so far."""
-        del done, total
+        del done, total, detail
         now = time.perf_counter()
         if self._stage:
             self.seconds[self._stage] += now - self._since

@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rival_methods import ACTIVATION_SVD, GREEDY_SVD, WHITENED_SVD, measure_greedy, measure_rival
-from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo
+from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
 
 from onnx_utilrank import __version__
 from onnx_utilrank.compression import build, make_offers
@@ -331,8 +330,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, every, zoo = parser.add_argument, list(CONTENDERS), os.environ.get(ENVIRONMENT) or None
-    add("--zoo", type=Path, metavar="DIR", default=zoo, help=f"(default: ${ENVIRONMENT})")
+    add_zoo_option(parser)
+    add, every = parser.add_argument, list(CONTENDERS)
     add("--models", nargs="+", default=MODELS, metavar="NAME", help="models of the zoo")
     add("--ratios", nargs="+", type=float, default=RATIOS, metavar="R", help="parameters to keep")
     add("--methods", nargs="+", choices=every, default=every, metavar="M", help=f"of {every}")

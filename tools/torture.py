@@ -32,10 +32,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from torture_model import BAD, CRASH, FOREIGN, NOTHING, REFUSED, STEPS, TIMEOUT, Outcome, examine
+from zoo_table import ENVIRONMENT, add_zoo_option
 
 __all__ = ["Limits", "examine_apart", "main", "models_in", "tables"]
-
-ENVIRONMENT = "ONNX_UTILRANK_ZOO"
 
 # The library is read once; every model gets a fork of the process that did.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -153,13 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER_OR_MODEL",
         help="models to take (default: those of the zoo)",
     )
-    parser.add_argument(
-        "--zoo",
-        type=Path,
-        metavar="DIR",
-        default=os.environ.get(ENVIRONMENT) or None,
-        help=f"the zoo's folder (default: the environment variable {ENVIRONMENT})",
-    )
+    add_zoo_option(parser)
     limits = Limits()
     parser.add_argument("--samples", type=int, default=limits.samples, metavar="N")
     parser.add_argument(

@@ -353,13 +353,8 @@ def _result_file(text: str) -> Path:
     return path
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="zoo_table.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_zoo_option(parser: argparse.ArgumentParser) -> None:
+    """Where the zoo is."""
     parser.add_argument(
         "--zoo",
         type=Path,
@@ -367,6 +362,16 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get(ENVIRONMENT) or None,
         help=f"the zoo's folder (default: the environment variable {ENVIRONMENT})",
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoo_table.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_zoo_option(parser)
     parser.add_argument(
         "--models",
         nargs="+",

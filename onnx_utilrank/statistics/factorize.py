@@ -4,6 +4,7 @@ Throughout, a node computes y = W x + b with W [m, d], and Ŵ is what replaces W
 float64. Eigenvalues and singular values are in descending order.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -138,8 +139,17 @@ class Metric:
 
     @classmethod
     def of(cls, gamma: np.ndarray) -> "Metric":
-        """The metric of a positive definite Γ: R is its Cholesky factor."""
-        return cls(root_t=np.linalg.cholesky((gamma + gamma.T) / 2).T)
+        """The metric of a positive definite Γ: R is its Cholesky factor.
+
+        Sums of products in single precision may be indefinite by what rounding added: eigenvalues
+        that it cannot tell from 0 are then taken to be as large as it.
+        """
+        with contextlib.suppress(np.linalg.LinAlgError):
+            return cls(root_t=np.linalg.cholesky((gamma + gamma.T) / 2).T)
+        values, vectors = eigenbasis(gamma)
+        values = np.maximum(values, np.finfo(np.float32).eps * values[0])
+        _, root_t = np.linalg.qr(np.sqrt(values)[:, None] * vectors.T)
+        return cls(root_t=root_t)
 
     def undone(self, directions: np.ndarray) -> np.ndarray:
         """R^{-T} U for directions U [m, k], without the inverse."""
