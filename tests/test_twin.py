@@ -121,6 +121,31 @@ def test_twin_gives_what_the_rewritten_model_gives(name: str, fitted: bool, monk
     assert np.abs(expected - before).max() > 100 * atol
 
 
+def test_matrices_of_replaced_layers_do_not_wait_in_memory(monkeypatch):
+    """In float64 those of all layers are twice a model that may be larger than memory."""
+    seen = []
+
+    def spy(graph, layers, plain, *rest) -> bool:
+        seen.append((graph, layers, plain))
+        return False
+
+    monkeypatch.setattr("onnx_utilrank.compression.is_better", spy)
+    make, config = TWINS["relu by low-rank"]
+    proto, data = make()
+    compress(proto, data, config)
+    ((graph, layers, plain),) = seen
+    formed = []
+    whole_of = Refitted.whole
+    monkeypatch.setattr(
+        Refitted, "whole", lambda new, layer: formed.append(layer) or whole_of(new, layer)
+    )
+    twin = Twin(graph, layers, plain)
+    assert not formed
+    for _ in range(2):
+        twin.run({"x": data["x"][:7]}, ["y"])
+    assert len(formed) == len(layers)
+
+
 # --- the refit's gate ---------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ dropped at once.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def propagate(
                 key = layer.measured.site.key
                 by_outputs = key not in done and layer.outputs and can_fit(layer)
                 if by_outputs:
-                    node_now = Reweighted(layer.projected_weight)
+                    node_now = Reweighted(partial(getattr, layer, "projected_weight"))
                     for run in runs:
                         node_now.step(graph, k, use, run.compressed)
                 if key not in done:

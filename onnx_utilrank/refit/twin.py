@@ -1,6 +1,7 @@
 """Run the graph in torch as it will be when layers are replaced, without rewriting it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,8 +21,12 @@ __all__ = ["Reweighted", "StandIn", "Twin", "layers_by_value"]
 class Reweighted:
     """A node that is computed with another weight."""
 
-    def __init__(self, weight: np.ndarray) -> None:
-        """Take W [m, d]."""
+    def __init__(self, weight: Callable[[], np.ndarray]) -> None:
+        """Take what gives W [m, d]; it is asked once, when the node comes.
+
+        All layers of a large model are prepared before the first is computed: their matrices in
+        float64 are not to wait in memory.
+        """
         self._matrix = weight
         self._stored: torch.Tensor | None = None
 
@@ -34,7 +39,7 @@ class Reweighted:
         own = state[use.weight]
         if self._stored is None:
             kind = site_kind(use.op_type)
-            stored = kind.stored(use, own.cpu().numpy(), self._matrix)
+            stored = kind.stored(use, own.cpu().numpy(), self._matrix())
             self._stored = torch.from_numpy(spilled(_tensor(stored).to(own.dtype).numpy()))
         state[use.weight] = self._stored.to(own.device)
         graph.step(k, state)
@@ -46,7 +51,7 @@ class StandIn:
 
     def __init__(self, layer: Layer, new: Refitted) -> None:
         self._layer, self._new = layer, new
-        self._node = Reweighted(new.whole(layer))
+        self._node = Reweighted(partial(new.whole, layer))
         self._lost = None if new.lost_mean is None else _tensor(new.lost_mean)
         self._heads = None
         if new.heads is not None:
