@@ -125,7 +125,8 @@ def test_matrices_of_replaced_layers_do_not_wait_in_memory(monkeypatch):
     """In float64 those of all layers are twice a model that may be larger than memory."""
     seen = []
 
-    def spy(graph, layers, plain, *rest) -> bool:
+    def spy(graph, layers, plain, refitted, losses, feeds) -> bool:
+        del refitted, losses, feeds
         seen.append((graph, layers, plain))
         return False
 
