@@ -11,7 +11,14 @@ result.save("smaller.onnx")
 
 from importlib.metadata import version
 
-from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
+from onnx_utilrank.config import (
+    AnalyzeConfig,
+    CompressConfig,
+    FinetuneConfig,
+    QualityTarget,
+    TrainConfig,
+    ValidateConfig,
+)
 from onnx_utilrank.errors import (
     ConfigError,
     DataError,
@@ -20,13 +27,17 @@ from onnx_utilrank.errors import (
     TargetMissedError,
     UtilrankError,
 )
+from onnx_utilrank.finetuning import finetune
+from onnx_utilrank.low_rank_training import train
 from onnx_utilrank.pipeline import analyze, compress, sweep, validate
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.results import (
     CompressResult,
+    FinetuneResult,
     LayerUtilization,
     SweepPoint,
     SweepResult,
+    TrainResult,
     UtilizationReport,
 )
 from onnx_utilrank.validation.report import ValidationReport
@@ -39,6 +50,8 @@ __all__ = [
     "CompressResult",
     "ConfigError",
     "DataError",
+    "FinetuneConfig",
+    "FinetuneResult",
     "LayerUtilization",
     "ModelError",
     "ProviderUnavailableError",
@@ -47,12 +60,16 @@ __all__ = [
     "SweepPoint",
     "SweepResult",
     "TargetMissedError",
+    "TrainConfig",
+    "TrainResult",
     "UtilizationReport",
     "UtilrankError",
     "ValidateConfig",
     "ValidationReport",
     "analyze",
     "compress",
+    "finetune",
     "sweep",
+    "train",
     "validate",
 ]

@@ -9,10 +9,27 @@ from typing import Literal
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
-__all__ = ["QUALITY_KEYS", "AnalyzeConfig", "CompressConfig", "QualityTarget", "ValidateConfig"]
+__all__ = [
+    "FINETUNE_METHODS",
+    "QUALITY_KEYS",
+    "TRAIN_METHODS",
+    "AnalyzeConfig",
+    "CompressConfig",
+    "FinetuneConfig",
+    "QualityTarget",
+    "RunConfig",
+    "TrainConfig",
+    "TrainingConfig",
+    "ValidateConfig",
+]
 
 QualityKey = Literal["max_drop", "max_divergence", "min_agreement", "min_snr"]
 QUALITY_KEYS: tuple[QualityKey, ...] = ("max_drop", "max_divergence", "min_agreement", "min_snr")
+
+FinetuneMethod = Literal["factors", "biases", "oialr"]
+FINETUNE_METHODS: tuple[FinetuneMethod, ...] = ("factors", "biases", "oialr")
+TrainMethod = Literal["oialr", "dense"]
+TRAIN_METHODS: tuple[TrainMethod, ...] = ("oialr", "dense")
 
 # The paper states no threshold that we could confirm; this one is ours, and an option everywhere.
 DEFAULT_ENERGY = 0.999
@@ -24,22 +41,6 @@ DEFAULT_MEMORY = 4 * 2**30
 def _check(fine: bool, message: str) -> None:
     if not fine:
         raise ConfigError(message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteFilter:
-    """Which nodes may be measured or factored.
-
-    Attributes:
-        include: Shell patterns over node names, weight names and output names; if any are given,
-            only nodes that match one count.
-        exclude: Patterns of nodes to leave alone; they win over `include`.
-        op_types: Operators that count; None for all that can be factored.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    op_types: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,17 +69,17 @@ class QualityTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationConfig(SiteFilter):
-    """How a model is calibrated.
+class RunConfig:
+    """How a model is run over samples.
 
     Attributes:
         samples: Samples to use, those held back included; None for all.
-        seed: Seed of the choice of samples, of the split and of gradients.
-        provider: Key of the execution provider to calibrate and validate on.
+        seed: Seed of the choice of samples, of the split and of all that is drawn.
+        provider: Key of the execution provider to run on.
         custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         memory_budget: Bytes that running sums and the activations of gradients may take together;
             hidden units whose decompositions would take more than a quarter of it stay.
-        cache: Folder in which statistics are kept and looked up; None for none.
+        cache: Folder in which statistics and checkpoints are kept and looked up; None for none.
 
     Raises:
         ConfigError: A value is out of range.
@@ -98,6 +99,25 @@ class CalibrationConfig(SiteFilter):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig(RunConfig):
+    """How a model is calibrated.
+
+    Attributes:
+        include: Shell patterns over node names, weight names and output names; if any are given,
+            only nodes that match one count.
+        exclude: Patterns of nodes to leave alone; they win over `include`.
+        op_types: Operators that count; None for all that can be factored.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    op_types: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnalyzeConfig(CalibrationConfig):
     """Options of `analyze`.
 
@@ -113,6 +133,99 @@ class AnalyzeConfig(CalibrationConfig):
     def __post_init__(self) -> None:
         CalibrationConfig.__post_init__(self)
         _check(0 < self.energy <= 1, f"energy {self.energy} is not in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """How weights are trained.
+
+    Attributes:
+        steps: Steps of the optimizer; None for the default, or what `minutes` has room for.
+        minutes: Or how long it may take; a few steps are timed, and their number is then fixed.
+        batch: Samples of a step.
+        learning_rate: The highest; None for the method's own.
+        labels: Array of the data, int64 [samples], that holds the right class of each sample.
+        augment: Whether samples are varied: moved, with noise, with tokens exchanged.
+        share: β of OIALR: directions whose singular value is below this share of the largest go.
+        interval: ν of OIALR: steps between two looks at them; None for a share of all steps.
+        delay: Steps of OIALR before the first of them; None for a share of all steps.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 32
+    learning_rate: float | None = None
+    labels: str | None = None
+    augment: bool = True
+    share: float | None = None
+    interval: int | None = None
+    delay: int | None = None
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        _check(self.samples is None or self.samples > 2, "samples must be at least 3")
+        _check(self.steps is None or self.minutes is None, "steps and minutes exclude each other")
+        _check(self.steps is None or self.steps > 0, "steps must be at least 1")
+        _check(self.minutes is None or self.minutes > 0, "minutes must be positive")
+        _check(self.batch > 0, "batch must be at least 1")
+        rate = self.learning_rate
+        _check(rate is None or 0 < rate < math.inf, "learning rate must be positive")
+        _check(self.share is None or 0 <= self.share < 1, f"share {self.share} is not in [0, 1)")
+        _check(self.interval is None or self.interval > 0, "interval must be at least 1")
+        _check(self.delay is None or self.delay >= 0, "delay must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Options of `finetune`.
+
+    Attributes:
+        method: `factors` trains all weights that differ from the reference's, with their biases;
+            `biases` trains biases and norms alone; `oialr` trains the mixing between the bases of
+            factors, and lets them lose directions (Coquelin et al., arXiv 2401.08505).
+        weighting: What counts at the outputs; None to tell from the model.
+        blocks: Whether values between blocks are to be as in the reference too.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    method: FinetuneMethod = "factors"
+    weighting: Weighting | None = None
+    blocks: bool = False
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        _check(
+            self.method in FINETUNE_METHODS, f"method {self.method!r} is none of {FINETUNE_METHODS}"
+        )
+        _check(
+            self.weighting in (None, *WEIGHTINGS),
+            f"output weighting {self.weighting!r} is none of {WEIGHTINGS}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(TrainingConfig):
+    """Options of `train`; labels are needed.
+
+    Attributes:
+        method: `oialr` as published, or `dense`, to compare with.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    method: TrainMethod = "oialr"
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        _check(self.method in TRAIN_METHODS, f"method {self.method!r} is none of {TRAIN_METHODS}")
+        _check(self.labels is not None, "training needs labels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +252,8 @@ class CompressConfig(CalibrationConfig):
             samples kept apart for it.
         force: Factor every site, also where that saves nothing.
         rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
+        finetune: Train the result after the original's outputs, as these options say; seed,
+            provider, libraries, budget and cache are those of this configuration.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.
@@ -157,12 +272,10 @@ class CompressConfig(CalibrationConfig):
     refit: bool = True
     force: bool = False
     rank_multiple: int = 1
-    samples: int | None = None
-    seed: int = 0
-    provider: str = "cpu"
-    memory_budget: int = DEFAULT_MEMORY
+    finetune: FinetuneConfig | None = None
 
     def __post_init__(self) -> None:
+        CalibrationConfig.__post_init__(self)
         for name in ("param_ratio", "size_ratio", "flop_ratio", "energy"):
             value = getattr(self, name)
             label = name.replace("_", " ")
@@ -184,9 +297,8 @@ class CompressConfig(CalibrationConfig):
             f"output weighting {self.weighting!r} is none of {WEIGHTINGS}",
         )
         _check(self.rank_multiple >= 1, "rank multiple must be at least 1")
-        _check(self.samples is None or self.samples > 1, "samples must be at least 2")
-        _check(self.seed >= 0, "seed must not be negative")
-        _check(self.memory_budget >= 2**20, "memory budget must be at least 1 MiB")
+        fewest = 2 if self.finetune is None else 3
+        _check(self.samples is None or self.samples >= fewest, f"samples must be at least {fewest}")
 
     @property
     def method_key(self) -> str | None:

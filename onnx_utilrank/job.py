@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from onnx import TensorProto
 
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Collected, Progress, collect, in_passes, usable_batch
@@ -45,6 +43,7 @@ from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.statistics.tokens import TokenCounts
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
 from onnx_utilrank.validation.divergence import find_losses
 from onnx_utilrank.validation.report import ValidationReport
 
@@ -247,7 +246,9 @@ class Job:
             raise ModelError(f"{self.store.label}: no output holds floating values to follow")
         single = next(self.data.feeds(samples, batch=1))
         graph = TorchGraph.build(
-            self.index.store, device=_device(self.provider), dtype=_gradient_type(self.store)
+            self.index.store,
+            device=device_beside(self.provider.key),
+            dtype=gradient_type(self.store),
         )
         taken = footprint(graph, single)
         shown = session.run(single, [loss.output for loss in losses])
@@ -384,14 +385,3 @@ def _skipped(site: Site, reason: str) -> Iterator[Skip]:
     """Every node of a site that nothing could be measured for."""
     for use in site.uses:
         yield Skip(node=use.label, op_type=site.op_type, reason=reason)
-
-
-def _gradient_type(store: ModelStore) -> torch.dtype | None:
-    """Float32 for models in half precision, whose gradients and sums would leave its range."""
-    half = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    return torch.float32 if any(t.data_type in half for t in store.tensors()) else None
-
-
-def _device(provider: Provider) -> str:
-    """Where torch runs: beside the execution provider, if this build of torch can."""
-    return "cuda" if provider.key != "cpu" and torch.cuda.is_available() else "cpu"

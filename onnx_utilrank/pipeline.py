@@ -10,6 +10,7 @@ from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_note, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
+from onnx_utilrank.finetuning import finetuned
 from onnx_utilrank.job import Job, chosen_samples
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
@@ -20,6 +21,7 @@ from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.results import (
     CompressResult,
+    FinetuneResult,
     LayerUtilization,
     SweepPoint,
     SweepResult,
@@ -29,6 +31,8 @@ from onnx_utilrank.runtime.providers import find_provider
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.search import Candidate, search
 from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.training.setting import Setting
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = ["analyze", "compress", "sweep", "validate"]
@@ -36,7 +40,7 @@ __all__ = ["analyze", "compress", "sweep", "validate"]
 SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
     """The progress callback of callers that want none."""
 
 
@@ -129,6 +133,8 @@ def compress(
         raise ConfigError("a plan states its own target: ratios, energy and quality exclude it")
     config = _with_metric(config)
     job = Job.open(model, data, config, progress, labels=config.labels)
+    if config.finetune is not None:
+        TorchGraph.build(job.source)  # what cannot be trained is told before the work
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     made_by = stamp(job.source)
     if plan is not None and made_by is not None and made_by.value == plan.fingerprint():
@@ -170,6 +176,10 @@ def compress(
         return CompressResult(
             plan=plan, store=None, validation=None, samples=len(calibration), notes=notes
         )
+    recovered = None
+    if config.finetune is not None and plan.changes:
+        recovered = _recovered(job, store, (*calibration, *searched), held, config)
+        store, notes = recovered.store, (*notes, *recovered.notes)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
     report = job.validate(store, held)
     compared = [o for p in report.providers for o in p.outputs]
@@ -190,6 +200,7 @@ def compress(
         notes=(*notes, *_saturation(config.quality, best, quality)),
         quality=quality,
         searched=None if best is None else best.quality,
+        recovered=recovered,
     )
 
 
@@ -251,6 +262,26 @@ def sweep(
     return SweepResult(
         model=job.store.label, points=tuple(points), notes=(*notes, *full), store=kept
     )
+
+
+def _recovered(
+    job: Job, store: ModelStore, rest: Sequence[int], held: Sequence[int], config: CompressConfig
+) -> FinetuneResult:
+    """A compressed model after its fine-tuning, on all samples that are not held back."""
+    assert config.finetune is not None
+    options = replace(
+        config.finetune,
+        seed=config.seed,
+        provider=config.provider,
+        memory_budget=config.memory_budget,
+        cache=config.cache,
+        weighting=config.finetune.weighting or config.weighting,
+        custom_op_libraries=config.custom_op_libraries,
+    )
+    setting = Setting.parted(
+        job.data, sorted(rest), held, job.provider, job.batch, seed=config.seed
+    )
+    return finetuned(job.source, store, setting, options, job.progress)
 
 
 def _with_metric(config: CompressConfig) -> CompressConfig:

@@ -12,9 +12,20 @@ from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
+from onnx_utilrank.training.history import Look
+from onnx_utilrank.validation.divergence import Divergence
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["CompressResult", "LayerUtilization", "SweepPoint", "SweepResult", "UtilizationReport"]
+__all__ = [
+    "CompressResult",
+    "FinetuneResult",
+    "LayerUtilization",
+    "MadeModel",
+    "SweepPoint",
+    "SweepResult",
+    "TrainResult",
+    "UtilizationReport",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +108,130 @@ class UtilizationReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MadeModel:
+    """A model that was made.
+
+    Attributes:
+        store: The model.
+    """
+
+    store: ModelStore
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The model, with all of its weights in it.
+
+        Raises:
+            ModelError: It is larger than a ModelProto can be (2 GiB); `save` writes it.
+        """
+        return self.store.whole()
+
+    def save(self, path: str | os.PathLike[str], *, save_as_external_data: bool = False) -> None:
+        """Write the model; see `ModelStore.save`.
+
+        Raises:
+            ModelError: The file cannot be written.
+        """
+        self.store.save(path, save_as_external_data=save_as_external_data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneResult(MadeModel):
+    """What `finetune` made.
+
+    Attributes:
+        store: With its new weights; the candidate itself where those are no better.
+        kept: Whether it has the new weights.
+        method: What was trained.
+        before: How far the candidate's outputs are from the original's, on samples held back.
+        after: And those of the trained model, whether or not it was kept.
+        history: Loss, divergence and numbers trained, as training went on.
+        dropped: Steps that were not taken, as their gradients were not finite.
+        seconds: Of training.
+        samples: Samples that were trained on.
+        validation: The original and `store` compared on the samples held back.
+        notes: Sentences that a user has to know.
+    """
+
+    kept: bool
+    method: str
+    before: Divergence
+    after: Divergence
+    history: tuple[Look, ...]
+    dropped: int
+    seconds: float
+    samples: int
+    validation: ValidationReport
+    notes: tuple[str, ...]
+
+    @property
+    def training(self) -> dict[str, object]:
+        """How it went, as JSON types."""
+        return strict(
+            {
+                "kept": self.kept,
+                "method": self.method,
+                "before": dataclasses.asdict(self.before),
+                "after": dataclasses.asdict(self.after),
+                "history": [dataclasses.asdict(look) for look in self.history],
+                "dropped": self.dropped,
+                "seconds": self.seconds,
+                "samples": self.samples,
+            }
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as JSON types; the model itself is left out."""
+        return self.training | {
+            "notes": list(self.notes),
+            "validation": self.validation.as_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult(MadeModel):
+    """What `train` made.
+
+    Attributes:
+        method: How it was trained.
+        accuracy_before: Of the model as it was given, in per cent, on samples held back.
+        accuracy: Of the trained model.
+        held: How many those are.
+        ranks: Of each weight in bases, by name: its rank, and its two extents.
+        trained: Numbers that were trained at the end.
+        trainable: Numbers that were at the beginning.
+        parameters_before: Of the model as it was given.
+        parameters: Of the trained model.
+        history: Loss, loss on samples kept apart, and numbers trained, as training went on.
+        dropped: Steps that were not taken, as their gradients were not finite.
+        seconds: Of training.
+        samples: Samples that were trained on.
+    """
+
+    method: str
+    accuracy_before: float
+    accuracy: float
+    held: int
+    ranks: dict[str, tuple[int, int, int]]
+    trained: int
+    trainable: int
+    parameters_before: int
+    parameters: int
+    history: tuple[Look, ...]
+    dropped: int
+    seconds: float
+    samples: int
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as JSON types; the model itself is left out."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["store"]
+        fields["history"] = [dataclasses.asdict(look) for look in self.history]
+        fields["ranks"] = {name: list(rank) for name, rank in self.ranks.items()}
+        return strict(fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
     """What `compress` made.
 
@@ -109,6 +244,7 @@ class CompressResult:
         quality: The candidate on held-back samples: divergence, and the user's metric; None after
             a dry run.
         searched: The same on the samples that a quality target was searched on.
+        recovered: How fine-tuning went, where it was asked for.
     """
 
     plan: RankPlan
@@ -118,6 +254,7 @@ class CompressResult:
     notes: tuple[str, ...]
     quality: Quality | None = None
     searched: Quality | None = None
+    recovered: FinetuneResult | None = None
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -178,6 +315,7 @@ class CompressResult:
             "plan": dataclasses.asdict(self.plan),
             "quality": quality_dict(self.quality),
             "searched": quality_dict(self.searched),
+            "recovered": None if self.recovered is None else self.recovered.training,
             "validation": None if self.validation is None else self.validation.as_dict(),
         }
 
@@ -243,16 +381,19 @@ class SweepResult:
         }
 
 
-def quality_dict(quality: Quality | None) -> dict[str, object] | None:
-    """A quality as strict JSON's types, which have no infinity: it becomes null."""
-    if quality is None:
-        return None
+def strict(value: dict[str, object]) -> dict[str, object]:
+    """Strict JSON has no infinity and no NaN: they become null."""
 
-    def strict(value: object) -> object:
+    def each(value: object) -> object:
         if isinstance(value, dict):
-            return {key: strict(v) for key, v in value.items()}
+            return {key: each(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [each(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    found = strict(dataclasses.asdict(quality))
-    assert isinstance(found, dict)
-    return found
+    return {key: each(v) for key, v in value.items()}
+
+
+def quality_dict(quality: Quality | None) -> dict[str, object] | None:
+    """A quality as JSON types."""
+    return None if quality is None else strict(dataclasses.asdict(quality))

@@ -41,15 +41,27 @@ LAYERS = {
         " statistics surgery torch_graph validation"
     ),
     "quality": "calibration config errors job model runtime statistics validation",
-    "results": "errors model quality ranking validation",
+    "training": ("calibration config errors model runtime sites statistics torch_graph"),
+    "results": "errors model quality ranking training validation",
+    "finetuning": (
+        "calibration comparison config errors model results runtime statistics surgery"
+        " torch_graph training validation"
+    ),
+    "low_rank_training": (
+        "calibration config errors model ranking results runtime sites statistics surgery"
+        " training validation"
+    ),
     "search": "compression config errors job measurement model quality ranking",
     "pipeline": (
-        "calibration comparison compression config errors job model quality ranking results"
-        " runtime search sites validation"
+        "calibration comparison compression config errors finetuning job model quality ranking"
+        " results runtime search sites torch_graph training validation"
     ),
-    "__init__": "config errors pipeline ranking results validation",
-    "report": "errors model quality ranking results validation",
-    "cli": "__init__ config errors moves pipeline ranking report runtime sites statistics",
+    "__init__": ("config errors finetuning low_rank_training pipeline ranking results validation"),
+    "report": "errors model quality ranking results training validation",
+    "cli": (
+        "__init__ config errors finetuning low_rank_training moves pipeline ranking report"
+        " runtime sites statistics training"
+    ),
     "__main__": "cli",
 }
 
@@ -60,7 +72,7 @@ FENCES = {
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
     "onnx_ir": (),
-    "torch": ("torch_graph/", "sensitivity/", "refit/", "job.py"),
+    "torch": ("torch_graph/", "sensitivity/", "refit/", "training/", "low_rank_training.py"),
 }
 
 LONGEST = 400

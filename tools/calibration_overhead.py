@@ -307,7 +307,7 @@ def table(costs: Sequence[Cost]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
     """The progress callback of callers that want none."""
 
 

@@ -54,7 +54,7 @@ class Stages:
     _stage: str = ""
     _since: float = 0.0
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Take note that a stage has come so far."""
         del done, total, detail
         now = time.perf_counter()

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -24,8 +25,20 @@ __all__ = ["Collected", "Progress", "collect", "in_passes", "usable_batch"]
 
 logger = logging.getLogger(__name__)
 
-# Called with what is being done, how much of it is done, and how much there is (0: not known).
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """What a caller passes to be told how work goes on."""
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Take note.
+
+        Args:
+            stage: What is being done.
+            done: How much of it is done.
+            total: How much there is; 0 where that is not known.
+            detail: How it is going, in words; only training says so.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

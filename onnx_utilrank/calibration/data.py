@@ -118,6 +118,30 @@ class Dataset:
             )
         return map(_take, runs)
 
+    def shuffled(
+        self, samples: Sequence[int], *, batch: int = DYNAMIC_BATCH, seed: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Feeds over the samples in an order that the seed alone decides; see `feeds`.
+
+        Rows of one shape come together in a run however the samples lie.
+        """
+        chance = random.Random(seed)
+        order = chance.sample(list(samples), len(samples))
+        starts = list(itertools.accumulate(map(len, self.blocks), initial=0))
+        kinds: list[Block] = []
+
+        def kind(sample: int) -> int:
+            block = self.blocks[bisect.bisect_right(starts, sample) - 1]
+            for k, known in enumerate(kinds):
+                if _share_run(known, block):
+                    return k
+            kinds.append(block)
+            return len(kinds) - 1
+
+        runs, _ = self._plan(sorted(order, key=kind), batch)
+        chance.shuffle(runs)
+        return map(_take, runs)
+
     def count_feeds(self, samples: Sequence[int], *, batch: int = DYNAMIC_BATCH) -> int:
         """How many feeds `feeds` gives for the same arguments, and raises as it does."""
         runs, _ = self._plan(samples, batch)

@@ -12,6 +12,7 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     run_options,
+    site_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import DEFAULT_ENERGY, AnalyzeConfig
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     config = AnalyzeConfig(
         energy=args.energy,
         **run_options(args),
+        **site_options(args),
     )
     with ProgressBars() as progress:
         report = analyze(args.model, args.data, config, progress=progress)

@@ -15,9 +15,16 @@ from onnx_utilrank.cli.options import (
     method_options,
     number,
     run_options,
+    site_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
-from onnx_utilrank.config import QUALITY_KEYS, CompressConfig, QualityTarget
+from onnx_utilrank.config import (
+    FINETUNE_METHODS,
+    QUALITY_KEYS,
+    CompressConfig,
+    FinetuneConfig,
+    QualityTarget,
+)
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.pipeline import compress
 from onnx_utilrank.ranking.plan import RankPlan
@@ -72,6 +79,17 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
+    parser.add_argument(
+        "--finetune",
+        nargs="?",
+        const=FINETUNE_METHODS[0],
+        choices=FINETUNE_METHODS,
+        help="train the result after the original's outputs, as the verb finetune does with its "
+        "defaults; the new weights are kept where outputs diverge less on the samples held back",
+    )
+    parser.add_argument(
+        "--steps", type=number(int, 1), metavar="N", help="steps of that training (default: 500)"
+    )
     parser.add_argument("--plan-out", metavar="FILE", help="write the plan, to read or replay")
     add_site_options(parser)
     add_provider_option(parser)
@@ -93,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.point is not None and not args.plan:
         raise ConfigError("--point goes with --plan")
+    if args.steps is not None and args.finetune is None:
+        raise ConfigError("--steps goes with --finetune")
     check_outputs([args.model, args.plan], [args.output, args.plan_out, args.report])
     asked = {key: getattr(args, key) for key in QUALITY_KEYS}
     quality = next(
@@ -105,8 +125,10 @@ def run(args: argparse.Namespace) -> int:
         energy=args.energy,
         quality=quality,
         force=args.force,
+        finetune=FinetuneConfig(method=args.finetune, steps=args.steps) if args.finetune else None,
         **method_options(args),
         **run_options(args),
+        **site_options(args),
     )
     plan = RankPlan.load(args.plan, point=args.point) if args.plan else None
     with ProgressBars() as progress:

@@ -23,10 +23,13 @@ __all__ = [
     "add_output_options",
     "add_provider_option",
     "add_site_options",
+    "add_training_options",
     "check_outputs",
     "method_options",
     "number",
     "run_options",
+    "site_options",
+    "training_options",
 ]
 
 DATA_HELP = (
@@ -182,6 +185,49 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_training_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    """How weights are trained."""
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps",
+        type=number(int, 1),
+        metavar="N",
+        help=f"steps of the optimizer (default: {steps})",
+    )
+    length.add_argument(
+        "--minutes",
+        type=number(float, 0),
+        metavar="M",
+        help="or how long it may take: a few steps are timed, and their number is then fixed",
+    )
+    parser.add_argument(
+        "--batch",
+        type=number(int, 1),
+        default=32,
+        metavar="N",
+        help="samples of a step (default: 32)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=number(float, 0),
+        metavar="R",
+        help="the highest; finetune takes it as a share of each weight's own size "
+        "(default: the method's own)",
+    )
+    for name, kind, what in (
+        ("--share", number(float, 0, 1), "directions below this share of the largest one go (β)"),
+        ("--interval", number(int, 1), "steps between two looks at them (ν)"),
+        ("--delay", number(int, 0), "steps before the first of them"),
+    ):
+        parser.add_argument(name, type=kind, metavar="X", help=f"of OIALR: {what}")
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_training_options` was given."""
+    names = ("steps", "minutes", "batch", "learning_rate", "share", "interval", "delay")
+    return {name: getattr(args, name) for name in names}
+
+
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_method_options` was given."""
     return {
@@ -225,7 +271,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of data, calibration, provider and sites."""
+    """What was given of data, calibration and provider."""
     return {
         "memory_budget": args.memory_budget,
         "cache": args.cache,
@@ -233,6 +279,12 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "provider": args.provider,
         "custom_op_libraries": tuple(args.custom_op_library),
+    }
+
+
+def site_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_site_options` was given."""
+    return {
         "include": tuple(args.include),
         "exclude": tuple(args.exclude),
         "op_types": args.op_types,

@@ -3,7 +3,14 @@
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["ProgressBars"]
 
@@ -18,6 +25,8 @@ class ProgressBars:
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,  # in a log, nothing but what matters
@@ -36,10 +45,10 @@ class ProgressBars:
     ) -> None:
         self._bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` (0: not known) of a stage are done."""
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Show that `done` of `total` (0: not known) of a stage are done, and how it is going."""
         if stage not in self._tasks:
             for task in self._tasks.values():  # a stage ends where the next begins
                 self._bars.stop_task(task)
-            self._tasks[stage] = self._bars.add_task(stage, total=total or None)
-        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None, detail="")
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, detail=detail)

@@ -15,6 +15,7 @@ from onnx_utilrank.cli.options import (
     method_options,
     number,
     run_options,
+    site_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import CompressConfig
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     ratios = args.ratios
     if args.pick is not None and args.pick not in ratios:
         ratios = (*ratios, args.pick)
-    config = CompressConfig(**method_options(args), **run_options(args))
+    config = CompressConfig(**method_options(args), **run_options(args), **site_options(args))
     with ProgressBars() as progress:
         result = sweep(
             args.model, args.data, config, ratios=ratios, keep=args.pick, progress=progress

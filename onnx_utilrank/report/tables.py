@@ -13,7 +13,11 @@ from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = [
+    "add_row",
+    "comparison",
     "compression_tables",
+    "empty_table",
+    "sentences",
     "sweep_tables",
     "utilization_tables",
     "validation_tables",
@@ -30,10 +34,12 @@ VERDICTS = {
 
 def utilization_tables(report: UtilizationReport) -> Iterator[RenderableType]:
     """One row a weight, the mean, and what was left out."""
-    table = _table("weight", "op", "d_in", "d_out", "k_S", "k_T", "rank", "utilization", "rows")
+    table = empty_table(
+        "weight", "op", "d_in", "d_out", "k_S", "k_T", "rank", "utilization", "rows"
+    )
     for layer in report.layers:
         figures = (layer.d, layer.m, layer.input_rank, layer.output_rank, layer.rank)
-        _row(
+        add_row(
             table,
             layer.site,
             layer.op_type,
@@ -51,7 +57,7 @@ def utilization_tables(report: UtilizationReport) -> Iterator[RenderableType]:
     reasons: dict[str, int] = {}
     for node in report.skipped:
         reasons[node.reason] = reasons.get(node.reason, 0) + 1
-    yield from _sentences(report.notes, reasons)
+    yield from sentences(report.notes, reasons)
 
 
 def compression_tables(result: CompressResult, output: str | None) -> Iterator[RenderableType]:
@@ -60,14 +66,15 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
     if result.validation is None:
         yield _plan_table(plan)
     else:
-        yield from _comparison(result.validation)
+        yield from comparison(result.validation)
     shrunk = f", {len(plan.shrinking)} shrunk with their heads," if plan.shrunk else ""
     yield Text(
         f"{len(plan.factored)} of {len(plan.entries)} weights factored{shrunk} by {plan.method}; "
         f"parameters kept: {100 * plan.param_ratio:.2f} %"
     )
+    yield from _recovered(result)
     yield from _quality(result)
-    yield from _sentences(result.notes, result.left_alone)
+    yield from sentences(result.notes, result.left_alone)
     written = f" Written to {output}." if output and result.store is not None else ""
     yield Text(f"{VERDICTS[result.verdict]}{written}")
 
@@ -76,7 +83,7 @@ def sweep_tables(
     result: SweepResult, picked: float | None, output: str | None
 ) -> Iterator[RenderableType]:
     """One row a point."""
-    table = _table(
+    table = empty_table(
         *("asked", "kept", "file bytes", "FLOPs", "latency ratio", "predicted"),
         *("divergence", "agreement", "SNR", "drop"),
     )
@@ -85,7 +92,7 @@ def sweep_tables(
         found, time = point.quality.divergence, point.validation.providers[0].latency
         expected = point.plan.predicted_divergence
         flops = "-" if not before.flops or after.flops is None else after.flops / before.flops
-        _row(
+        add_row(
             table,
             f"{point.ratio:g}",
             f"{100 * point.plan.param_ratio:.2f} %",
@@ -99,15 +106,27 @@ def sweep_tables(
             "-" if point.quality.drop is None else f"{point.quality.drop:.3g}",
         )
     yield table
-    yield from _sentences(result.notes, {})
+    yield from sentences(result.notes, {})
     if output:
         yield Text(f"The point at {picked:g} is written to {output}.")
 
 
 def validation_tables(report: ValidationReport) -> Iterator[RenderableType]:
     """The comparison of both models and whether it passed."""
-    yield from _comparison(report)
+    yield from comparison(report)
     yield Text("Passed." if report.passed else "FAILED.")
+
+
+def _recovered(result: CompressResult) -> Iterator[Text]:
+    """What fine-tuning did, where it was asked for."""
+    if result.recovered is None:
+        return
+    found = result.recovered
+    done = "kept" if found.kept else "NOT kept"
+    yield Text(
+        f"Fine-tuned ({found.method}): divergence {found.before.mean:.3g} before, "
+        f"{found.after.mean:.3g} after; the new weights are {done}."
+    )
 
 
 def _quality(result: CompressResult) -> Iterator[Text]:
@@ -130,33 +149,36 @@ def _quality(result: CompressResult) -> Iterator[Text]:
 
 
 def _plan_table(plan: RankPlan) -> Table:
-    table = _table("weight", "op", "d_in", "d_out", "rank", "before", "after", "error", "reason")
+    table = empty_table(
+        "weight", "op", "d_in", "d_out", "rank", "before", "after", "error", "reason"
+    )
     for e in plan.entries:
         error = "?" if e.predicted_error is None else f"{e.predicted_error:.2e}"
         rank = "dense" if e.rank is None else e.rank
         if e.site in plan.shrinking:
             rank = "shrunk"
         figures = (e.d, e.m, rank, e.parameters_before, e.parameters_after)
-        _row(table, e.site, e.op_type, *figures, error, e.reason)
+        add_row(table, e.site, e.op_type, *figures, error, e.reason)
     for h in plan.shrunk:
         error = f"{h.predicted_error:.2e}"
-        _row(table, h.hidden, "hidden", h.size, h.size, str(h.kept), "-", "-", error, h.reason)
+        add_row(table, h.hidden, "hidden", h.size, h.size, str(h.kept), "-", "-", error, h.reason)
     return table
 
 
-def _comparison(report: ValidationReport) -> Iterator[RenderableType]:
+def comparison(report: ValidationReport) -> Iterator[RenderableType]:
+    """Size, time and outputs of two models."""
     before, after = report.reference, report.candidate
-    table = _table("", "reference", "candidate", "ratio")
+    table = empty_table("", "reference", "candidate", "ratio")
     for name, old, new in (
         ("parameters", before.parameters, after.parameters),
         ("file bytes", before.file_bytes, after.file_bytes),
         ("FLOPs a sample (products, convolutions)", before.flops, after.flops),
     ):
         if old is not None and new is not None:
-            _row(table, name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
+            add_row(table, name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     for result in report.providers:
         time = result.latency
-        _row(
+        add_row(
             table,
             f"ms a run, {result.provider}",
             f"{time.reference_ms:.3f}",
@@ -164,7 +186,7 @@ def _comparison(report: ValidationReport) -> Iterator[RenderableType]:
             f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})",
         )
     yield table
-    outputs = _table("output", "provider", "relative error", "SNR", "agreement")
+    outputs = empty_table("output", "provider", "relative error", "SNR", "agreement")
     for result in report.providers:
         for o in result.outputs:
             error = "-" if o.relative_error is None else f"{o.relative_error:.3e}"
@@ -172,20 +194,22 @@ def _comparison(report: ValidationReport) -> Iterator[RenderableType]:
             agreement = "-"
             if o.agreement is not None:
                 agreement = f"{100 * o.agreement:.2f} % of {o.decisions}"
-            _row(outputs, o.name, result.provider, error, snr, agreement)
+            add_row(outputs, o.name, result.provider, error, snr, agreement)
     yield outputs
     yield Text(f"Compared on {report.samples} samples.")
-    yield from _sentences(report.notes, {})
+    yield from sentences(report.notes, {})
 
 
-def _sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
+def sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
+    """Notes, and reasons with how often each holds."""
     for note in notes:
         yield Text(printable(f"Note: {note}"))
     for reason, count in reasons.items():
         yield Text(printable(f"Left alone: {count} x {reason}"))
 
 
-def _table(*columns: str) -> Table:
+def empty_table(*columns: str) -> Table:
+    """A table without rows; columns of numbers are flush right."""
     table = Table(box=box.SIMPLE_HEAD)
     for k, column in enumerate(columns):
         words = k == 0 or column in ("op", "reason", "provider")
@@ -193,5 +217,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _row(table: Table, *cells: object) -> None:
+def add_row(table: Table, *cells: object) -> None:
+    """A row of cells as they are, without markup."""
     table.add_row(*(Text(printable(str(cell))) for cell in cells))

@@ -1,0 +1,137 @@
+"""Make more of a few samples: shifts, noise and exchanged tokens, by kind of input.
+
+What is made needs no labels: the model itself says what it gives for it. It only has to lie where
+the model's inputs lie.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.runtime.sessions import Feed
+
+__all__ = ["Augmentation"]
+
+# How far along an axis values move at most, as a share of its extent.
+SHIFT = 0.1
+# Axes shorter than this have no places to move along: they are features, or channels.
+SHORTEST_MOVED = 12
+# Standard deviation of noise, at most, as a share of that of the input.
+NOISE = 0.1
+# Share of tokens that others take the place of, at most.
+EXCHANGED = 0.15
+# Values of an integer input from which on it is taken for tokens: fewer are flags, masks or types.
+FEWEST_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmentation:
+    """What may be done to each input of a model.
+
+    Attributes:
+        moved: Axes along which a floating input may be moved, by its name.
+        scale: Standard deviation of each floating input that gets noise.
+        tokens: Of each integer input whose values may be exchanged, the values that samples hold.
+        mask: Input that is 0 at padded positions; None without one.
+    """
+
+    moved: Mapping[str, tuple[int, ...]]
+    scale: Mapping[str, float]
+    tokens: Mapping[str, np.ndarray]
+    mask: str | None = None
+
+    @classmethod
+    def of(cls, feeds: Sequence[Feed], mask: str | None = None) -> "Augmentation":
+        """Tell from some runs what kind each input is of.
+
+        Axes behind the first are moved along where they are long: both of an image, one of a
+        signal; of a spectrogram, whose axes differ, the longer one alone. Integers of many values
+        are tokens.
+
+        Args:
+            feeds: Runs whose first axis counts samples.
+            mask: Input that is 0 at padded positions, if one is known.
+        """
+        moved, scale, tokens = {}, {}, {}
+        for name, first in feeds[0].items():
+            if not isinstance(first, np.ndarray) or first.ndim < 2:
+                continue
+            values = [np.asarray(feed[name]) for feed in feeds]
+            if first.dtype.kind == "f":
+                flat = np.concatenate([v.reshape(-1) for v in values]).astype(np.float64)
+                scale[name] = float(flat.std())
+                moved[name] = _long_axes(first.shape)
+            elif first.dtype.kind in "iu" and name != mask:
+                known = np.unique(np.concatenate([v.reshape(-1) for v in values]))
+                if len(known) >= FEWEST_TOKENS and first.ndim == 2:
+                    tokens[name] = np.concatenate([v.reshape(-1) for v in values])
+        return cls(moved=moved, scale=scale, tokens=tokens, mask=mask)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything that may be done."""
+        return any(self.scale.values()) or bool(self.tokens)
+
+    def __call__(self, feed: Feed, seed: int) -> dict[str, np.ndarray]:
+        """Another run of the same shape, which the seed alone decides.
+
+        Args:
+            feed: A run; it is not changed.
+            seed: Of all choices.
+        """
+        chance = np.random.default_rng(seed)
+        made = dict(feed)
+        for name in sorted(feed):
+            if name in self.scale:
+                made[name] = self._varied(name, feed[name], chance)
+            elif name in self.tokens:
+                made[name] = self._exchanged(name, feed, chance)
+        return made
+
+    def _varied(self, name: str, values: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+        made = np.empty_like(values)
+        for k, sample in enumerate(values):
+            for axis in self.moved[name]:
+                most = int(SHIFT * values.shape[axis])
+                sample = _moved(sample, int(chance.integers(-most, most + 1)), axis - 1)
+            noise = chance.standard_normal(sample.shape, dtype=np.float32)
+            size = NOISE * self.scale[name] * chance.random()
+            made[k] = (sample + size * noise).astype(values.dtype)
+        return made
+
+    def _exchanged(self, name: str, feed: Feed, chance: np.random.Generator) -> np.ndarray:
+        """Tokens of other samples in the place of some; the first and last of each text stay."""
+        values = np.asarray(feed[name])
+        mask = feed.get(self.mask) if self.mask else None
+        live = np.ones(values.shape, bool) if mask is None else np.asarray(mask) != 0
+        if live.shape != values.shape:
+            live = np.ones(values.shape, bool)
+        inner = live & np.roll(live, 1, axis=1) & np.roll(live, -1, axis=1)
+        inner[:, [0, -1]] = False
+        share = EXCHANGED * chance.random((len(values), 1))
+        chosen = inner & (chance.random(values.shape) < share)
+        others = chance.choice(self.tokens[name], size=values.shape)
+        return np.where(chosen, others, values).astype(values.dtype)
+
+
+def _long_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Axes along which a sample may be moved."""
+    long = [axis for axis in range(1, len(shape)) if shape[axis] >= SHORTEST_MOVED]
+    if len(shape) == 4 and len(long) == 3:
+        # Many channels, first or last: the two axes that are alike are those of the image.
+        long = long[1:] if shape[2] == shape[3] else long[:2]
+    if len(shape) < 4 and len(long) > 1:
+        long = [max(long, key=lambda axis: shape[axis])]
+    return tuple(long)
+
+
+def _moved(sample: np.ndarray, by: int, axis: int) -> np.ndarray:
+    """Values moved along an axis; what lies at the edge fills the gap, mirrored."""
+    if not by:
+        return sample
+    pad = [(0, 0)] * sample.ndim
+    pad[axis] = (max(by, 0), max(-by, 0))
+    padded = np.pad(sample, pad, mode="reflect")
+    start = max(-by, 0)
+    return np.take(padded, np.arange(start, start + sample.shape[axis]), axis=axis)

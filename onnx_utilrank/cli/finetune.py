@@ -1,0 +1,98 @@
+"""`onnx-utilrank finetune`: train a compressed model after its original's outputs."""
+
+import argparse
+from typing import Any
+
+from onnx_utilrank.cli.options import (
+    add_calibration_options,
+    add_data_options,
+    add_model_output_option,
+    add_output_options,
+    add_provider_option,
+    add_training_options,
+    check_outputs,
+    run_options,
+    training_options,
+)
+from onnx_utilrank.cli.progress import ProgressBars
+from onnx_utilrank.config import FINETUNE_METHODS, FinetuneConfig
+from onnx_utilrank.finetuning import finetune
+from onnx_utilrank.report.emit import emit
+from onnx_utilrank.report.training_tables import finetune_tables
+from onnx_utilrank.statistics.divergence import WEIGHTINGS
+from onnx_utilrank.training.setting import DEFAULT_STEPS
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "finetune",
+        help="recover what compression lost, without labels",
+        description="Trains the weights that compression changed until the outputs follow those "
+        "of the original. The new weights are kept where outputs diverge less on samples held "
+        "back from the training; else OUT is the candidate as it was.",
+    )
+    parser.add_argument("reference", metavar="REFERENCE", help="the original .onnx file")
+    parser.add_argument("candidate", metavar="CANDIDATE", help="the compressed .onnx file")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
+    )
+    add_data_options(parser)
+    add_calibration_options(parser)
+    parser.add_argument(
+        "--method",
+        choices=FINETUNE_METHODS,
+        default=FINETUNE_METHODS[0],
+        help="what is trained: all that compression changed, with all biases and norms (default); "
+        "biases and norms alone; or the mixing between the bases of factors, which may lose "
+        "directions on the way (OIALR)",
+    )
+    add_training_options(parser, steps=DEFAULT_STEPS)
+    parser.add_argument(
+        "--no-augment",
+        action="store_true",
+        help="train on the samples as they are (default: also on variations of them: images and "
+        "signals moved and with noise, texts with some tokens exchanged)",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="KEY",
+        help="array of the data with the right class of each sample, int64, to train on as well",
+    )
+    parser.add_argument(
+        "--blocks",
+        action="store_true",
+        help="values between blocks are to be as in the original too",
+    )
+    parser.add_argument(
+        "--output-weighting",
+        choices=WEIGHTINGS,
+        help="what counts at the outputs (default: told from the model and the values)",
+    )
+    add_provider_option(parser)
+    add_model_output_option(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; its exit status."""
+    check_outputs([args.reference, args.candidate], [args.output, args.report])
+    config = FinetuneConfig(
+        method=args.method,
+        weighting=args.output_weighting,
+        blocks=args.blocks,
+        labels=args.labels,
+        augment=not args.no_augment,
+        **training_options(args),
+        **run_options(args),
+    )
+    with ProgressBars() as progress:
+        result = finetune(args.reference, args.candidate, args.data, config, progress=progress)
+    result.save(args.output, save_as_external_data=args.save_as_external_data)
+    emit(
+        result.as_dict(), finetune_tables(result, args.output), as_json=args.json, file=args.report
+    )
+    return 0

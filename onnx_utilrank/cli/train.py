@@ -1,0 +1,81 @@
+"""`onnx-utilrank train`: train a model with labels so that it comes out of low rank."""
+
+import argparse
+from typing import Any
+
+from onnx_utilrank.cli.options import (
+    add_calibration_options,
+    add_data_options,
+    add_model_output_option,
+    add_output_options,
+    add_provider_option,
+    add_training_options,
+    check_outputs,
+    run_options,
+    training_options,
+)
+from onnx_utilrank.cli.progress import ProgressBars
+from onnx_utilrank.config import TRAIN_METHODS, TrainConfig
+from onnx_utilrank.low_rank_training import train
+from onnx_utilrank.report.emit import emit
+from onnx_utilrank.report.training_tables import train_tables
+from onnx_utilrank.training.setting import DEFAULT_STEPS
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "train",
+        help="train a model with labels so that it comes out of low rank",
+        description="Trains a model, of drawn weights or trained ones, as OIALR does (Coquelin et "
+        "al., arXiv 2401.08505): after a delay weights go into orthonormal bases that are frozen, "
+        "what mixes them is trained, and directions that are worth little go.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
+    )
+    add_data_options(parser)
+    add_calibration_options(parser)
+    parser.add_argument(
+        "--labels",
+        required=True,
+        metavar="KEY",
+        help="array of the data with the right class of each sample, int64",
+    )
+    parser.add_argument(
+        "--method",
+        choices=TRAIN_METHODS,
+        default=TRAIN_METHODS[0],
+        help="OIALR (default), or dense weights to compare with",
+    )
+    add_training_options(parser, steps=DEFAULT_STEPS)
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        help="also train on variations of the samples, which keep their labels: images and "
+        "signals moved and with noise",
+    )
+    add_provider_option(parser)
+    add_model_output_option(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; its exit status."""
+    check_outputs([args.model], [args.output, args.report])
+    config = TrainConfig(
+        method=args.method,
+        labels=args.labels,
+        augment=args.augment,
+        **training_options(args),
+        **run_options(args),
+    )
+    with ProgressBars() as progress:
+        result = train(args.model, args.data, config, progress=progress)
+    result.save(args.output, save_as_external_data=args.save_as_external_data)
+    emit(result.as_dict(), train_tables(result, args.output), as_json=args.json, file=args.report)
+    return 0

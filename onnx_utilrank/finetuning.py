@@ -1,0 +1,222 @@
+"""Train a compressed model after its original's outputs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_utilrank.calibration.collect import Progress
+from onnx_utilrank.calibration.data import DataSource
+from onnx_utilrank.calibration.survey import survey
+from onnx_utilrank.comparison import compare
+from onnx_utilrank.config import FinetuneConfig, ValidateConfig
+from onnx_utilrank.errors import ConfigError, ModelError
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.replaced import with_arrays
+from onnx_utilrank.model.store import ModelSource, ModelStore
+from onnx_utilrank.results import FinetuneResult
+from onnx_utilrank.runtime.sessions import open_session
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.surgery.rewrite import check_contract
+from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.training.adaptive import factor_pairs, pair_subspace
+from onnx_utilrank.training.blocks import between_blocks
+from onnx_utilrank.training.history import History
+from onnx_utilrank.training.loop import Recipe
+from onnx_utilrank.training.objective import Objective
+from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, make_trainer
+from onnx_utilrank.training.teacher import Teacher
+from onnx_utilrank.training.weights import Part, changed_names, plain_parts, trainable_names
+from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
+
+__all__ = ["finetune", "finetuned"]
+
+# The highest learning rate of each method, a share of each tensor's own size.
+RATES = {"factors": 1e-3, "biases": 3e-3, "oialr": 1e-3}
+# What is trained already has found its bases: OIALR needs no delay.
+SCHEDULE = Schedule(share=0.1, delay=0.0)
+# Looks, of 20, without a better student after which training ends: while the rate is high, a
+# student may well be worse than it began.
+PATIENCE = 12
+# What the original gives may take so many times the memory budget, in temporary files.
+KEPT_OUTPUTS = 4
+
+
+def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
+    """The progress callback of callers that want none."""
+
+
+def finetune(
+    reference: ModelSource,
+    candidate: ModelSource,
+    data: DataSource,
+    config: FinetuneConfig | None = None,
+    *,
+    progress: Progress = _silent,
+) -> FinetuneResult:
+    """Train a compressed model so that its outputs follow the original's; no labels are needed.
+
+    Three parts of the samples are kept apart: those that are trained on, some that tell when to
+    stop, and those held back, which decide: where the outputs diverge less on them than before,
+    the new weights are kept, and else the candidate stays as it is.
+
+    Args:
+        reference: The original: path, proto or store.
+        candidate: The compressed model.
+        data: Samples.
+        config: Options.
+        progress: Called with the stage, what is done of it, how much there is and how it goes.
+
+    Raises:
+        UtilrankError: One of its children, by what is wrong: options, models, data, provider.
+    """
+    config = config or FinetuneConfig()
+    original, small = ModelStore.load(reference), ModelStore.load(candidate)
+    _check_alike(original, small)
+    setting = Setting.open(original, data, config)
+    return finetuned(original, small, setting, config, progress)
+
+
+def finetuned(
+    original: ModelStore,
+    small: ModelStore,
+    setting: Setting,
+    config: FinetuneConfig,
+    progress: Progress,
+) -> FinetuneResult:
+    """See `finetune`; the samples are parted already."""
+    teacher_session = open_session(original, setting.provider)
+    candidate_session = open_session(small, setting.provider)
+    losses = find_losses(original, teacher_session, setting.looked_at, config.weighting)
+    if not losses:
+        raise ModelError(f"{original.label}: no output holds floating values to follow")
+    held = OutputRecorder(teacher_session, losses, setting.feeds(setting.held))
+    before = held.compare(candidate_session)
+    graph = setting.graph(small)
+    parts = _parts(graph, original, config)
+    notes: tuple[str, ...] = ()
+    history, after, store = History(), before, small
+    if not parts:
+        notes = (f"Nothing of it is there to train by {config.method}: it stays as it is.",)
+    else:
+        student = setting.student(graph, parts)
+        objective = _objective(original, graph, parts, losses, setting, config)
+        budget = KEPT_OUTPUTS * config.memory_budget
+        teacher = Teacher(original, objective.wanted, setting.provider, budget=budget)
+        judging = OutputRecorder(teacher_session, losses, setting.feeds(setting.judged))
+        trainer = make_trainer(
+            student,
+            objective,
+            setting.batches(config, losses, teacher),
+            lambda student: judging.compare(student).mean,
+            Recipe(
+                steps=config.steps or DEFAULT_STEPS,
+                learning_rate=config.learning_rate or RATES[config.method],
+                patience=None if config.method == "oialr" else PATIENCE,
+            ),
+            config,
+            SCHEDULE,
+            cache=setting.cache(small, config),
+            key=("finetune", original.fingerprint(), config.method, objective),
+            progress=progress,
+        )
+        history = trainer.run()
+        made = with_arrays(small, student.arrays())
+        check_contract(small, made)
+        after = held.compare(open_session(made, setting.provider))
+        if after.mean < before.mean:
+            store = made
+        else:
+            notes = (
+                "On the samples held back the outputs diverge no less than before: the candidate "
+                "stays as it is.",
+            )
+    progress("validating", 0, 0)
+    report = compare(
+        original,
+        store,
+        setting.data,
+        setting.held,
+        setting.batch,
+        [setting.provider],
+        ValidateConfig(providers=(setting.provider.key,)),
+    )
+    return FinetuneResult(
+        store=store,
+        kept=store is not small,
+        method=config.method,
+        before=before,
+        after=after,
+        history=tuple(history.looks),
+        dropped=history.dropped,
+        seconds=history.seconds,
+        samples=len(setting.fitted),
+        validation=report,
+        notes=notes,
+    )
+
+
+def _check_alike(original: ModelStore, small: ModelStore) -> None:
+    """Both models have to take and give the same.
+
+    Raises:
+        ModelError: They do not.
+    """
+    for what in ("inputs", "outputs"):
+        one, other = (
+            [(v.name, v.dtype) for v in getattr(store, what)] for store in (original, small)
+        )
+        if one != other:
+            raise ModelError(
+                f"{small.label}: its {what} are not those of {original.label}: no candidate for it"
+            )
+
+
+def _parts(graph: TorchGraph, original: ModelStore, config: FinetuneConfig) -> list[Part]:
+    """What a method trains; nothing, where the candidate is the original."""
+    changed = changed_names(graph, original)
+    names = trainable_names(graph)
+    parts: list[Part] = []
+    if not changed.intersection(names):
+        return parts
+    biases = trainable_names(graph, "biases")
+    if config.method == "biases":
+        return plain_parts(graph, biases)
+    if config.method == "oialr":
+        for first, second in factor_pairs(GraphIndex.build(graph.store)):
+            pair = first.weight, second.weight
+            if changed.issuperset(pair) and graph.parameters.keys() >= set(pair):
+                tensors = graph.parameters[pair[0]], graph.parameters[pair[1]]
+                parts.append(pair_subspace(first, second, tensors))
+                names = [name for name in names if name not in pair]
+        if not parts:
+            return parts
+    chosen = [name for name in names if name in changed or name in biases]
+    return parts + plain_parts(graph, chosen)
+
+
+def _objective(
+    original: ModelStore,
+    graph: TorchGraph,
+    parts: Sequence[Part],
+    losses: tuple[OutputLoss, ...],
+    setting: Setting,
+    config: FinetuneConfig,
+) -> Objective:
+    blocks: dict[str, float] = {}
+    if config.blocks:
+        made = {name for node in original.proto.graph.node for name in node.output}
+        trained = {name for part in parts for name in part.made()}
+        names = [name for name in between_blocks(graph, trained) if name in made]
+        shown = survey(original, names, setting.looked_at[0], setting.provider)
+        for name, value in shown.items():
+            if np.issubdtype(value.dtype, np.floating):
+                blocks[name] = max(float(value.astype(np.float64).var()), 1e-12)
+    classes = None
+    if config.labels is not None:
+        classes = next((loss for loss in losses if loss.weighting != "values"), None)
+        if classes is None:
+            raise ConfigError(
+                f"{original.label}: labels need an output with scores of classes; "
+                "--output-weighting softmax says that it is one"
+            )
+    return Objective(losses=losses, blocks=blocks, labels=config.labels, classes=classes)

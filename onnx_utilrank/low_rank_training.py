@@ -1,0 +1,172 @@
+"""Train a model with labels so that it comes out of low rank."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from onnx_utilrank.calibration.collect import Progress
+from onnx_utilrank.calibration.data import DataSource
+from onnx_utilrank.config import TrainConfig
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.replaced import with_arrays
+from onnx_utilrank.model.store import ModelSource, ModelStore
+from onnx_utilrank.ranking.cost import count_parameters
+from onnx_utilrank.results import TrainResult
+from onnx_utilrank.runtime.sessions import Feed, Session, open_session
+from onnx_utilrank.sites.find import find_sites
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.factorize import factored
+from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
+from onnx_utilrank.training.adaptive import dense_subspace, eligible
+from onnx_utilrank.training.loop import Recipe
+from onnx_utilrank.training.objective import Objective
+from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, make_trainer
+from onnx_utilrank.training.student import Student
+from onnx_utilrank.training.subspaces import Subspace
+from onnx_utilrank.training.weights import plain_parts, trainable_names
+from onnx_utilrank.validation.divergence import find_losses
+
+__all__ = ["train"]
+
+# The authors' configuration of a small vision transformer; β and, as a share of all steps, the
+# delay are theirs too.
+RATE, CLIP = 3e-4, 5.0
+SCHEDULE = Schedule(share=0.15, delay=0.2)
+
+
+def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
+    """The progress callback of callers that want none."""
+
+
+def train(
+    model: ModelSource,
+    data: DataSource,
+    config: TrainConfig,
+    *,
+    progress: Progress = _silent,
+) -> TrainResult:
+    """Train a model with labels so that it comes out of low rank (OIALR, arXiv 2401.08505).
+
+    After a delay all weights but the last go into bases that are frozen, and what mixes them is
+    trained; from time to time the bases turn, and directions of small singular values go. In the
+    end weights that are smaller as two factors become two nodes.
+
+    Nodes are trained as they are: a batch normalization of an exported model keeps its mean and
+    variance, a dropout does nothing.
+
+    Args:
+        model: Path, proto or store, with weights that are trained already or drawn at random; it
+            is not changed.
+        data: Samples with labels.
+        config: Options.
+        progress: Called with the stage, what is done of it, how much there is and how it goes.
+
+    Raises:
+        UtilrankError: One of its children, by what is wrong: options, model, data, provider.
+    """
+    assert config.labels is not None
+    source = ModelStore.load(model)
+    setting = Setting.open(source, data, config)
+    session = open_session(source, setting.provider)
+    losses = find_losses(source, session, setting.looked_at, "softmax")
+    classes = next(loss for loss in losses if loss.weighting == "softmax")
+    graph = setting.graph(source)
+    index = GraphIndex.build(graph.store)
+    sites = [s for s in eligible(find_sites(index)[0]) if s.weight in graph.parameters]
+    names = trainable_names(graph)
+    student = setting.student(graph, plain_parts(graph, names))
+    trainable = student.trained
+    into: dict[str, Callable[[torch.Tensor], Subspace]] = {
+        site.weight: partial(dense_subspace, site) for site in sites if site.weight in names
+    }
+    objective = Objective(labels=config.labels, classes=classes)
+    judging = setting.feeds(setting.judged)
+    trainer = make_trainer(
+        student,
+        objective,
+        setting.batches(config, losses, None),
+        lambda student: _label_loss(student, objective, judging),
+        Recipe(
+            steps=config.steps or DEFAULT_STEPS,
+            learning_rate=config.learning_rate or RATE,
+            relative=False,
+            clip=CLIP,
+            patience=None,
+        ),
+        config,
+        SCHEDULE,
+        cache=setting.cache(source, config),
+        key=("train", config.method),
+        progress=progress,
+        into=into if config.method == "oialr" else None,
+    )
+    history = trainer.run()
+    dense = with_arrays(source, student.arrays())
+    store = _factored(dense, student)
+    check_contract(source, store)
+    held = setting.feeds(setting.held)
+    right = [
+        _share_right(open_session(each, setting.provider), held, classes, config.labels)
+        for each in (source, store)
+    ]
+    return TrainResult(
+        store=store,
+        method=config.method,
+        accuracy_before=right[0],
+        accuracy=right[1],
+        held=len(setting.held),
+        ranks={
+            part.name: (part.rank, *part.shape)
+            for part in student.parts
+            if isinstance(part, Subspace)
+        },
+        trained=student.trained,
+        trainable=trainable,
+        parameters_before=count_parameters(source),
+        parameters=count_parameters(store),
+        history=tuple(history.looks),
+        dropped=history.dropped,
+        seconds=history.seconds,
+        samples=len(setting.fitted),
+    )
+
+
+def _label_loss(student: Student, objective: Objective, feeds: Sequence[Feed]) -> float:
+    """Mean loss over samples that nothing is trained on."""
+    with torch.no_grad():
+        lost = [
+            float(objective(feed, student.forward(feed, objective.values), {})) for feed in feeds
+        ]
+    return sum(lost) / len(lost)
+
+
+def _factored(dense: ModelStore, student: Student) -> ModelStore:
+    """The trained model with two nodes for each weight that is smaller so."""
+    parts = {part.name: part for part in student.parts if isinstance(part, Subspace)}
+    index = GraphIndex.build(dense)
+    found = {site.weight: site for site in find_sites(index)[0]}
+    replacements = []
+    for name, part in parts.items():
+        site = found[name]
+        if part.rank <= site.break_even_rank:
+            left = (part.left.double() @ part.core.detach().double()).numpy(force=True)
+            factors = factored(left, part.right.double().numpy(force=True))
+            replacements.append(Replacement(site=site, factors=factors, lost_mean=None))
+    return rewrite(index, replacements) if replacements else dense
+
+
+def _share_right(
+    session: Session, feeds: Sequence[Feed], classes: OutputLoss, labels: str
+) -> float:
+    """Accuracy in per cent."""
+    right: list[bool] = []
+    for feed in feeds:
+        scores = session.run(feed, [classes.output])[classes.output]
+        wanted = np.asarray(feed[labels]).reshape(-1)
+        found = np.moveaxis(scores, classes.axis, -1).reshape(
+            len(wanted), -1, scores.shape[classes.axis]
+        )
+        right += (found.mean(1).argmax(-1) == wanted).tolist()
+    return 100 * sum(right) / len(right)

@@ -1,0 +1,201 @@
+"""What fine-tuning and training from labels have in common: the samples, and the trainer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from onnx_utilrank.calibration.augment import Augmentation
+from onnx_utilrank.calibration.cache import Cache
+from onnx_utilrank.calibration.collect import Progress, usable_batch
+from onnx_utilrank.calibration.data import Dataset, DataSource, hold_back, open_data
+from onnx_utilrank.config import TrainingConfig
+from onnx_utilrank.model.store import ModelStore, TensorSpec
+from onnx_utilrank.runtime.providers import Provider, find_provider
+from onnx_utilrank.runtime.sessions import Feed, open_session
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
+from onnx_utilrank.training.adaptive import AdaptiveRanks
+from onnx_utilrank.training.batches import ShuffledBatches
+from onnx_utilrank.training.loop import Recipe, Trainer, settled_steps
+from onnx_utilrank.training.objective import Objective
+from onnx_utilrank.training.student import Student
+from onnx_utilrank.training.subspaces import Subspace
+from onnx_utilrank.training.teacher import Teacher
+from onnx_utilrank.training.weights import Part
+
+__all__ = ["DEFAULT_STEPS", "Schedule", "Setting", "make_trainer"]
+
+DEFAULT_STEPS = 500
+# ν of OIALR as a share of all steps.
+INTERVAL = 0.04
+# Samples that are looked at to tell what inputs and outputs are.
+LOOKED_AT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What both verbs work with.
+
+    Attributes:
+        data: The samples.
+        fitted: Samples that are trained on.
+        judged: Samples that tell when to stop.
+        held: Samples that what comes out is measured on.
+        provider: Where ONNX Runtime runs.
+        batch: Samples that one run may take.
+    """
+
+    data: Dataset
+    fitted: list[int]
+    judged: list[int]
+    held: list[int]
+    provider: Provider
+    batch: int
+
+    @classmethod
+    def open(cls, store: ModelStore, data: DataSource, config: TrainingConfig) -> "Setting":
+        """Read the data and part them: a fifth is held back, and a fifth of the rest judges."""
+        provider = find_provider(config.provider, config.custom_op_libraries)
+        session = open_session(store, provider)
+        wanted = list(store.inputs)
+        if config.labels is not None:
+            wanted.append(TensorSpec(name=config.labels, dtype=np.dtype(np.int64), shape=(None,)))
+        dataset = open_data(data, wanted)
+        rest, held = dataset.split(samples=config.samples, seed=config.seed)
+        batch = usable_batch(session, dataset)
+        return cls.parted(dataset, rest, held, provider, batch, seed=config.seed)
+
+    @classmethod
+    def parted(
+        cls,
+        data: Dataset,
+        rest: Sequence[int],
+        held: Sequence[int],
+        provider: Provider,
+        batch: int,
+        *,
+        seed: int,
+    ) -> "Setting":
+        """Part the samples that are not held back: a fifth of them judges."""
+        run = data.run or 1
+        parts = hold_back(len(rest), samples=None, seed=seed, run=run, label=data.label)
+        fitted, judged = ([rest[k] for k in part] for part in parts)
+        return cls(
+            data=data,
+            fitted=fitted,
+            judged=judged,
+            held=list(held),
+            provider=provider,
+            batch=batch,
+        )
+
+    @property
+    def looked_at(self) -> list[Feed]:
+        """A few runs that tell what inputs and outputs are."""
+        return self.feeds(self.fitted[: max(LOOKED_AT, self.data.run or 1)])
+
+    def feeds(self, samples: Sequence[int]) -> list[Feed]:
+        """Samples in runs."""
+        return list(self.data.feeds(samples, batch=self.batch))
+
+    def graph(self, store: ModelStore) -> TorchGraph:
+        """The model in torch, beside the execution provider."""
+        device = device_beside(self.provider.key)
+        return TorchGraph.build(store, device=device, dtype=gradient_type(store))
+
+    def cache(self, store: ModelStore, config: TrainingConfig) -> Cache:
+        """Where checkpoints are kept."""
+        folder = None if config.cache is None else Path(config.cache)
+        libraries = config.custom_op_libraries
+        return Cache.open(folder, store, self.data, self.fitted, libraries=libraries)
+
+    def student(self, graph: TorchGraph, parts: Sequence[Part]) -> Student:
+        """A student; beside an accelerator it multiplies in bfloat16."""
+        return Student(graph, parts, mixed=self.provider.key != "cpu" and torch.cuda.is_available())
+
+    def batches(
+        self, config: TrainingConfig, losses: Sequence[OutputLoss], teacher: Teacher | None
+    ) -> ShuffledBatches:
+        """What is trained on."""
+        looked_at = self.looked_at
+        mask = next((loss.mask for loss in losses if loss.mask), None)
+        augmentation = Augmentation.of(looked_at, mask) if config.augment else None
+        return ShuffledBatches(
+            self.data,
+            self.fitted,
+            batch=min(config.batch, self.batch) if self.batch == 1 else config.batch,
+            seed=config.seed,
+            teacher=teacher,
+            augmentation=augmentation if augmentation and augmentation.changes else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """β of OIALR and its delay as a share of all steps, where the user does not say."""
+
+    share: float
+    delay: float
+
+
+def make_trainer(
+    student: Student,
+    objective: Objective,
+    batches: ShuffledBatches,
+    judge: Callable[[Student], float],
+    recipe: Recipe,
+    config: TrainingConfig,
+    schedule: Schedule,
+    *,
+    cache: Cache,
+    key: tuple[object, ...],
+    progress: Progress,
+    into: dict[str, Callable[[torch.Tensor], Subspace]] | None = None,
+) -> Trainer:
+    """A trainer whose number of steps is settled, with a hook where weights are in bases.
+
+    Args:
+        student: See `Trainer`, as the next ones.
+        objective: What is to become small.
+        batches: What it is trained on.
+        judge: Lower is better.
+        recipe: How, but for the steps where the options give minutes.
+        config: Options.
+        schedule: Of OIALR.
+        cache: Where checkpoints are kept.
+        key: What tells this training from others of the same model and data.
+        progress: Called with the steps that are done.
+        into: How weights go into bases after the delay, by name.
+    """
+
+    def made(recipe: Recipe) -> Trainer:
+        hook: AdaptiveRanks | None = None
+        if into or any(isinstance(part, Subspace) for part in student.parts):
+            delay = round(schedule.delay * recipe.steps)
+            hook = AdaptiveRanks(
+                share=schedule.share if config.share is None else config.share,
+                delay=delay if config.delay is None else config.delay,
+                interval=config.interval or max(1, round(INTERVAL * recipe.steps)),
+                into=into or {},
+            )
+        options = (config.seed, config.batch, config.augment, config.labels)
+        turns = hook and (hook.share, hook.delay, hook.interval)
+        return Trainer(
+            student,
+            objective,
+            batches,
+            judge,
+            recipe,
+            progress=progress,
+            hook=hook,
+            cache=cache,
+            key=(*key, options, turns),
+        )
+
+    if config.minutes is None:
+        return made(recipe)
+    return made(replace(recipe, steps=settled_steps(60 * config.minutes, made(recipe))))

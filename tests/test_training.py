@@ -1,0 +1,729 @@
+"""Training: its laws, its schedule, what it keeps, and the verbs that do it."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from builders import index, model, noise, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onnx_utilrank
+from onnx_utilrank import (
+    CompressConfig,
+    ConfigError,
+    FinetuneConfig,
+    ModelError,
+    TrainConfig,
+    compress,
+    finetune,
+    train,
+)
+from onnx_utilrank.calibration.augment import Augmentation
+from onnx_utilrank.calibration.cache import Cache
+from onnx_utilrank.calibration.data import open_data
+from onnx_utilrank.cli.main import main
+from onnx_utilrank.model.replaced import with_arrays
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.sites.find import find_sites
+from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
+from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.training.adaptive import dense_subspace, factor_pairs, pair_subspace
+from onnx_utilrank.training.batches import VARIATIONS, ShuffledBatches
+from onnx_utilrank.training.blocks import between_blocks
+from onnx_utilrank.training.loop import Batch, Recipe, Trainer
+from onnx_utilrank.training.objective import Objective, output_divergence
+from onnx_utilrank.training.student import Student
+from onnx_utilrank.training.subspaces import rotate, subspace
+from onnx_utilrank.training.weights import plain_parts, scale_of, trainable_names
+
+law = settings(deadline=None, max_examples=30)
+SEEDS = st.integers(0, 2**16)
+EPS = float(np.finfo(np.float32).eps)
+
+N, D, H, C = 240, 12, 16, 5
+BODY = """
+    a = MatMul(x, w1) b = Add(a, b1) h = Relu(b)
+    c = MatMul(h, w2) d = Add(c, b2) r = Add(d, x) n = Relu(r)
+    y = Gemm(n, w3, b3)
+"""
+
+
+def network(seed: int = 0) -> onnx.ModelProto:
+    """Two layers around which a residual runs, and a classifier."""
+    scale = 1 / math.sqrt(D)
+    return model(
+        f"(float[n,{D}] x) => (float[n,{C}] y)",
+        BODY,
+        w1=(scale * noise(seed + 1, D, H)).astype(np.float32),
+        b1=(0.1 * noise(seed + 2, H)).astype(np.float32),
+        w2=(scale * noise(seed + 3, H, D)).astype(np.float32),
+        b2=(0.1 * noise(seed + 4, D)).astype(np.float32),
+        w3=(2 * scale * noise(seed + 5, D, C)).astype(np.float32),
+        b3=(0.1 * noise(seed + 6, C)).astype(np.float32),
+    )
+
+
+def samples(n: int = N) -> dict[str, np.ndarray]:
+    return {"x": noise(20, n, D).astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def small() -> onnx.ModelProto:
+    """The network at low rank, so that there is something to recover."""
+    config = CompressConfig(param_ratio=0.7, method="svd", force=True)
+    return compress(network(), samples(), config).model
+
+
+# --- subspaces ----------------------------------------------------------------------------------
+
+
+def factors_of(seed: int, m: int, d: int, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(m, r, generator=chance), torch.randn(r, d, generator=chance)
+
+
+def product(made: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (made["left"] @ made["right"]).detach().double()
+
+
+def named(left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"left": left, "right": right}
+
+
+SIZES = {"seed": SEEDS, "m": st.integers(1, 9), "d": st.integers(1, 9), "r": st.integers(1, 6)}
+
+
+@law
+@given(**SIZES)
+def test_bases_are_orthonormal_and_merge_to_the_weight(seed, m, d, r):
+    left, right = factors_of(seed, m, d, r)
+    part = subspace("w", left, right, named)
+    rank = min(m, d, r)
+    assert (part.rank, part.shape) == (rank, (m, d))
+    for basis in (part.left, part.right.T):
+        gram = basis.T.double() @ basis.double()
+        torch.testing.assert_close(gram, torch.eye(rank).double(), rtol=0, atol=4 * max(m, d) * EPS)
+    whole = left.double() @ right.double()
+    atol = 8 * (r + rank) * EPS * (1 + float(whole.abs().max()))
+    torch.testing.assert_close(product(part.made()), whole, rtol=0, atol=atol)
+
+
+@law
+@given(**SIZES)
+def test_turning_changes_nothing_and_drops_what_is_zero(seed, m, d, r):
+    left, right = factors_of(seed, m, d, r)
+    part = subspace("w", left, right, named)
+    chance = torch.Generator().manual_seed(seed + 1)
+    trained = torch.randn(part.rank, part.rank, generator=chance)
+    u, values, v = torch.linalg.svd(trained.double())
+    values[(part.rank + 1) // 2 :] = 0  # what training found to be of no use
+    with torch.no_grad():
+        part.core.copy_(u @ torch.diag(values) @ v)
+    before = product(part.made())
+    rank = part.rank
+    rotate(part, 1e-3)
+    assert part.rank <= rank
+    assert part.rank == rank - rank // 2 or values[values > 0].min() < 1e-2 * values[0]
+    atol = 16 * rank * EPS * (1 + float(before.abs().max()))
+    torch.testing.assert_close(product(part.made()), before, rtol=0, atol=atol)
+    gram = part.left.T.double() @ part.left.double()
+    torch.testing.assert_close(
+        gram, torch.eye(part.rank).double(), rtol=0, atol=16 * m * EPS + 1e-6
+    )
+    assert part.core.requires_grad
+
+
+def test_at_most_half_goes_at_once_and_a_share_stays():
+    left, right = factors_of(3, 200, 200, 200)
+    part = subspace("w", left, right, named)
+    ranks = []
+    for _ in range(12):
+        with torch.no_grad():
+            part.core.copy_(torch.diag(torch.logspace(0, -30, part.rank)))
+        rotate(part, 0.5)
+        ranks.append(part.rank)
+    assert ranks[:4] == [100, 50, 25, 13]
+    assert ranks[-1] == 2  # 1 % of 200
+
+
+def test_moments_turn_with_the_bases():
+    """A step from the turned state is the step that was to be made, in the new bases."""
+    left, right = factors_of(4, 6, 7, 5)
+    part = subspace("w", left, right, named)
+    with torch.no_grad():
+        part.core.add_(0.3 * torch.randn(5, 5, generator=torch.Generator().manual_seed(5)))
+    gradient = torch.randn(5, 5, generator=torch.Generator().manual_seed(6))
+    before = part.left @ gradient @ part.right
+    mean, square = rotate(part, 0.0, [gradient, gradient.square()])
+    torch.testing.assert_close(part.left @ mean @ part.right, before, rtol=0, atol=64 * EPS)
+    assert bool((square >= 0).all())
+    torch.testing.assert_close(square.sum(), gradient.square().sum(), rtol=1e-5, atol=0)
+
+
+WEIGHTS = {
+    "matmul": ("(float[n,6] x) => (float[n,4] y)", "y = MatMul(x, w)", (6, 4)),
+    "matmul from the left": ("(float[6,n] x) => (float[4,n] y)", "y = MatMul(w, x)", (4, 6)),
+    "gemm": ("(float[n,6] x) => (float[n,4] y)", "y = Gemm<transB=1>(x, w)", (4, 6)),
+    "conv": (
+        "(float[n,3,8,8] x) => (float[n,4,8,8] y)",
+        "y = Conv<pads=[1,1,1,1]>(x, w)",
+        (4, 3, 3, 3),
+    ),
+    "conv transpose": (
+        "(float[n,3,8,8] x) => (float[n,4,9,9] y)",
+        "y = ConvTranspose(x, w)",
+        (3, 4, 2, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_every_operator_go_into_bases_and_back(name: str):
+    signature, body, shape = WEIGHTS[name]
+    weight = noise(7, *shape).astype(np.float32)
+    ((site,), _) = find_sites(index(model(signature, body, w=weight)))
+    part = dense_subspace(site, torch.from_numpy(weight))
+    assert part.rank == site.full_rank
+    (made,) = part.made().values()
+    atol = 16 * site.full_rank * EPS * float(np.abs(weight).max())
+    np.testing.assert_allclose(made.detach().numpy(), weight, rtol=0, atol=atol)
+    whole = part.matrix_of(torch.from_numpy(weight))
+    assert tuple(whole.shape) == (site.m, site.d)
+
+
+PAIRS = {
+    "matmul": ("(float[n,6] x) => (float[n,5] y)", "z = MatMul(x, a) y = MatMul(z, b)"),
+    "gemm": ("(float[n,6] x) => (float[n,5] y)", "z = Gemm(x, a) y = Gemm(z, b)"),
+}
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "conv", "channels"])
+def test_factors_are_found_and_mixed(name: str):
+    if name in PAIRS:
+        (signature, body), shapes = PAIRS[name], ((6, 3), (3, 5))
+        feed = {"x": noise(9, 4, 6).astype(np.float32)}
+    else:
+        shapes = ((2, 3, 3, 3), (5, 2, 1, 1)) if name == "conv" else ((2, 4, 1, 1), (5, 2, 3, 3))
+        pads = ("<pads=[1,1,1,1]>", "")
+        first, second = pads if name == "conv" else pads[::-1]
+        signature = f"(float[n,{shapes[0][1]},6,6] x) => (float[n,5,6,6] y)"
+        body = f"z = Conv{first}(x, a) y = Conv{second}(z, b)"
+        feed = {"x": noise(9, 4, shapes[0][1], 6, 6).astype(np.float32)}
+    a, b = (noise(k, *shape).astype(np.float32) for k, shape in enumerate(shapes))
+    proto = model(signature, body, a=a, b=b)
+    ((one, other),) = factor_pairs(index(proto))
+    part = pair_subspace(one, other, (torch.from_numpy(a), torch.from_numpy(b)))
+    expected = run(proto, feed)["y"]
+    atol = 64 * a.size * EPS * (1 + float(np.abs(expected).max()))
+    made = {k: v.detach().numpy() for k, v in part.made().items()}
+    assert made["a"].shape == a.shape
+    np.testing.assert_allclose(
+        run(with_arrays(ModelStore.load(proto), made), feed)["y"], expected, rtol=0, atol=atol
+    )
+    with torch.no_grad():
+        part.core[:, -1] = 0
+        part.core[-1] = 0
+    whole = {k: v.detach().numpy() for k, v in part.made().items()}
+    rotate(part, 1e-3)
+    cut = {k: v.detach().numpy() for k, v in part.made().items()}
+    assert cut["a"].size < a.size
+    one_less = run(with_arrays(ModelStore.load(proto), cut), feed)["y"]
+    with_zero = run(with_arrays(ModelStore.load(proto), whole), feed)["y"]
+    np.testing.assert_allclose(one_less, with_zero, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "z = MatMul(x, a) t = Relu(z) y = MatMul(t, b)",
+        "z = MatMul(x, a) u = MatMul(z, b) v = ReduceSum(z) y = Add(u, v)",
+        "z = Gemm(x, a, c) y = MatMul(z, b)",
+    ],
+)
+def test_what_is_no_pair_is_left(body: str):
+    made = {"a": noise(1, 6, 3), "b": noise(2, 3, 5), "c": noise(3, 3)}
+    held = {k: v.astype(np.float32) for k, v in made.items() if f"{k})" in body or f"{k}," in body}
+    assert not factor_pairs(index(model("(float[n,6] x) => (float[n,5] y)", body, **held)))
+
+
+# --- what counts --------------------------------------------------------------------------------
+
+
+@law
+@given(
+    seed=SEEDS,
+    weighting=st.sampled_from(["softmax", "logits", "values"]),
+    probabilities=st.booleans(),
+    masked=st.booleans(),
+    axis=st.sampled_from([-1, 1]),
+)
+def test_divergence_in_torch_is_that_of_numpy(seed, weighting, probabilities, masked, axis):
+    rng = np.random.default_rng(seed)
+    y, z = rng.normal(size=(2, 4, 3, 5))
+    if probabilities and weighting != "values":
+        y, z = (np.exp(v) / np.exp(v).sum(axis, keepdims=True) for v in (y, z))
+    loss = OutputLoss(
+        output="y",
+        weighting=weighting,
+        probabilities=probabilities and weighting != "values",
+        axis=axis,
+        variance=2.0,
+    )
+    positions = 3 if axis == -1 else 5
+    mask = (rng.random((4, positions)) < 0.7) if masked else None
+    one, other = (rows_of(v, 4, axis) for v in (y, z))
+    weights = None if mask is None else mask.astype(np.float64)
+    expected = divergence(loss, one, other, weights).mean()
+    made = output_divergence(loss, torch.from_numpy(y), torch.from_numpy(z), 4, mask)
+    np.testing.assert_allclose(float(made), expected, rtol=1e-5)
+
+
+def test_labels_count_beside_the_original():
+    loss = OutputLoss(output="y", weighting="softmax")
+    y = torch.tensor(noise(1, 6, C))
+    feed = {"x": np.zeros((6, 1), np.float32), "label": np.arange(6) % C}
+    wanted = {"y": noise(2, 6, C)}
+    alone = Objective(losses=(loss,))
+    both = Objective(losses=(loss,), labels="label", classes=loss)
+    own = Objective(labels="label", classes=loss)
+    parts = [float(each(feed, {"y": y}, wanted)) for each in (alone, both, own)]
+    assert parts[1] == pytest.approx(parts[0] + 0.5 * parts[2])
+    assert parts[2] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(y, torch.from_numpy(feed["label"])))
+    )
+    assert own.wanted == ()
+
+
+def test_blocks_are_where_everything_flows_through():
+    graph = TorchGraph.build(ModelStore.load(network()))
+    trained = ["w1", "w2", "w3"]
+    assert between_blocks(graph, trained) == ["n"]
+    body = "r = MatMul(x, w) a = Relu(r) s = Add(a, r) b = Tanh(s) t = Add(b, s) y = Neg(t)"
+    twice = model("(float[n,4] x) => (float[n,4] y)", body, w=noise(1, 4, 4).astype(np.float32))
+    graph = TorchGraph.build(ModelStore.load(twice))
+    assert between_blocks(graph, ["w"]) == ["r", "s", "t"]
+
+
+# --- which weights ------------------------------------------------------------------------------
+
+
+def test_constants_that_are_no_weights_are_not_trained():
+    body = """
+        a = MatMul(x, w) b = Add(a, bias) s = Mul(b, half) m = Add(s, mask)
+        p = Clip(m, low, high) q = Mul(p, gamma) y = Pow(q, two)
+    """
+    graph = TorchGraph.build(
+        ModelStore.load(
+            model(
+                "(float[n,3] x) => (float[n,4] y)",
+                body,
+                w=noise(1, 3, 4).astype(np.float32),
+                bias=noise(2, 4).astype(np.float32),
+                half=np.array(0.5, np.float32),
+                mask=np.array([0, 0, -1e9, 0], np.float32),
+                low=np.array(-1, np.float32),
+                high=np.array(1, np.float32),
+                gamma=np.ones(4, np.float32),
+                two=np.full(4, 2, np.float32),
+            )
+        )
+    )
+    assert sorted(trainable_names(graph)) == ["bias", "gamma", "w"]
+    assert sorted(trainable_names(graph, "biases")) == ["bias", "gamma"]
+
+
+def test_steps_are_shares_of_what_they_change():
+    assert scale_of(torch.full((3, 4), 20.0)) == pytest.approx(20)
+    assert scale_of(torch.full((3, 4), 1e-5)) == pytest.approx(1e-5)
+    assert scale_of(torch.zeros(4)) == pytest.approx(1e-2)
+
+
+def test_rate_rises_and_falls():
+    recipe = Recipe(steps=100, learning_rate=2.0)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[5:]))
+    assert 0 < rates[-1] < 0.01
+
+
+# --- batches and variations ---------------------------------------------------------------------
+
+
+def test_shuffled_runs_hold_every_sample_once_and_obey_the_seed():
+    data = open_data(samples(50), ModelStore.load(network()).inputs)
+    seen = [
+        np.concatenate([f["x"] for f in data.shuffled(range(50), batch=8, seed=s)])
+        for s in (1, 1, 2)
+    ]
+    assert np.array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen[0], seen[2])
+    assert np.array_equal(np.sort(seen[0], axis=0), np.sort(samples(50)["x"], axis=0))
+
+
+def test_rows_of_one_shape_share_a_run_however_they_lie():
+    proto = model("(float[n,t] x) => (float[n,t] y)", "y = Neg(x)")
+    feeds = [{"x": noise(k, 1, 3 + k % 2).astype(np.float32)} for k in range(16)]
+
+    def arrays() -> Sequence[dict[str, np.ndarray]]:
+        return feeds
+
+    data = open_data(arrays, ModelStore.load(proto).inputs)
+    if data.run is None:
+        runs = list(data.shuffled(range(16), batch=8, seed=0))
+        assert [len(f["x"]) for f in runs] == [8, 8]
+
+
+def test_batches_go_on_from_any_step():
+    data = open_data(samples(50), ModelStore.load(network()).inputs)
+    vary = Augmentation.of([samples(50)])
+
+    def batches() -> ShuffledBatches:
+        return ShuffledBatches(data, range(50), batch=16, seed=3, augmentation=vary)
+
+    whole, late = batches(), batches()
+    steps = [whole.at(k) for k in range(4 * VARIATIONS + 6)]
+    for first in (5, 4 * VARIATIONS + 2):
+        (batch,) = late.at(first)
+        np.testing.assert_array_equal(batch.feed["x"], steps[first][0].feed["x"])
+    # Samples come as they are at first, then varied, and the variations come again.
+    assert np.isin(steps[0][0].feed["x"], samples(50)["x"]).all()
+    assert not np.isin(steps[4][0].feed["x"], samples(50)["x"]).all()
+    again = steps[4 * VARIATIONS][0].feed["x"], steps[0][0].feed["x"]
+    np.testing.assert_array_equal(*again)
+
+
+def test_images_move_signals_move_and_features_do_not():
+    feeds = [
+        {
+            "image": noise(1, 6, 3, 20, 24).astype(np.float32),
+            "signal": noise(2, 6, 400).astype(np.float32),
+            "spectrum": noise(3, 6, 98, 40).astype(np.float32),
+            "features": noise(4, 6, 8).astype(np.float32),
+            "ids": np.arange(6 * 30).reshape(6, 30),
+            "attention_mask": np.ones((6, 30), np.int64),
+        }
+    ]
+    vary = Augmentation.of(feeds, mask="attention_mask")
+    assert vary.moved == {"image": (2, 3), "signal": (1,), "spectrum": (1,), "features": ()}
+    assert set(vary.tokens) == {"ids"}
+    made = vary(feeds[0], seed=5)
+    assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
+        k: (v.shape, v.dtype) for k, v in feeds[0].items()
+    }
+    np.testing.assert_array_equal(made["attention_mask"], feeds[0]["attention_mask"])
+    np.testing.assert_array_equal(made["ids"][:, [0, -1]], feeds[0]["ids"][:, [0, -1]])
+    assert 0 < (made["ids"] != feeds[0]["ids"]).mean() <= 0.15
+    assert not np.array_equal(made["image"], feeds[0]["image"])
+    again = vary(feeds[0], seed=5)
+    assert all(np.array_equal(made[k], again[k]) for k in made)
+
+
+def test_padding_is_not_exchanged():
+    ids = np.arange(40).reshape(2, 20)
+    mask = np.zeros((2, 20), np.int64)
+    mask[:, :9] = 1
+    vary = Augmentation.of([{"ids": ids, "m": mask}], mask="m")
+    for seed in range(20):
+        made = vary({"ids": ids, "m": mask}, seed)["ids"]
+        np.testing.assert_array_equal(made[:, 8:], ids[:, 8:])
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+class Fixed:
+    """The same run at each step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def at(self, step: int) -> list[Batch]:
+        del step
+        return [self.batch]
+
+
+def trainer(steps: int, cache: Cache | None = None, **options: object) -> Trainer:
+    graph = TorchGraph.build(ModelStore.load(network(100)))
+    loss = OutputLoss(output="y", weighting="softmax")
+    feed = samples(64)
+    wanted = run(network(), feed)
+    student = Student(graph, plain_parts(graph, trainable_names(graph)))
+    objective = Objective(losses=(loss,))
+
+    def judge(student: Student) -> float:
+        with torch.no_grad():
+            return float(objective(feed, student.forward(feed, ["y"]), wanted))
+
+    recipe = Recipe(steps=steps, learning_rate=1e-2, **options)  # type: ignore[arg-type]
+    return Trainer(
+        student,
+        objective,
+        Fixed(Batch(feed, wanted)),
+        judge,
+        recipe,
+        progress=lambda *_: None,
+        cache=cache,
+    )
+
+
+def test_training_lowers_the_loss_and_keeps_the_best():
+    made = trainer(60, patience=20)
+    history = made.run()
+    first, best = history.looks[0], history.best
+    assert math.isnan(first.loss)
+    assert best.divergence < 0.5 * first.divergence
+    assert made.judge(made.student) == pytest.approx(best.divergence, rel=1e-6)
+    assert history.dropped == 0
+
+
+def test_steps_whose_gradients_are_not_finite_are_not_taken():
+    made = trainer(3)
+    made.batches = Fixed(Batch({"x": np.full((4, D), np.nan, np.float32)}, {"y": np.zeros((4, C))}))
+    before = made.student.arrays()
+    assert made.run().dropped == 3
+    after = made.student.arrays()
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+# --- fine-tuning --------------------------------------------------------------------------------
+
+QUICK = FinetuneConfig(steps=120, learning_rate=5e-3)
+
+
+def test_finetuning_recovers_and_is_what_the_file_computes(small: onnx.ModelProto):
+    result = finetune(network(), small, samples(), QUICK)
+    assert result.kept
+    assert result.after.mean < 0.7 * result.before.mean
+    assert result.history[0].step == 0
+    again = finetune(network(), small, samples(), QUICK)
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+    feed = samples(40)
+    graph = TorchGraph.build(result.store)
+    expected = graph.run(feed)["y"].detach().numpy()
+    atol = 8 * (D + H + D) * EPS * (1 + float(np.abs(expected).max()))
+    np.testing.assert_allclose(run(result.model, feed)["y"], expected, rtol=0, atol=atol)
+
+
+def test_weights_that_are_no_better_are_not_kept(small: onnx.ModelProto):
+    before = small.SerializeToString()
+    result = finetune(
+        network(), small, samples(), dataclasses.replace(QUICK, steps=3, learning_rate=1e3)
+    )
+    assert not result.kept
+    assert result.model.SerializeToString() == before == small.SerializeToString()
+    assert any("stays as it is" in note for note in result.notes)
+
+
+def test_the_original_has_nothing_to_recover():
+    result = finetune(network(), network(), samples(), QUICK)
+    assert (result.kept, result.history) == (False, ())
+    assert result.notes
+
+
+def test_biases_alone(small: onnx.ModelProto):
+    result = finetune(
+        network(), small, samples(), dataclasses.replace(QUICK, method="biases", steps=60)
+    )
+    held = {t.name: t for t in small.graph.initializer}
+    changed = {
+        t.name
+        for t in result.model.graph.initializer
+        if t.SerializeToString() != held[t.name].SerializeToString()
+    }
+    assert changed
+    assert all(len([e for e in held[name].dims if e > 1]) == 1 for name in changed)
+
+
+def test_oialr_loses_directions(small: onnx.ModelProto):
+    options = dataclasses.replace(QUICK, method="oialr", share=0.95, interval=10)
+    result = finetune(network(), small, samples(), options)
+    assert result.history[-1].trained < result.history[0].trained
+    assert result.validation.candidate.parameters <= result.validation.reference.parameters
+
+
+def test_labels_and_blocks_and_minutes(small: onnx.ModelProto):
+    data = samples()
+    data["label"] = run(network(), data)["y"].argmax(-1).astype(np.int64)
+    config = dataclasses.replace(QUICK, steps=20, labels="label", blocks=True)
+    assert len(finetune(network(), small, data, config).history) > 1
+    timed = dataclasses.replace(QUICK, steps=None, minutes=0.01)
+    assert finetune(network(), small, data, timed).history
+
+
+def test_labels_need_classes(small: onnx.ModelProto):
+    data = samples() | {"label": np.zeros(N, np.int64)}
+    config = dataclasses.replace(QUICK, labels="label", weighting="values")
+    with pytest.raises(ConfigError, match="labels need an output"):
+        finetune(network(), small, data, config)
+
+
+def test_a_candidate_of_something_else_is_refused():
+    other = model(
+        f"(float[n,{D}] z) => (float[n,{C}] y)",
+        "y = MatMul(z, w)",
+        w=noise(1, D, C).astype(np.float32),
+    )
+    with pytest.raises(ModelError, match="no candidate for it"):
+        finetune(network(), other, samples(), QUICK)
+
+
+@pytest.mark.parametrize("method", ["factors", "oialr"])
+def test_resume_equals_uninterrupted(
+    tmp_path: Path, small: onnx.ModelProto, monkeypatch, method: str
+):
+    monkeypatch.setattr("onnx_utilrank.training.loop.CHECKPOINT_SECONDS", 0.0)
+    config = FinetuneConfig(steps=40, learning_rate=5e-3, method=method, share=0.3, interval=7)
+    whole = finetune(network(), small, samples(), config)
+
+    class Killed(Exception):
+        pass
+
+    def killer(*state: object) -> None:
+        if state[:2] == ("training", 13):
+            raise Killed
+
+    cached = dataclasses.replace(config, cache=tmp_path)
+    with pytest.raises(Killed):
+        finetune(network(), small, samples(), cached, progress=killer)
+    seen = []
+
+    def watch(*state: object) -> None:
+        if state[0] == "training":
+            seen.append(state[1])
+
+    resumed = finetune(network(), small, samples(), cached, progress=watch)
+    assert min(seen) == 14
+    assert resumed.model.SerializeToString() == whole.model.SerializeToString()
+    assert [look.divergence for look in resumed.history] == [
+        look.divergence for look in whole.history
+    ]
+
+
+def test_half_precision_is_trained_in_single(small: onnx.ModelProto):
+    half = onnx.ModelProto()
+    half.CopyFrom(small)
+    full = network()
+    for proto in (half, full):
+        for tensor in proto.graph.initializer:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        for value in (*proto.graph.input, *proto.graph.output):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+        del proto.graph.value_info[:]
+    data = {"x": samples()["x"].astype(np.float16)}
+    result = finetune(full, half, data, QUICK)
+    assert result.kept
+    assert {t.data_type for t in result.model.graph.initializer} == {onnx.TensorProto.FLOAT16}
+
+
+def test_external_data_stay_outside(tmp_path: Path, small: onnx.ModelProto):
+    path = tmp_path / "small.onnx"
+    held = onnx.ModelProto()
+    held.CopyFrom(small)  # saving changes it
+    onnx.save_model(held, path, save_as_external_data=True, location="d", size_threshold=0)
+    result = finetune(network(), path, samples(), QUICK)
+    assert result.kept
+    result.save(tmp_path / "out.onnx")
+    feed = samples(20)
+    made = ModelStore.load(tmp_path / "out.onnx")
+    np.testing.assert_array_equal(run(made, feed)["y"], run(result.store, feed)["y"])
+
+
+def test_compress_finetunes_as_a_last_stage():
+    config = CompressConfig(param_ratio=0.7, moves=("low-rank",), force=True)
+    tuned = compress(network(), samples(), dataclasses.replace(config, finetune=QUICK))
+    plain = compress(network(), samples(), config)
+    assert tuned.recovered is not None
+    assert tuned.recovered.kept
+    assert tuned.plan.parameters_after == plain.plan.parameters_after
+    before, after = (each.quality.divergence.mean for each in (plain, tuned))
+    assert after < before
+    json.dumps(tuned.as_dict(), allow_nan=False)
+
+
+# --- training from labels -----------------------------------------------------------------------
+
+
+def labelled() -> dict[str, np.ndarray]:
+    data = samples(600)
+    teacher = noise(50, D, C)
+    return data | {"label": (data["x"] @ teacher).argmax(-1).astype(np.int64)}
+
+
+def test_training_learns_and_comes_out_of_low_rank():
+    config = TrainConfig(
+        labels="label", steps=300, learning_rate=1e-2, delay=60, interval=20, share=0.6
+    )
+    result = train(network(), labelled(), config)
+    assert result.accuracy > result.accuracy_before + 20
+    assert result.trained < result.trainable
+    assert result.parameters < result.parameters_before
+    assert set(result.ranks) == {"w1", "w2"}  # the last layer stays as it is
+    assert all(rank <= min(m, d) for rank, m, d in result.ranks.values())
+    dense = train(network(), labelled(), dataclasses.replace(config, method="dense"))
+    assert (dense.ranks, dense.trained) == ({}, dense.trainable)
+    assert dense.parameters == dense.parameters_before
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_the_trained_file_is_the_student():
+    config = TrainConfig(labels="label", steps=60, learning_rate=1e-2, delay=10, interval=10)
+    result = train(network(), labelled(), config)
+    assert result.accuracy == pytest.approx(
+        100 * np.mean(_right(result.model)), abs=15
+    )  # of all samples, not of those held back
+
+
+def _right(proto: onnx.ModelProto) -> np.ndarray:
+    data = labelled()
+    return run(proto, {"x": data["x"]})["y"].argmax(-1) == data["label"]
+
+
+def test_training_needs_labels():
+    with pytest.raises(ConfigError, match="labels"):
+        TrainConfig()
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path, small: onnx.ModelProto) -> Path:
+    onnx.save(network(), tmp_path / "model.onnx")
+    onnx.save(small, tmp_path / "small.onnx")
+    np.savez(tmp_path / "data.npz", **labelled())
+    return tmp_path
+
+
+def test_verbs(files: Path, capsys):
+    data = ["--data", str(files / "data.npz")]
+    reference, candidate = str(files / "model.onnx"), str(files / "small.onnx")
+    words = ["finetune", reference, candidate, "-o", str(files / "tuned.onnx"), *data]
+    words += ["--steps", "60", "--learning-rate", "5e-3", "--report", str(files / "r.json")]
+    assert main(words) == 0
+    assert "The new weights are kept." in capsys.readouterr().out
+    report = json.loads((files / "r.json").read_text())
+    assert report["kept"]
+    assert report["after"]["mean"] < report["before"]["mean"]
+    words = ["train", reference, "-o", str(files / "t.onnx"), *data, "--labels", "label"]
+    assert main([*words, "--steps", "40", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 0
+    words = ["compress", reference, "-o", str(files / "c.onnx"), *data, "--param-ratio", "0.7"]
+    assert main([*words, "--finetune", "--steps", "20"]) == 0
+    assert "Fine-tuned (factors)" in capsys.readouterr().out
+    assert main([*words, "--steps", "20"]) == 2
+    assert {p.name for p in files.iterdir() if p.suffix == ".onnx"} == {
+        *("model.onnx", "small.onnx", "tuned.onnx", "t.onnx", "c.onnx")
+    }
+
+
+def test_public_names():
+    assert {"finetune", "train", "FinetuneConfig", "TrainConfig"} <= set(onnx_utilrank.__all__)
