@@ -16,9 +16,11 @@ __all__ = [
     "AnalyzeConfig",
     "CompressConfig",
     "FinetuneConfig",
+    "FinetuneMethod",
     "QualityTarget",
     "RunConfig",
     "TrainConfig",
+    "TrainMethod",
     "TrainingConfig",
     "ValidateConfig",
 ]

@@ -338,6 +338,23 @@ def test_zoo_table_on_a_real_model(tmp_path):
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
 
 
+def test_recovery_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    recovery_table = importlib.import_module("recovery_table")
+    words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ratios", "0.7"]
+    assert recovery_table.main([*words, "--samples", "40", "--minutes", "0.01"]) == 0
+    printed = capsys.readouterr()
+    assert str(fake_zoo) not in printed.out
+    head, *rows = cells(printed.out)
+    assert head == list(recovery_table.COLUMNS)
+    assert [tuple(row[2:4]) for row in rows] == list(recovery_table.WAYS)
+    for row in rows:
+        assert 50 < float(row[4]) <= 70
+        assert row[6] == "1.00"
+    assert recovery_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1
+    assert "absent" in capsys.readouterr().err
+
+
 # tools/engine_cost.py and tools/move_costs.py
 
 

@@ -426,6 +426,27 @@ def test_images_move_signals_move_and_features_do_not():
     assert all(np.array_equal(made[k], again[k]) for k in made)
 
 
+def test_samples_are_mixed_where_nothing_hangs_on_their_labels():
+    x = np.zeros((64, 3, 4), np.float32)
+    x[np.arange(64), np.arange(64) % 3] = 1
+    feeds = [{"x": x, "scalar": np.float32(1)}]
+    mixed, plain = (Augmentation.of(feeds, labelled=each) for each in (False, True))
+    between = [((each(feeds[0], 1)["x"].max(2) > 0.3).sum(1) > 1).mean() for each in (mixed, plain)]
+    assert between[0] > 0.15
+    assert between[1] < 0.05
+    texts = feeds[0] | {"ids": np.arange(640).reshape(64, 10)}
+    made = Augmentation.of([texts])(texts, 1)["x"]
+    assert ((made.max(2) > 0.3).sum(1) > 1).mean() < 0.05
+
+
+def test_images_are_mirrored_where_nothing_hangs_on_their_labels():
+    ramp = np.broadcast_to(np.linspace(-1, 1, 24, dtype=np.float32), (64, 1, 20, 24))
+    for labelled in (False, True):
+        made = Augmentation.of([{"x": ramp}], labelled=labelled)({"x": ramp}, 1)["x"]
+        falling = (made[..., 0] > made[..., -1]).all((1, 2)).mean()
+        assert (falling > 0.05) != labelled
+
+
 def test_padding_is_not_exchanged():
     ids = np.arange(40).reshape(2, 20)
     mask = np.zeros((2, 20), np.int64)

@@ -1,4 +1,4 @@
-"""Make more of a few samples: shifts, noise and exchanged tokens, by kind of input.
+"""Make more of a few samples: moved, mirrored, mixed, with noise, with other tokens.
 
 What is made needs no labels: the model itself says what it gives for it. It only has to lie where
 the model's inputs lie.
@@ -34,15 +34,20 @@ class Augmentation:
         scale: Standard deviation of each floating input that gets noise.
         tokens: Of each integer input whose values may be exchanged, the values that samples hold.
         mask: Input that is 0 at padded positions; None without one.
+        free: Whether samples need not keep their labels: images are mirrored, and a sample may be
+            mixed with another one of its run in all of its inputs. The model says what it gives.
     """
 
     moved: Mapping[str, tuple[int, ...]]
     scale: Mapping[str, float]
     tokens: Mapping[str, np.ndarray]
     mask: str | None = None
+    free: bool = False
 
     @classmethod
-    def of(cls, feeds: Sequence[Feed], mask: str | None = None) -> "Augmentation":
+    def of(
+        cls, feeds: Sequence[Feed], mask: str | None = None, *, labelled: bool = False
+    ) -> "Augmentation":
         """Tell from some runs what kind each input is of.
 
         Axes behind the first are moved along where they are long: both of an image, one of a
@@ -52,6 +57,7 @@ class Augmentation:
         Args:
             feeds: Runs whose first axis counts samples.
             mask: Input that is 0 at padded positions, if one is known.
+            labelled: Whether what is made has to keep its label.
         """
         moved, scale, tokens = {}, {}, {}
         for name, first in feeds[0].items():
@@ -66,7 +72,7 @@ class Augmentation:
                 known = np.unique(np.concatenate([v.reshape(-1) for v in values]))
                 if len(known) >= FEWEST_TOKENS and first.ndim == 2:
                     tokens[name] = np.concatenate([v.reshape(-1) for v in values])
-        return cls(moved=moved, scale=scale, tokens=tokens, mask=mask)
+        return cls(moved=moved, scale=scale, tokens=tokens, mask=mask, free=not labelled)
 
     @property
     def changes(self) -> bool:
@@ -82,9 +88,17 @@ class Augmentation:
         """
         chance = np.random.default_rng(seed)
         made = dict(feed)
+        count = len(next(iter(feed.values())))
+        partner, share = chance.permutation(count), chance.random(count)
+        mixes = self.free and all(np.ndim(v) < 2 or name in self.scale for name, v in feed.items())
         for name in sorted(feed):
             if name in self.scale:
-                made[name] = self._varied(name, feed[name], chance)
+                values = self._varied(name, feed[name], chance)
+                if mixes and len(values) == count:
+                    of_own = share.reshape(-1, *[1] * (values.ndim - 1))
+                    mixed = of_own * values + (1 - of_own) * values[partner]
+                    values = mixed.astype(values.dtype)
+                made[name] = values
             elif name in self.tokens:
                 made[name] = self._exchanged(name, feed, chance)
         return made
@@ -92,6 +106,8 @@ class Augmentation:
     def _varied(self, name: str, values: np.ndarray, chance: np.random.Generator) -> np.ndarray:
         made = np.empty_like(values)
         for k, sample in enumerate(values):
+            if self.free and len(self.moved[name]) == 2 and chance.random() < 0.5:
+                sample = np.flip(sample, self.moved[name][-1] - 1)
             for axis in self.moved[name]:
                 most = int(SHIFT * values.shape[axis])
                 sample = _moved(sample, int(chance.integers(-most, most + 1)), axis - 1)

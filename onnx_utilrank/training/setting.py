@@ -123,7 +123,10 @@ class Setting:
         """What is trained on."""
         looked_at = self.looked_at
         mask = next((loss.mask for loss in losses if loss.mask), None)
-        augmentation = Augmentation.of(looked_at, mask) if config.augment else None
+        labelled = config.labels is not None
+        augmentation = (
+            Augmentation.of(looked_at, mask, labelled=labelled) if config.augment else None
+        )
         return ShuffledBatches(
             self.data,
             self.fitted,
