@@ -61,7 +61,7 @@ def comparison(test_path: Path) -> Table:
 
 def main() -> int:
     """Run the demo; the exit status is that of the command line tool."""
-    _, test_path = write_npz(ROOT / FOLDER)
+    _, test_path, _ = write_npz(ROOT / FOLDER)
     print("$", shlex.join(COMMAND), flush=True)
     # The environment that runs this need not be activated: its programs lie beside its interpreter.
     program = shutil.which(COMMAND[0], path=Path(sys.executable).parent)

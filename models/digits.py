@@ -64,14 +64,15 @@ def load_digits_split() -> DigitsSplit:
     return DigitsSplit(train_images, train_labels, calibration_images, test_images, test_labels)
 
 
-def write_npz(folder: Path) -> tuple[Path, Path]:
-    """Write the calibration and the test part for the command line tool.
+def write_npz(folder: Path) -> tuple[Path, Path, Path]:
+    """Write the three parts for the command line tool.
 
     Args:
         folder: Where to write; made where missing.
 
     Returns:
-        The paths of `calibration.npz` (`image`) and `test.npz` (`image` and `label`).
+        The paths of `calibration.npz` (`image`), and of `test.npz` and `train.npz` (`image` and
+        `label`).
     """
     split = load_digits_split()
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,10 @@ def write_npz(folder: Path) -> tuple[Path, Path]:
     test: dict[str, Any] = {INPUT_NAME: split.test_images, LABEL_NAME: split.test_labels}
     np.savez(calibration_path, **calibration)
     np.savez(test_path, **test)
-    return calibration_path, test_path
+    train_path = folder / "train.npz"
+    train: dict[str, Any] = {INPUT_NAME: split.train_images, LABEL_NAME: split.train_labels}
+    np.savez(train_path, **train)
+    return calibration_path, test_path, train_path
 
 
 def accuracy(model_path: Path, images: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -100,8 +104,8 @@ def accuracy(model_path: Path, images: NDArray[np.float32], labels: NDArray[np.i
 
 
 def main() -> None:
-    """Write the two files into the folder named on the command line."""
-    parser = argparse.ArgumentParser(description="Write calibration.npz and test.npz.")
+    """Write the files into the folder named on the command line."""
+    parser = argparse.ArgumentParser(description="Write calibration.npz, test.npz and train.npz.")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     for path in write_npz(parser.parse_args().output):
         print(path)

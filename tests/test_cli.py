@@ -21,7 +21,7 @@ VIT, CNN = str(MODELS / "digits_vit.onnx"), str(MODELS / "digits_cnn.onnx")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    calibration, _ = write_npz(tmp_path_factory.mktemp("digits"))
+    calibration, *_ = write_npz(tmp_path_factory.mktemp("digits"))
     with np.load(calibration) as arrays:
         held = {name: arrays[name][:120] for name in arrays.files}
     small = calibration.with_name("small.npz")

@@ -165,7 +165,7 @@ def test_overhead_ratios(overhead):
 
 def test_overhead_prints_a_table_for_a_model(overhead, tmp_path, capsys):
     digits = pytest.importorskip("digits", reason="needs scikit-learn, the extra `demo`")
-    calibration, _ = digits.write_npz(tmp_path)
+    calibration, *_ = digits.write_npz(tmp_path)
     model = ROOT / "models" / "digits_vit.onnx"
     words = ["--model", str(model), "--data", str(calibration), "--samples", "100", "--expose"]
     assert overhead.main(words) == 0
