@@ -505,6 +505,23 @@ def test_training_lowers_the_loss_and_keeps_the_best():
     assert history.dropped == 0
 
 
+def test_what_is_judged_is_a_mean_of_steps():
+    """At a rate that makes steps stray, the mean of them is better than most."""
+    made = trainer(80, patience=80, warm_up=0.0)
+    strays: list[float] = []
+    step = made._step
+
+    def taken(k: int) -> None:
+        step(k)
+        strays.append(made.judge(made.student))
+
+    made._step = taken  # type: ignore[method-assign]
+    history = made.run()
+    judged = {look.step: look.divergence for look in history.looks}
+    assert all(judged[k] != strays[k - 1] for k in list(judged)[1:])
+    assert history.best.divergence < judged[0]
+
+
 def test_steps_whose_gradients_are_not_finite_are_not_taken():
     made = trainer(3)
     made.batches = Fixed(Batch({"x": np.full((4, D), np.nan, np.float32)}, {"y": np.zeros((4, C))}))

@@ -20,6 +20,8 @@ from onnx_utilrank.training.weights import scale_of
 
 __all__ = ["Batch", "Batches", "Hook", "Recipe", "Trainer", "settled_steps"]
 
+# Share of the running mean of the weights that stays at each step, at most.
+AVERAGED = 0.98
 # Steps that are timed before their number is settled, and ones before them that do not count.
 TIMED, UNTIMED = 5, 2
 
@@ -45,7 +47,8 @@ class Recipe:
         decay: Of AdamW.
         looks: How often the student is judged.
         patience: After so many judgements without a better one the training ends, and the best
-            student is kept; None keeps the last one.
+            student is kept; None keeps the last one. What is judged and kept then are running
+            means of the weights: steps on few samples stray about what they aim at.
     """
 
     steps: int
@@ -121,6 +124,7 @@ class Trainer:
         self._cache, self._key = cache or Cache(), ("training", recipe, *key)
         self._optimizer = self._new_optimizer()
         self._best = self._weights()
+        self._mean, self._averaged = self._weights(), 0
         self._losses: list[float] = []
 
     def run(self) -> History:
@@ -178,9 +182,18 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self._optimizer.step()
+        if self.recipe.patience is not None:
+            # Early on the mean is of few steps, so that it forgets where it began.
+            share = min(AVERAGED, (1 + self._averaged) / (10 + self._averaged))
+            self._averaged += 1
+            for name, now in self._weights().items():
+                self._mean[name] += (1 - share) * (now - self._mean[name])
 
     def _look(self, step: int) -> None:
         """Judge the student; remember it if it is the best so far."""
+        now = self._weights()
+        if self.recipe.patience is not None:
+            self._restore(self._mean)
         look = Look(
             step=step,
             loss=float(np.mean(self._losses)) if self._losses else math.nan,
@@ -189,8 +202,10 @@ class Trainer:
         )
         self._losses.clear()
         self.history.looks.append(look)
-        if self.recipe.patience is not None and self.history.best is look:
-            self._best = self._weights()
+        if self.recipe.patience is not None:
+            if self.history.best is look:
+                self._best = self._weights()
+            self._restore(now)
 
     def _detail(self) -> str:
         look = self.history.looks[-1]
@@ -223,7 +238,7 @@ class Trainer:
         """Write a checkpoint."""
         groups = self._optimizer.param_groups
         state = {
-            "done": np.array([done, self.history.dropped]),
+            "done": np.array([done, self.history.dropped, self._averaged]),
             "seconds": np.array(self.history.seconds),
             "looks": np.array([dataclasses.astuple(look) for look in self.history.looks]),
             "losses": np.array(self._losses),
@@ -231,6 +246,7 @@ class Trainer:
         }
         state |= {f"now {name}": array for name, array in self._weights().items()}
         state |= {f"best {name}": array for name, array in self._best.items()}
+        state |= {f"mean {name}": array for name, array in self._mean.items()}
         for k, group in enumerate(groups):
             held = self._optimizer.state.get(group["params"][0], {})
             state |= {f"adam {k} {name}": value.numpy(force=True) for name, value in held.items()}
@@ -241,12 +257,12 @@ class Trainer:
         state = self._cache.load(*self._key)
         if state is None:
             return 0
-        done, self.history.dropped = map(int, state["done"])
+        done, self.history.dropped, self._averaged = map(int, state["done"])
         if self.hook:
             self.hook.catch_up(done, self.student)
-        now, self._best = (
+        now, self._best, self._mean = (
             {name.removeprefix(kind): state[name] for name in state if name.startswith(kind)}
-            for kind in ("now ", "best ")
+            for kind in ("now ", "best ", "mean ")
         )
         self._restore(now)
         self.history.seconds = float(state["seconds"])
