@@ -127,12 +127,13 @@ def strip_metadata(model: onnx.ModelProto) -> None:
         part.ClearField("doc_string")
 
 
-def export(network: nn.Module, path: Path) -> None:
+def export(network: nn.Module, path: Path, shape: tuple[int, int, int] = (1, SIDE, SIDE)) -> None:
     """Write a network as one ONNX file with a dynamic batch.
 
     Args:
-        network: In eval mode, float32 [N, 1, 8, 8] to float32 [N, 10].
+        network: In eval mode, float32 [N, channels, height, width] to float32 [N, classes].
         path: The file to write.
+        shape: Channels, height and width.
     """
     # It would tell on every run that torchvision's operators are not there to be exported.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -142,7 +143,7 @@ def export(network: nn.Module, path: Path) -> None:
         program = torch.onnx.export(
             network,
             # With a batch of one the exporter would take the batch for a constant.
-            (torch.zeros(2, 1, SIDE, SIDE),),
+            (torch.zeros(2, *shape),),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
