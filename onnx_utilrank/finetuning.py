@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_utilrank.calibration.collect import Progress
+from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.comparison import compare
@@ -41,17 +41,13 @@ PATIENCE = 12
 KEPT_OUTPUTS = 4
 
 
-def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """The progress callback of callers that want none."""
-
-
 def finetune(
     reference: ModelSource,
     candidate: ModelSource,
     data: DataSource,
     config: FinetuneConfig | None = None,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> FinetuneResult:
     """Train a compressed model so that its outputs follow the original's; no labels are needed.
 

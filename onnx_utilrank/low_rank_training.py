@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from onnx_utilrank.calibration.collect import Progress
+from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.config import TrainConfig
 from onnx_utilrank.model.graph import GraphIndex
@@ -36,16 +36,12 @@ RATE, CLIP = 3e-4, 5.0
 SCHEDULE = Schedule(share=0.15, delay=0.2)
 
 
-def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """The progress callback of callers that want none."""
-
-
 def train(
     model: ModelSource,
     data: DataSource,
     config: TrainConfig,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> TrainResult:
     """Train a model with labels so that it comes out of low rank (OIALR, arXiv 2401.08505).
 

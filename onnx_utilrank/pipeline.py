@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnx_utilrank.calibration.collect import Progress, usable_batch
+from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
 from onnx_utilrank.calibration.data import DataSource, hold_back, import_function, open_data
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_note, stamp
@@ -40,16 +40,12 @@ __all__ = ["analyze", "compress", "sweep", "validate"]
 SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
-def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """The progress callback of callers that want none."""
-
-
 def analyze(
     model: ModelSource,
     data: DataSource,
     config: AnalyzeConfig | None = None,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> UtilizationReport:
     """Measure which share of its space each weight uses on the data.
 
@@ -106,7 +102,7 @@ def compress(
     *,
     plan: RankPlan | None = None,
     dry_run: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> CompressResult:
     """Make a smaller model and validate it on samples that took no part in making it.
 
@@ -211,7 +207,7 @@ def sweep(
     *,
     ratios: Sequence[float] = SWEEP_RATIOS,
     keep: float | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> SweepResult:
     """Measure the whole trade-off between size and quality, from one calibration.
 
@@ -337,7 +333,7 @@ def validate(
     data: DataSource,
     config: ValidateConfig | None = None,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ValidationReport:
     """Compare a candidate with its reference: outputs, size, FLOPs and latency.
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_utilrank.calibration.collect import collect, usable_batch
+from onnx_utilrank.calibration.collect import collect, silent, usable_batch
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import expose
 from onnx_utilrank.errors import ConfigError, UtilrankError
@@ -232,7 +232,7 @@ def measure_taps(job: Job, method: str) -> Cost:
         job.samples,
         job.provider,
         batch=batch,
-        progress=_silent,
+        progress=silent,
     )
     strides = collected.strides.values()
     return Cost(
@@ -305,10 +305,6 @@ def table(costs: Sequence[Cost]) -> str:
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """The progress callback of callers that want none."""
 
 
 def _load(job: Job, store: ModelStore) -> tuple[float, Session]:

@@ -21,7 +21,7 @@ from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.tokens import TokenCounts
 
-__all__ = ["Collected", "Progress", "collect", "in_passes", "usable_batch"]
+__all__ = ["Collected", "Progress", "collect", "in_passes", "silent", "usable_batch"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,10 @@ class Progress(Protocol):
             detail: How it is going, in words; only training says so.
         """
         ...
+
+
+def silent(stage: str, done: int, total: int, detail: str = "") -> None:
+    """The progress callback of callers that want none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
