@@ -1,8 +1,13 @@
 """Models that are legal and unusual: each gives a result or a reason, and never a traceback."""
 
+import math
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
-from builders import Feed, model, noise, ops
+import torch
+from builders import Feed, model, noise, ops, run
 
 from onnx_utilrank import CompressConfig, ModelError, TargetMissedError, analyze, compress, validate
 from onnx_utilrank.model.store import ModelStore
@@ -13,6 +18,7 @@ from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
 
 EXACT = CompressConfig(energy=1.0, force=True)
 HALF = CompressConfig(param_ratio=0.5)
+EPS = float(np.finfo(np.float32).eps)
 
 
 def single(seed: int, *shape: int) -> np.ndarray:
@@ -213,3 +219,61 @@ def test_outputs_that_cannot_be_compared_are_named():
     with pytest.raises(ModelError, match=reason) as caught:
         compress(proto, feeds(x=(4, 24)), EXACT)
     assert "slower" not in str(caught.value)
+
+
+# --- every opset, and both exporters of torch ---------------------------------------------------
+
+EVERY = """
+    c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, k, kb) r = Relu(c)
+    f = Flatten<axis=1>(r) a = MatMul(f, w) s = Add(a, b) t = Tanh(s) y = Gemm(t, g, h)
+"""
+
+
+@pytest.mark.parametrize("opset", range(7, 27))
+def test_every_opset_is_kept_and_rewritten(opset: int):
+    """7 is the first that broadcasts as later ones do, 26 the newest that ONNX Runtime loads."""
+    proto = model(
+        "(float[n,2,4,4] x) => (float[n,5] y)",
+        EVERY,
+        opset=opset,
+        ir=3 if opset < 9 else 8,
+        k=noise(1, 6, 2, 3, 3).astype(np.float32),
+        kb=noise(2, 6).astype(np.float32),
+        w=(noise(3, 96, 16) / 10).astype(np.float32),
+        b=noise(4, 16).astype(np.float32),
+        g=noise(5, 16, 5).astype(np.float32),
+        h=noise(6, 5).astype(np.float32),
+    )
+    data = {"x": noise(7, 60, 2, 4, 4).astype(np.float32)}
+    result = compress(proto, data, EXACT)
+    assert len(result.plan.factored) == 3
+    assert result.model.opset_import == proto.opset_import
+    assert result.model.ir_version == proto.ir_version
+    expected = run(proto, data)["y"]
+    atol = 16 * math.sqrt(96) * EPS * (1 + float(np.abs(expected).max()))
+    np.testing.assert_allclose(run(result.model, data)["y"], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
+def test_what_torch_exports(tmp_path: Path, dynamo: bool):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    network = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(64, 8)).eval()
+    given = (torch.zeros(2, 4, 16),)
+    path = tmp_path / "exported.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own
+        if dynamo:
+            shapes = ({0: torch.export.Dim("n")},)
+            torch.onnx.export(network, given, path, dynamo=True, dynamic_shapes=shapes)
+        else:
+            torch.onnx.export(network, given, path, dynamo=False, opset_version=17)
+    (name,) = (spec.name for spec in ModelStore.load(path).inputs)
+    data = {name: noise(8, 60, 4, 16).astype(np.float32)}
+    whole = compress(path, data, EXACT)
+    assert len(whole.plan.factored) == 5
+    feed = {name: data[name][:2]}
+    ((one, expected),) = run(path, feed).items()
+    atol = 64 * math.sqrt(64) * EPS * (1 + float(np.abs(expected).max()))
+    np.testing.assert_allclose(run(whole.store, feed)[one], expected, rtol=0, atol=atol)
+    assert compress(path, data, CompressConfig(param_ratio=0.7)).plan.param_ratio <= 0.7
