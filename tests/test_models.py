@@ -137,3 +137,18 @@ def test_demo_counts_parameters_not_shapes(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph), path)
     assert demo.parameter_count(path) == 17
+
+
+def test_low_rank_recipe_runs_on_other_images(monkeypatch, tmp_path, capsys):
+    """Colour images of another size; a few steps."""
+    monkeypatch.syspath_prepend(Path(digits.__file__).parent)
+    recipe = importlib.import_module("low_rank_vit")
+    rng = np.random.default_rng(0)
+    files = []
+    for name, count in (("train", 60), ("test", 20)):
+        image = rng.random((count, 3, 16, 16), dtype=np.float32)
+        files += [f"--{name}", str(tmp_path / f"{name}.npz")]
+        np.savez(files[-1], image=image, label=np.arange(count) % 4)
+    assert recipe.main([*files, "--steps", "4"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| dense", "| oialr"]
