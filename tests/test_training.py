@@ -763,5 +763,24 @@ def test_verbs(files: Path, capsys):
     }
 
 
+def test_labels_that_are_no_classes_end_in_one_line(files: Path, capsys):
+    data = labelled()
+    data["label"][3] = C
+    np.savez(files / "bad.npz", **data)
+    words = ["train", str(files / "model.onnx"), "-o", str(files / "bad.onnx")]
+    words += ["--data", str(files / "bad.npz"), "--labels", "label", "--steps", "40"]
+    assert main(words) == 5
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "labels 'label': there is no class 5 among the 5 of output 'y'" in line
+    assert not (files / "bad.onnx").exists()
+
+
+def test_inputs_without_samples_are_let_be():
+    feed = {"rate": np.array(16000), "x": noise(1, 8, 40).astype(np.float32)}
+    made = Augmentation.of([feed])(feed, 1)
+    assert made["rate"] == 16000
+    assert made["x"].shape == (8, 40)
+
+
 def test_public_names():
     assert {"finetune", "train", "FinetuneConfig", "TrainConfig"} <= set(onnx_utilrank.__all__)

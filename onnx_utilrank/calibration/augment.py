@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_utilrank.runtime.sessions import Feed
+from onnx_utilrank.statistics.divergence import samples_in
 
 __all__ = ["Augmentation"]
 
@@ -88,7 +89,7 @@ class Augmentation:
         """
         chance = np.random.default_rng(seed)
         made = dict(feed)
-        count = len(next(iter(feed.values())))
+        count = samples_in(feed)
         partner, share = chance.permutation(count), chance.random(count)
         mixes = self.free and all(np.ndim(v) < 2 or name in self.scale for name, v in feed.items())
         for name in sorted(feed):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from onnx_utilrank.errors import DataError
 from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 
@@ -59,6 +60,9 @@ class Objective:
             feed: The run.
             made: The graph's `values`.
             wanted: The original's.
+
+        Raises:
+            DataError: A label is no class of the output.
         """
         total: list[torch.Tensor] = []
         n = samples_in(feed)
@@ -84,6 +88,13 @@ class Objective:
         assert self.labels is not None
         labels = torch.from_numpy(np.asarray(feed[self.labels], np.int64)).to(y.device)
         log_p = _log_probabilities(self.classes, _rows(y, len(labels), self.classes.axis))
+        count = log_p.shape[-1]
+        wrong = labels[(labels < 0) | (labels >= count)]
+        if len(wrong):
+            raise DataError(
+                f"labels {self.labels!r}: there is no class {int(wrong[0])} among the {count} of "
+                f"output {self.classes.output!r}"
+            )
         return functional.nll_loss(log_p.mean(1), labels)
 
 
