@@ -90,7 +90,7 @@ def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tu
 
 
 def fit(
-    job: Job, found: Measurement, offers: Offers, samples: Sequence[int], config: CompressConfig
+    job: Job, found: Measurement, offers: Offers, config: CompressConfig
 ) -> tuple[RankPlan, ModelStore]:
     """Plan for the ratio or the energy that was asked for, and make the model.
 
@@ -102,7 +102,7 @@ def fit(
     """
     ratio = config.ratio
     for _ in range(FITS):
-        plan, store = build(job, offers.plan(ratio), found, samples, config)
+        plan, store = build(job, offers.plan(ratio), found, config)
         if config.size_ratio is None or ratio is None:
             return plan, store
         excess = store.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
@@ -120,7 +120,6 @@ def build(
     job: Job,
     plan: RankPlan,
     measurement: Measurement,
-    samples: Sequence[int],
     config: CompressConfig,
     *,
     settled: bool = False,
@@ -130,8 +129,7 @@ def build(
     Args:
         job: The source.
         plan: What is to be done.
-        measurement: The decompositions of its sites.
-        samples: What layers are refitted to.
+        measurement: The decompositions of its sites, and the samples that layers are refitted to.
         config: Options.
         settled: Whether the plan's word on the refit holds, as for one that is replayed. Else the
             refit has to be better on samples it was not made on.
@@ -144,7 +142,7 @@ def build(
     """
     if not plan.changes:
         return plan, _unchanged(job, plan)
-    plan, made = _layers(job, plan, measurement, samples, config, settled)
+    plan, made = _layers(job, plan, measurement, config, settled)
     moves = planned_moves(plan)
     sites = {m.site.key: m for m in measurement.sites}
     replacements = [
@@ -179,7 +177,6 @@ def _layers(
     job: Job,
     plan: RankPlan,
     measurement: Measurement,
-    samples: Sequence[int],
     config: CompressConfig,
     settled: bool,
 ) -> tuple[RankPlan, dict[str, Refitted]]:
@@ -201,28 +198,33 @@ def _layers(
     if not plan.refit:
         return plan, plain
     # Both graphs hold the live values of all samples at once.
-    run = job.data.run or 1
-    room = max(2 * run, config.memory_budget // (4 * gradients.footprint.live))
-    room = min(room // run * run, gradients.effort.refit, len(samples))
-    apart = min(JUDGED, room // 4) // run * run or run
+    data, samples = gradients.data, gradients.samples
+    parts = data.apart(samples)
+    each = len(parts[0])
+    room = min(config.memory_budget // (4 * gradients.footprint.live), gradients.effort.refit)
+    room = min(max(2, room // each), len(parts))
+    apart = min(JUDGED * data.variants // each, room // 4) or 1
     if apart >= room and not settled:
         return replace(plan, refit=False), plain
     # Factors may have been made of the first of these; what judges them comes last.
-    order = np.random.default_rng(config.seed).permutation(len(samples))
+    order = np.random.default_rng(config.seed).permutation(len(parts))
     graph, effort = gradients.graph, gradients.effort
     mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
 
-    def feeds(part: np.ndarray) -> list[Feed]:
-        return list(job.data.feeds([samples[k] for k in sorted(part)], batch=effort.run))
+    def of(chosen: np.ndarray) -> list[int]:
+        return [s for k in sorted(chosen) for s in parts[k]]
 
-    def refitted(part: np.ndarray) -> dict[str, Refitted]:
-        return propagate(graph, layers, feeds(part), mask, job.progress)
+    def feeds(chosen: Sequence[int]) -> list[Feed]:
+        return list(data.feeds(chosen, batch=effort.run))
 
-    fitted, judging = order[: max(room - apart, run)], order[-apart:]
+    def refitted(chosen: np.ndarray) -> dict[str, Refitted]:
+        return propagate(graph, layers, feeds(of(chosen)), mask, job.progress)
+
+    fitted, judging = order[: max(room - apart, 1)], order[-apart:]
     if not (settled and effort.again):
         made = refitted(fitted)
-        losses = gradients.losses
-        if not settled and not is_better(graph, layers, plain, made, losses, feeds(judging)):
+        held = feeds(data.given(of(judging)))
+        if not settled and not is_better(graph, layers, plain, made, gradients.losses, held):
             return replace(plan, refit=False), plain
     return plan, refitted(order[:room]) if effort.again else made
 

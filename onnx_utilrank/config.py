@@ -252,6 +252,8 @@ class CompressConfig(CalibrationConfig):
             the method has, where they should be faster too.
         refit: Fit layers anew to what they get behind compressed ones, if that is better on
             samples kept apart for it.
+        augment: Calibrate on variations of the samples too, where gradients are taken and a model
+            is cheap to run.
         force: Factor every site, also where that saves nothing.
         rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
         finetune: Train the result after the original's outputs, as these options say; seed,
@@ -272,6 +274,7 @@ class CompressConfig(CalibrationConfig):
     weighting: Weighting | None = None
     moves: tuple[str, ...] | None = None
     refit: bool = True
+    augment: bool = True
     force: bool = False
     rank_multiple: int = 1
     finetune: FinetuneConfig | None = None

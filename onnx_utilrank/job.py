@@ -1,21 +1,28 @@
 """One model with its sites and data: the stages that every verb strings together."""
 
 import logging
-import random
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Collected, Progress, collect, in_passes, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
+from onnx_utilrank.calibration.variations import with_variations
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.config import CalibrationConfig, CompressConfig, ValidateConfig
 from onnx_utilrank.errors import ModelError
-from onnx_utilrank.measurement import Gradients, Measurement, losses_note, rows_notes
+from onnx_utilrank.measurement import (
+    Gradients,
+    Measurement,
+    losses_note,
+    rows_notes,
+    variations_note,
+)
 from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.plain import index_model
@@ -29,7 +36,7 @@ from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
-from onnx_utilrank.sensitivity.effort import choose_effort
+from onnx_utilrank.sensitivity.effort import choose_effort, choose_variants
 from onnx_utilrank.sensitivity.measure import measure_sensitivity
 from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import find_sites, has_sites_in_functions, site_matrix
@@ -47,7 +54,7 @@ from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
 from onnx_utilrank.validation.divergence import find_losses
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["Job", "chosen_samples"]
+__all__ = ["Job"]
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +200,13 @@ class Job:
             sites,
             hidden or (),
             gradients.losses,
-            self.data,
-            samples,
+            gradients.data,
+            gradients.samples,
             gradients.effort,
             channels=config.moves is None or CHANNELS.key in config.moves,
             seed=config.seed,
             progress=self.progress,
-            cache=self._cache(samples, config),
+            cache=self._cache(gradients.data, gradients.samples, config),
         )
         seen = {m.site.key for m in measured}
         unread = "no output depends on it on the calibration data: its gradient is zero"
@@ -212,7 +219,11 @@ class Job:
             sites=list(measured),
             hidden=hidden or (),
             skips=skips,
-            notes=(*rows_notes(rows, passes=passes), losses_note(gradients.losses)),
+            notes=(
+                *variations_note(gradients.data),
+                *rows_notes(rows, passes=passes),
+                losses_note(gradients.losses),
+            ),
             gradients=gradients,
         )
 
@@ -259,16 +270,24 @@ class Job:
                 f"{self.store.label}: the values of one sample take {taken.kept:,} bytes with "
                 f"gradients, more than the memory budget of {room:,}"
             )
+        flops = linear_flops(self.store, single, self.provider)
+        variants = choose_variants(len(samples), flops) if config.augment else 1
+        mask = next((loss.mask for loss in losses if loss.mask), None)
+        data, samples = with_variations(
+            self.data, samples, Augmentation.of(looked_at, mask), variants, config.seed
+        )
         effort = choose_effort(
             samples=len(samples),
-            flops=linear_flops(self.store, single, self.provider),
+            flops=flops,
             decisions=decisions,
             footprint=taken,
             batch=self.batch,
             budget=room,
             run=self.data.run or 1,
         )
-        return Gradients(graph=graph, losses=losses, effort=effort, footprint=taken)
+        return Gradients(
+            graph=graph, losses=losses, effort=effort, footprint=taken, data=data, samples=samples
+        )
 
     def measure_moments(
         self,
@@ -301,7 +320,7 @@ class Job:
 
         found: list[Measured] = []
         skips: list[Skip] = []
-        cache = self._cache(samples, config)
+        cache = self._cache(self.data, samples, config)
         strides: dict[RowView, int] = {}
         passes = list(in_passes([[s] for s in sites], sums, config.memory_budget // 2))
         for group in passes:
@@ -334,10 +353,10 @@ class Job:
         notes = rows_notes(rows, strides, len(passes) if strides else 1)
         return Measurement(method=method, sites=found, skips=tuple(skips), notes=notes)
 
-    def _cache(self, samples: Sequence[int], config: CalibrationConfig) -> Cache:
+    def _cache(self, data: Dataset, samples: Sequence[int], config: CalibrationConfig) -> Cache:
         folder = None if config.cache is None else Path(config.cache)
         libraries = self.provider.custom_op_libraries
-        return Cache.open(folder, self.store, self.data, samples, libraries=libraries)
+        return Cache.open(folder, self.store, data, samples, libraries=libraries)
 
     def _moment(
         self, site: Site, side: Side, collected: Collected, weight: np.ndarray
@@ -371,14 +390,6 @@ class Job:
         return compare(
             self.source, candidate, self.data, samples, self.batch, [self.provider], config
         )
-
-
-def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:
-    """All samples, or so many of them chosen at random, in order."""
-    n = len(data)
-    if samples is None or samples >= n:
-        return list(range(n))
-    return sorted(random.Random(seed).sample(range(n), samples))
 
 
 def _skipped(site: Site, reason: str) -> Iterator[Skip]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.ranking.method import Measured, Method
 from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sites.hidden import Hidden
@@ -12,7 +13,7 @@ from onnx_utilrank.statistics.moments import ROWS_PER_FEATURE
 from onnx_utilrank.torch_graph.footprint import Footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Gradients", "Measurement", "losses_note", "rows_notes"]
+__all__ = ["Gradients", "Measurement", "losses_note", "rows_notes", "variations_note"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +25,16 @@ class Gradients:
         losses: What counts at its outputs.
         effort: How much of the data is used.
         footprint: Bytes that one sample takes.
+        data: What they are taken on: the samples, with their variations.
+        samples: Which of them.
     """
 
     graph: TorchGraph
     losses: tuple[OutputLoss, ...]
     effort: Effort
     footprint: Footprint
+    data: Dataset
+    samples: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,16 @@ def rows_notes(
             f"{passes} passes over the samples."
         )
     return tuple(notes)
+
+
+def variations_note(data: Dataset) -> tuple[str, ...]:
+    """A sentence where samples were varied."""
+    if data.variants == 1:
+        return ()
+    return (
+        f"Each sample was calibrated with together with {data.variants - 1} variations of it; rows "
+        "count those too.",
+    )
 
 
 def losses_note(losses: Sequence[OutputLoss]) -> str:

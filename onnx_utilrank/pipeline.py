@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
-from onnx_utilrank.calibration.data import DataSource, hold_back, import_function, open_data
+from onnx_utilrank.calibration.data import DataSource, chosen_samples, hold_back, open_data
+from onnx_utilrank.calibration.own_code import import_function
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_note, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.finetuning import finetuned
-from onnx_utilrank.job import Job, chosen_samples
+from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
 from onnx_utilrank.ranking.cost import count_parameters
@@ -146,7 +147,13 @@ def compress(
             hidden = check_hidden(plan, job.index, job.hidden(sites, calibration))
         changed = planned_moves(plan).keys() | plan.shrinking
         sites = tuple(s for s in sites if s.key in changed)
-        config = replace(config, method=plan.method, weighting=plan.weighting, moves=None)
+        config = replace(
+            config,
+            method=plan.method,
+            weighting=plan.weighting,
+            augment=plan.augment,
+            moves=None,
+        )
     searched: Sequence[int] = ()
     if config.quality is not None:
         calibration, searched = _part(job, calibration, config.seed)
@@ -156,17 +163,17 @@ def compress(
     notes = found.notes
     if plan is not None:
         if not dry_run:
-            plan, store = build(job, plan, found, calibration, config, settled=True)
+            plan, store = build(job, plan, found, config, settled=True)
     else:
         offers = make_offers(job, found, calibration, config)
         if config.quality is not None:
             judge = Judge(job, searched, config, found.losses)
-            best = search(job, found, offers, calibration, judge, config.quality, config)
+            best = search(job, found, offers, judge, config.quality, config)
             plan, store = best.plan, None if dry_run else best.store
         elif dry_run:
             plan = offers.plan(config.ratio)
         else:
-            plan, store = fit(job, found, offers, calibration, config)
+            plan, store = fit(job, found, offers, config)
         notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
     if store is None:
         return CompressResult(
@@ -243,7 +250,7 @@ def sweep(
     for ratio in sorted(set(ratios), reverse=True):
         try:
             plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
-            plan, store = build(job, plan, found, calibration, config)
+            plan, store = build(job, plan, found, config)
             report = job.validate(store, held)
             quality = judge(store)
         except (TargetMissedError, ModelError) as e:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_utilrank.calibration.data import import_function, importable
+from onnx_utilrank.calibration.own_code import import_function, importable
 from onnx_utilrank.config import CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.job import Job

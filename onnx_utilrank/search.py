@@ -1,7 +1,6 @@
 """The smallest model that is still as good as was asked for."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnx_utilrank.compression import build
@@ -44,7 +43,6 @@ def search(
     job: Job,
     found: Measurement,
     offers: Offers,
-    samples: Sequence[int],
     judge: Judge,
     target: QualityTarget,
     config: CompressConfig,
@@ -60,8 +58,7 @@ def search(
         job: The model.
         found: Its decompositions.
         offers: What can be done to its sites, at which cost.
-        samples: What layers are refitted to.
-        judge: Measures candidates, on samples that are not among those.
+        judge: Measures candidates, on samples that those do not rest on.
         target: What is asked for.
         config: Options.
 
@@ -84,7 +81,7 @@ def search(
             low = ratio
             break
         try:
-            plan, store = build(job, plan, found, samples, config)
+            plan, store = build(job, plan, found, config)
             quality = judge(store)
         except (TargetMissedError, ModelError) as e:
             # One that cannot be made, or does not run, is not good enough.

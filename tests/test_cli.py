@@ -204,6 +204,7 @@ def test_validate_passes_and_fails_by_its_tolerances(run, data):
         ("compress", CNN, "-o", "o", "--data", "d", "--energy", 0.9, "--method", "svd"),
         ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--force"),
         ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--no-refit"),
+        ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--no-augment"),
         ("compress", CNN, "-o", "o", "--data", "d", "--plan", "p", "--rank-multiple", 8),
         ("compress", CNN, "-o", "o", "--data", "d", "--energy", 0.9, "--memory-budget", "inf"),
         ("compress", CNN, "-o", "o", "--data", "d", "--energy", 0.9, "--memory-budget", "nan"),

@@ -88,6 +88,7 @@ def plans(draw: st.DrawFn) -> RankPlan:
         predicted_divergence=draw(st.none() | NUMBERS),
         weighting=draw(st.none() | st.sampled_from(WEIGHTINGS)),
         refit=draw(st.booleans()),
+        augment=draw(st.booleans()),
         entries=tuple(draw(entries(key)) for key in keys),
         hidden=tuple(draw(st.lists(hidden_entries(), max_size=2))),
         skipped=tuple(draw(st.lists(SKIPPED, max_size=2))),
@@ -133,6 +134,7 @@ PLAN = RankPlan(
     predicted_divergence=0.125,
     weighting="logits",
     refit=True,
+    augment=True,
     entries=(DENSE, ENTRY),
     hidden=(WHOLE, HIDDEN),
     skipped=(SkippedNode(node="conv", op_type="Conv", reason="the weight is empty"),),
@@ -162,7 +164,7 @@ def test_a_plan_survives_a_file(tmp_path):
 def test_the_file_is_json_with_every_field_in_its_place():
     raw = json.loads(PLAN.to_json())
     assert list(raw) == [f.name for f in dataclasses.fields(RankPlan)]
-    assert raw["schema"] == 2
+    assert raw["schema"] == 3
     assert raw["entries"][1]["rank"] == 2
     assert raw["entries"][1]["subspaces"] == [2, 3]
     assert raw["entries"][1]["nodes"] == ["fc", "fc again"]
@@ -266,6 +268,7 @@ TAKES = {
         "predicted_divergence": {"int", "float", "null"},
         "weighting": {"null"},
         "refit": {"bool"},
+        "augment": {"bool"},
         "entries": {"list"},
         "hidden": {"list"},
         "skipped": {"list"},
@@ -429,9 +432,9 @@ def test_an_unknown_weighting_is_refused(value):
     refuses(changed("plan", {"weighting": value}), f"weighting {value!r} is not known")
 
 
-@pytest.mark.parametrize("schema", [0, 1, 3, -1])
+@pytest.mark.parametrize("schema", [0, 1, 2, 4, -1])
 def test_another_schema_is_refused_whatever_its_keys(schema):
-    reason = f"plan schema {schema} is not 2"
+    reason = f"plan schema {schema} is not 3"
     refuses(changed("plan", {"schema": schema}), reason)
     refuses(changed("plan", {"schema": schema, "colour": 1}, without="method"), reason)
 
@@ -517,6 +520,7 @@ def test_the_fingerprint_ignores_what_decides_nothing(same):
         with_hidden(hidden="v.weight"),
         dataclasses.replace(PLAN, hidden=()),
         dataclasses.replace(PLAN, refit=False),
+        dataclasses.replace(PLAN, augment=False),
     ],
 )
 def test_the_fingerprint_tells_decisions_apart(other):

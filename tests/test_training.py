@@ -777,9 +777,11 @@ def test_labels_that_are_no_classes_end_in_one_line(files: Path, capsys):
 
 def test_inputs_without_samples_are_let_be():
     feed = {"rate": np.array(16000), "x": noise(1, 8, 40).astype(np.float32)}
+    feed["past"] = np.zeros((8, 2, 0, 4), np.float32)
     made = Augmentation.of([feed])(feed, 1)
     assert made["rate"] == 16000
     assert made["x"].shape == (8, 40)
+    assert made["past"].shape == (8, 2, 0, 4)
 
 
 def test_public_names():

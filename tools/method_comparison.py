@@ -181,7 +181,7 @@ class _Subject:
         start = time.perf_counter()
         plan = make_offers(self.job, found, self.samples, config).plan(entry.ratio)
         plan = replace(plan, target={"param_ratio": entry.ratio})
-        plan, store = build(self.job, plan, found, self.samples, config)
+        plan, store = build(self.job, plan, found, config)
         entry = replace(entry, seconds=time.perf_counter() - start)
         divergence = self.judge(store).divergence
         if divergence is None:

@@ -62,7 +62,7 @@ class Augmentation:
         """
         moved, scale, tokens = {}, {}, {}
         for name, first in feeds[0].items():
-            if not isinstance(first, np.ndarray) or first.ndim < 2:
+            if not isinstance(first, np.ndarray) or first.ndim < 2 or not first.size:
                 continue
             values = [np.asarray(feed[name]) for feed in feeds]
             if first.dtype.kind == "f":

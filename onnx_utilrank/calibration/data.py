@@ -1,22 +1,18 @@
 """One way of data: a model's calibration samples by number, wherever they come from."""
 
 import bisect
-import contextlib
-import importlib
 import itertools
 import logging
-import operator
 import os
 import random
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from onnx_utilrank.calibration.own_code import import_function, importable, names_function
 from onnx_utilrank.calibration.readers import (
     Block,
     Feeds,
@@ -33,9 +29,8 @@ __all__ = [
     "DataSource",
     "Dataset",
     "SampleReader",
+    "chosen_samples",
     "hold_back",
-    "import_function",
-    "importable",
     "open_data",
 ]
 
@@ -51,9 +46,6 @@ _UNNAMED = "calibration data"
 # comparison gets slower, not sharper.
 _HELD_SHARE = 5
 _HELD_MOST = 256
-
-_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
-_FUNCTION = re.compile(f"({_DOTTED}):({_DOTTED})")
 
 
 # One run: the blocks that it takes rows of, in order, with the numbers of the rows.
@@ -82,11 +74,14 @@ class Dataset:
         run: Samples that one run of the model takes: its fixed batch where samples are rows, 1
             where they are whole feeds; None where the model takes any number of rows.
         blocks: The samples themselves, in order.
+        variants: How many there are of each sample that was given: itself, and variations of it.
+            Where there are any, what stems from the same samples is one block.
     """
 
     label: str
     run: int | None
     blocks: tuple[Block, ...] = field(repr=False)
+    variants: int = 1
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
@@ -146,6 +141,31 @@ class Dataset:
         """How many feeds `feeds` gives for the same arguments, and raises as it does."""
         runs, _ = self._plan(samples, batch)
         return len(runs)
+
+    def apart(self, samples: Sequence[int]) -> list[list[int]]:
+        """Cut samples, in order, into parts that may be told apart.
+
+        What is learned from one part says nothing of what another one holds: none cuts a run of
+        the model, nor what stems from the same samples.
+        """
+        if self.variants == 1:
+            run = self.run or 1
+            return [list(samples[k : k + run]) for k in range(0, len(samples), run)]
+        starts = list(itertools.accumulate(map(len, self.blocks), initial=0))
+        blocks = itertools.groupby(samples, lambda s: bisect.bisect_right(starts, s))
+        return [list(part) for _, part in blocks]
+
+    def given(self, samples: Sequence[int]) -> list[int]:
+        """Those of the samples that are no variations."""
+        if self.variants == 1:
+            return list(samples)
+        starts = list(itertools.accumulate(map(len, self.blocks), initial=0))
+
+        def is_given(sample: int) -> bool:
+            number = bisect.bisect_right(starts, sample) - 1
+            return sample - starts[number] < len(self.blocks[number]) // self.variants
+
+        return [sample for sample in samples if is_given(sample)]
 
     def split(self, *, samples: int | None = None, seed: int = 0) -> tuple[list[int], list[int]]:
         """Choose samples to calibrate and to validate with; see `hold_back`.
@@ -220,6 +240,14 @@ def hold_back(
     return sorted(chosen[held:]), sorted(chosen[:held])
 
 
+def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:
+    """All samples, or so many of them chosen at random, in order."""
+    n = len(data)
+    if samples is None or samples >= n:
+        return list(range(n))
+    return sorted(random.Random(seed).sample(range(n), samples))
+
+
 def open_data(source: DataSource, inputs: Sequence[TensorSpec]) -> Dataset:
     """Open calibration data and check all of it against the model's inputs.
 
@@ -251,10 +279,10 @@ def open_data(source: DataSource, inputs: Sequence[TensorSpec]) -> Dataset:
     label = str(source) if isinstance(source, str | os.PathLike) else _UNNAMED
     if not inputs:
         raise DataError(f"{label}: the model has no inputs to give data for")
-    if isinstance(source, str) and _names_function(source):
+    if isinstance(source, str) and names_function(source):
         # The function may import what lies beside it as late as in its last sample.
         with importable(Path.cwd()):
-            blocks = [_read_memory(label, _import_function(source)(), inputs)]
+            blocks = [_read_memory(label, import_function(source)(), inputs)]
     elif isinstance(source, str | os.PathLike):
         blocks = read_path(Path(source), inputs)
     elif callable(source) and not _is_data(source):
@@ -298,50 +326,6 @@ def _is_data(source: object) -> bool:
     return not isinstance(source, type) and (
         isinstance(source, Iterable) or hasattr(source, "get_next")
     )
-
-
-def _names_function(source: str) -> bool:
-    # On Windows `c:name` is a path of drive C; nothing else there has a drive and matches.
-    return bool(
-        _FUNCTION.fullmatch(source) and not Path(source).drive and not Path(source).exists()
-    )
-
-
-def import_function(source: str) -> Callable[..., Any]:
-    """The function that 'package.module:function' names, with the current folder on the path.
-
-    Raises:
-        DataError: There is none.
-    """
-    if not _FUNCTION.fullmatch(source):
-        raise DataError(f"{source}: is not of the form package.module:function")
-    with importable(Path.cwd()):
-        return _import_function(source)
-
-
-def _import_function(source: str) -> Callable[..., Any]:
-    module, _, name = source.partition(":")
-    try:
-        function = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError) as e:
-        reason = " ".join(str(e).split())
-        raise DataError(f"{source}: cannot be imported ({reason})") from e
-    if not callable(function):
-        raise DataError(f"{source}: {type(function).__name__} is not a function")
-    return function  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Put `folder` first on Python's module path for the time of the block."""
-    entry = str(folder)
-    sys.path.insert(0, entry)
-    importlib.invalidate_caches()  # the module may be younger than the last look at its folder
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # imported code may have changed the path itself
-            sys.path.remove(entry)
 
 
 def _share_run(one: Block, other: Block) -> bool:

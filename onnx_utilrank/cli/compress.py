@@ -103,11 +103,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     if not args.output and not args.dry_run:
         raise ConfigError("-o OUT is needed, or --dry-run")
-    own = (args.method, args.force, args.moves, args.output_weighting, args.no_refit)
-    if args.plan and (any(own) or args.rank_multiple != 1):
+    own = (args.method, args.moves, args.output_weighting)
+    flags = (args.force, args.no_refit, args.no_augment)
+    if args.plan and (any(own) or any(flags) or args.rank_multiple != 1):
         raise ConfigError(
-            "--plan states method, moves, weighting, refit and ranks itself: --method, --moves, "
-            "--output-weighting, --no-refit, --rank-multiple and --force exclude it"
+            "--plan states method, moves, weighting, refit, variations and ranks itself: --method, "
+            "--moves, --output-weighting, --no-refit, --no-augment, --rank-multiple and --force "
+            "exclude it"
         )
     if args.point is not None and not args.plan:
         raise ConfigError("--point goes with --plan")
@@ -125,7 +127,9 @@ def run(args: argparse.Namespace) -> int:
         energy=args.energy,
         quality=quality,
         force=args.force,
-        finetune=FinetuneConfig(method=args.finetune, steps=args.steps) if args.finetune else None,
+        finetune=FinetuneConfig(method=args.finetune, steps=args.steps, augment=not args.no_augment)
+        if args.finetune
+        else None,
         **method_options(args),
         **run_options(args),
         **site_options(args),

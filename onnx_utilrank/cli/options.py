@@ -165,6 +165,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "that is better on samples kept apart for it)",
     )
     parser.add_argument(
+        "--no-augment",
+        action="store_true",
+        help="use the samples as they are (default: variations of them too, of a model that is "
+        "cheap to run: images and signals moved, mixed and with noise)",
+    )
+    parser.add_argument(
         "--rank-multiple",
         type=number(int, 1),
         default=1,
@@ -235,6 +241,7 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         "weighting": args.output_weighting,
         "moves": args.moves,
         "refit": not args.no_refit,
+        "augment": not args.no_augment,
         "rank_multiple": args.rank_multiple,
         "evaluate": args.evaluate,
         "labels": args.labels,

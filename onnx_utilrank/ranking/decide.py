@@ -221,6 +221,7 @@ class Offers:
             predicted_divergence=decided.error if two_sided else None,
             weighting=self.config.weighting,
             refit=self.config.refit and two_sided,
+            augment=self.config.augment and two_sided,
             entries=entries,
             hidden=tuple(
                 _hidden_entry(b, decided.shrunk.get(b.hidden.key))

@@ -18,7 +18,7 @@ from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
 __all__ = ["HiddenEntry", "PlanEntry", "RankPlan", "SkippedNode"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,7 @@ class RankPlan:
             (`two-sided`); None where the method does not know.
         weighting: What counted at the outputs, where the user said so.
         refit: Whether layers are fitted anew to what they get behind compressed ones.
+        augment: Whether variations of the samples were to count too.
         entries: One a site, in graph order.
         hidden: Features between sites that could shrink.
         skipped: Nodes that are not sites.
@@ -122,6 +123,7 @@ class RankPlan:
     predicted_divergence: float | None
     weighting: Weighting | None
     refit: bool
+    augment: bool
     entries: tuple[PlanEntry, ...]
     hidden: tuple[HiddenEntry, ...]
     skipped: tuple[SkippedNode, ...]
@@ -161,7 +163,9 @@ class RankPlan:
         """SHA-256 of what is decided, for which model; predictions and reasons do not count."""
         decided = [(e.site, e.rank, e.bias, e.subspaces, e.move) for e in self.factored]
         shrunk = [(h.hidden, h.kept) for h in self.shrunk]
-        text = json.dumps([self.model_sha256, self.method, self.refit, decided, shrunk])
+        text = json.dumps(
+            [self.model_sha256, self.method, self.refit, self.augment, decided, shrunk]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:

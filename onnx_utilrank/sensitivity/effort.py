@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from onnx_utilrank.torch_graph.footprint import Footprint
 
-__all__ = ["Effort", "choose_effort"]
+__all__ = ["Effort", "choose_effort", "choose_variants"]
 
 # Up to this many operations over all samples, about the work of a minute, nothing is spared.
 CHEAP_FLOPS = 10**12
 DRAWS = 4
+# Of each sample so many are taken, itself and variations of it, as far as that is cheap.
+VARIANTS = 4
 # The samples of a dear model that gradients are taken of, that losses are predicted on, and that
 # layers are refitted to: shares, the dearer the less, and at least so many samples where each holds
 # few decisions.
@@ -95,6 +97,16 @@ def choose_effort(
         run=batch,
         statistics_bytes=budget // 2,
     )
+
+
+def choose_variants(samples: int, flops: int) -> int:
+    """How many of each sample a model is worth, itself counted.
+
+    Args:
+        samples: Samples to calibrate with.
+        flops: Operations of one sample.
+    """
+    return max(1, min(VARIANTS, CHEAP_FLOPS // max(flops * samples, 1)))
 
 
 def _share(samples: int, share: float, low: float, high: float) -> int:
