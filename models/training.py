@@ -20,7 +20,7 @@ OPSET = 18
 SEED = 0
 BATCH_SIZE = 64
 LABEL_SMOOTHING = 0.1
-MAXIMUM_SHIFT = 1
+SHIFT = 8  # images are moved by up to the side over this
 LAYER_OPS = {"Conv", "Gemm", "MatMul"}
 # Where the exporter notes the modules a node comes from, outermost first, itself last.
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
@@ -46,21 +46,22 @@ class Recipe:
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image by up to one pixel in each direction; zeros come in at the border.
+    """Move each image by up to an eighth of its side each way; zeros come in at the border.
 
     Args:
-        images: float32 [N, 1, 8, 8].
+        images: float32 [N, channels, side, side].
         generator: Draws the shifts.
 
     Returns:
-        float32 [N, 1, 8, 8].
+        float32 [N, channels, side, side].
     """
-    count = len(images)
-    padded = functional.pad(images, [MAXIMUM_SHIFT] * 4)
-    starts = torch.randint(0, 2 * MAXIMUM_SHIFT + 1, (2, count, 1), generator=generator)
-    rows, columns = starts + torch.arange(SIDE)
+    count, _, side, _ = images.shape
+    most = side // SHIFT
+    padded = functional.pad(images, [most] * 4)
+    starts = torch.randint(0, 2 * most + 1, (2, count, 1), generator=generator)
+    rows, columns = starts + torch.arange(side)
     samples = torch.arange(count)[:, None, None]
-    return padded[samples, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def train(recipe: Recipe, epochs: int) -> nn.Module:
@@ -127,7 +128,7 @@ def strip_metadata(model: onnx.ModelProto) -> None:
         part.ClearField("doc_string")
 
 
-def export(network: nn.Module, path: Path, shape: tuple[int, int, int] = (1, SIDE, SIDE)) -> None:
+def export(network: nn.Module, path: Path, shape: Sequence[int] = (1, SIDE, SIDE)) -> None:
     """Write a network as one ONNX file with a dynamic batch.
 
     Args:

@@ -1,5 +1,6 @@
 """Train a compressed model after its original's outputs."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.comparison import compare
-from onnx_utilrank.config import FinetuneConfig, ValidateConfig
+from onnx_utilrank.config import FinetuneConfig, FinetuneMethod, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.replaced import with_arrays
@@ -30,8 +31,11 @@ from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
 
 __all__ = ["finetune", "finetuned"]
 
-# The highest learning rate of each method, a share of each tensor's own size.
+# The highest learning rate of each method, a share of each tensor's own size, for students that
+# diverge by FAR and more. Steps of that size stray by what they may gain where a student is near:
+# what random steps cost grows with their square, so that the rate falls with the root.
 RATES = {"factors": 1e-3, "biases": 3e-3, "oialr": 1e-3}
+FAR = 0.03
 # What is trained already has found its bases: OIALR needs no delay.
 SCHEDULE = Schedule(share=0.1, delay=0.0)
 # Looks, of 20, without a better student after which training ends: while the rate is high, a
@@ -99,6 +103,7 @@ def finetuned(
         budget = KEPT_OUTPUTS * config.memory_budget
         teacher = Teacher(original, objective.wanted, setting.provider, budget=budget)
         judging = OutputRecorder(teacher_session, losses, setting.feeds(setting.judged))
+        rate = config.learning_rate or _rate(config.method, judging.compare(candidate_session).mean)
         trainer = make_trainer(
             student,
             objective,
@@ -106,7 +111,7 @@ def finetuned(
             lambda student: judging.compare(student).mean,
             Recipe(
                 steps=config.steps or DEFAULT_STEPS,
-                learning_rate=config.learning_rate or RATES[config.method],
+                learning_rate=rate,
                 patience=None if config.method == "oialr" else PATIENCE,
             ),
             config,
@@ -149,6 +154,11 @@ def finetuned(
         validation=report,
         notes=notes,
     )
+
+
+def _rate(method: FinetuneMethod, divergence: float) -> float:
+    """The highest learning rate of a method for a student that diverges so much."""
+    return RATES[method] * (math.sqrt(divergence / FAR) if divergence < FAR else 1.0)
 
 
 def _check_alike(original: ModelStore, small: ModelStore) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
@@ -139,16 +140,57 @@ def test_demo_counts_parameters_not_shapes(tmp_path):
     assert demo.parameter_count(path) == 17
 
 
-def test_low_rank_recipe_runs_on_other_images(monkeypatch, tmp_path, capsys):
-    """Colour images of another size; a few steps."""
+@pytest.fixture
+def colour_images(monkeypatch, tmp_path) -> list[str]:
+    """Options that name files of colour images of another size."""
     monkeypatch.syspath_prepend(Path(digits.__file__).parent)
-    recipe = importlib.import_module("low_rank_vit")
     rng = np.random.default_rng(0)
     files = []
     for name, count in (("train", 60), ("test", 20)):
         image = rng.random((count, 3, 16, 16), dtype=np.float32)
         files += [f"--{name}", str(tmp_path / f"{name}.npz")]
         np.savez(files[-1], image=image, label=np.arange(count) % 4)
-    assert recipe.main([*files, "--steps", "4"]) == 0
+    return files
+
+
+def test_low_rank_recipe_runs_on_other_images(colour_images, capsys):
+    recipe = importlib.import_module("low_rank_vit")
+    assert recipe.main([*colour_images, "--steps", "4"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| dense", "| oialr"]
+
+
+def test_pretraining_recipe_runs_on_other_images(colour_images, capsys):
+    recipe = importlib.import_module("pretrained_vit")
+    assert recipe.main([*colour_images, "--pretraining", "3", "--steps", "3"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = ["| masked patches alone", "| labels alone", "| masked patches, then labels"]
+    assert [row[0] for row in rows] == names
+    assert all(0 < float(row[2]) <= float(row[3].rstrip(" |")) <= 100 for row in rows)
+
+
+@pytest.mark.parametrize("option", ["--train", "--test"])
+def test_a_recipe_wants_both_files(colour_images, option, capsys):
+    recipe = importlib.import_module("pretrained_vit")
+    with pytest.raises(SystemExit) as ended:
+        recipe.main([option, colour_images[1]])
+    assert ended.value.code == 2
+    assert "go together" in capsys.readouterr().err
+
+
+def test_images_are_moved_by_up_to_an_eighth(training):
+    images = torch.arange(2 * 3 * 16 * 16, dtype=torch.float32).reshape(2, 3, 16, 16) + 1
+    seen = set()
+    for seed in range(60):
+        moved = training.shifted(images, torch.Generator().manual_seed(seed))
+        assert moved.shape == images.shape
+        for before, after in zip(images, moved, strict=True):
+            rows, columns = (after[0] > 0).nonzero(as_tuple=True)
+            down, right = int(rows.min()), int(columns.min())
+            up, left = 15 - int(rows.max()), 15 - int(columns.max())
+            seen |= {down, right, -up, -left}
+            kept = after[:, down : 16 - up, right : 16 - left]
+            torch.testing.assert_close(
+                kept, before[:, up : 16 - down, left : 16 - right], rtol=0, atol=0
+            )
+    assert seen == {-2, -1, 0, 1, 2}
