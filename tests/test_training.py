@@ -656,6 +656,33 @@ def test_resume_equals_uninterrupted(
     ]
 
 
+def test_a_timed_run_goes_on_with_the_steps_it_had_settled_on(
+    tmp_path: Path, small: onnx.ModelProto, monkeypatch
+):
+    monkeypatch.setattr("onnx_utilrank.training.loop.CHECKPOINT_SECONDS", 0.0)
+    config = FinetuneConfig(minutes=0.005, learning_rate=5e-3, cache=tmp_path)
+    settled = []
+
+    class Killed(Exception):
+        pass
+
+    def killer(*state: object) -> None:
+        if state[0] == "training":
+            settled.append(state[2])
+            raise Killed
+
+    def watch(*state: object) -> None:
+        if state[0] == "training":
+            settled.append(state[2])
+
+    with pytest.raises(Killed):
+        finetune(network(), small, samples(), config, progress=killer)
+    # A slower machine by now: it would settle on fewer.
+    monkeypatch.setattr("onnx_utilrank.training.loop.TIMED", 0)
+    finetune(network(), small, samples(), config, progress=watch)
+    assert len(set(settled)) == 1
+
+
 def test_half_precision_is_trained_in_single(small: onnx.ModelProto):
     half = onnx.ModelProto()
     half.CopyFrom(small)

@@ -18,7 +18,7 @@ from onnx_utilrank.training.objective import Objective
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.weights import scale_of
 
-__all__ = ["Batch", "Batches", "Hook", "Recipe", "Trainer", "settled_steps"]
+__all__ = ["Batch", "Batches", "Hook", "Recipe", "Trainer"]
 
 # Share of the running mean of the weights that stays at each step, at most.
 AVERAGED = 0.98
@@ -159,6 +159,29 @@ class Trainer:
             self._restore(self._best)
         return self.history
 
+    def settled(self, minutes: float) -> int:
+        """How many steps fit a time, by a few that are timed and then undone.
+
+        Where there is a cache the answer is kept: a run that goes on has to take as many as the
+        one that was killed.
+
+        Raises:
+            ModelError: A node cannot be computed.
+            ConfigError: The cache cannot be written.
+        """
+        key = ("steps", minutes, *self._key)
+        if (held := self._cache.load(*key)) is not None:
+            return int(held["steps"])
+        weights, times = self._weights(), []
+        for step in range(UNTIMED + TIMED):
+            start = time.monotonic()
+            self._step(step)
+            times.append(time.monotonic() - start)
+        self._restore(weights)
+        steps = max(1, int(60 * minutes / float(np.median(times[UNTIMED:]))))
+        self._cache.save({"steps": np.array(steps)}, *key)
+        return steps
+
     def _step(self, step: int) -> None:
         """One step of the optimizer over the mean loss of its runs."""
         runs = self.batches.at(step)
@@ -287,15 +310,3 @@ class Trainer:
                     for name, value in held.items()
                 }
         return done
-
-
-def settled_steps(seconds: float, trial: Trainer) -> int:
-    """How many steps fit a time, by a few that are timed and then undone."""
-    times = []
-    weights = trial._weights()
-    for step in range(UNTIMED + TIMED):
-        start = time.monotonic()
-        trial._step(step)
-        times.append(time.monotonic() - start)
-    trial._restore(weights)
-    return max(1, int(seconds / float(np.median(times[UNTIMED:]))))

@@ -20,7 +20,7 @@ from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
 from onnx_utilrank.training.adaptive import AdaptiveRanks
 from onnx_utilrank.training.batches import ShuffledBatches
-from onnx_utilrank.training.loop import Recipe, Trainer, settled_steps
+from onnx_utilrank.training.loop import Recipe, Trainer
 from onnx_utilrank.training.objective import Objective
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.subspaces import Subspace
@@ -201,4 +201,4 @@ def make_trainer(
 
     if config.minutes is None:
         return made(recipe)
-    return made(replace(recipe, steps=settled_steps(60 * config.minutes, made(recipe))))
+    return made(replace(recipe, steps=made(recipe).settled(config.minutes)))
