@@ -338,13 +338,18 @@ def test_zoo_table_on_a_real_model(tmp_path):
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
 
 
-def test_recovery_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
+def test_recovery_table_runs_the_whole_chain(monkeypatch, fake_zoo, tmp_path, capsys):
     monkeypatch.syspath_prepend(TOOLS)
     recovery_table = importlib.import_module("recovery_table")
     words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ratios", "0.7"]
+    more = tmp_path / "more.npz"
+    np.savez(more, image=np.random.default_rng(1).random((60, 3, 16, 16), dtype=np.float32))
+    words += ["--train", f"tiny={more}"]
     assert recovery_table.main([*words, "--samples", "40", "--minutes", "0.01"]) == 0
     printed = capsys.readouterr()
     assert str(fake_zoo) not in printed.out
+    assert str(tmp_path) not in printed.out
+    assert "--train tiny=more.npz" in printed.out
     head, *rows = cells(printed.out)
     assert head == list(recovery_table.COLUMNS)
     assert [tuple(row[2:4]) for row in rows] == list(recovery_table.WAYS)

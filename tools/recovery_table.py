@@ -1,9 +1,9 @@
 """Show what fine-tuning recovers: metric and divergence before and after, in one run.
 
 Each model of a zoo (see `zoo_table.py`) is compressed to each share of its parameters, by the
-paper's rule and by the default method; then each result is fine-tuned for some minutes on the same
-samples, without labels, and `zoo.py eval` measures its metric before and after, on data that no
-choice is made by.
+paper's rule and by the default method; then each result is fine-tuned for some minutes, without
+labels, on the same samples or on more of them (`--train`), and `zoo.py eval` measures its metric
+before and after, on data that no choice is made by.
 
     factors     all that compression changed is trained, with biases and norms
     oialr       what mixes the bases of factors is trained, and may lose directions
@@ -13,7 +13,7 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
@@ -70,7 +70,7 @@ def rows_of(zoo: Zoo, name: str, ratio: float, options: argparse.Namespace) -> l
         result = finetune(
             source,
             small,
-            data,
+            options.train.get(name, data),
             FinetuneConfig(method=trained, minutes=options.minutes, provider=options.provider),
         )
         result.save(tuned)
@@ -99,6 +99,18 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
 
+def _named(text: str) -> tuple[str, str]:
+    name, separator, file = text.partition("=")
+    if not separator or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NPZ with a file that exists")
+    return name, str(Path(file).resolve())
+
+
+def _without_folder(word: str, train: Mapping[str, str]) -> str:
+    name, _, file = word.partition("=")
+    return f"{name}={Path(file).name}" if name in train else word
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="recovery_table.py",
@@ -115,6 +127,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=int, default=256, metavar="N", help="calibration samples (default: 256)"
     )
+    parser.add_argument(
+        "--train",
+        action="append",
+        type=_named,
+        default=[],
+        metavar="NAME=NPZ",
+        help="samples to fine-tune that model on, in the place of its calibration samples",
+    )
     parser.add_argument("--provider", default="cpu", help="where to run (default: cpu)")
     return parser
 
@@ -126,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.zoo is None or not (options.zoo / "zoo.py").is_file():
         parser.error(f"no zoo: give --zoo, or set {ENVIRONMENT}")
+    options.train = dict(options.train)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(
@@ -148,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{parser.prog}: error: {e}", file=sys.stderr)
             return e.exit_status
     own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
+    own = [_without_folder(word, options.train) for word in own]
     print(f"    {ENVIRONMENT}=ZOO python tools/{shlex.join([parser.prog, *own])}\n")
     lines = [COLUMNS, ["---"] * 4 + ["---:"] * (len(COLUMNS) - 4), *rows]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
