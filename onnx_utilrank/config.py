@@ -144,7 +144,7 @@ class TrainingConfig(RunConfig):
     Attributes:
         steps: Steps of the optimizer; None for the default, or what `minutes` has room for.
         minutes: Or how long it may take; a few steps are timed, and their number is then fixed.
-        batch: Samples of a step.
+        batch: Samples of a step; None for as many as are cheap to run, 32 at most.
         learning_rate: The highest; None for the method's own.
         labels: Array of the data, int64 [samples], that holds the right class of each sample.
         augment: Whether samples are varied: moved, with noise, with tokens exchanged.
@@ -158,7 +158,7 @@ class TrainingConfig(RunConfig):
 
     steps: int | None = None
     minutes: float | None = None
-    batch: int = 32
+    batch: int | None = None
     learning_rate: float | None = None
     labels: str | None = None
     augment: bool = True
@@ -172,7 +172,7 @@ class TrainingConfig(RunConfig):
         _check(self.steps is None or self.minutes is None, "steps and minutes exclude each other")
         _check(self.steps is None or self.steps > 0, "steps must be at least 1")
         _check(self.minutes is None or self.minutes > 0, "minutes must be positive")
-        _check(self.batch > 0, "batch must be at least 1")
+        _check(self.batch is None or self.batch > 0, "batch must be at least 1")
         rate = self.learning_rate
         _check(rate is None or 0 < rate < math.inf, "learning rate must be positive")
         _check(self.share is None or 0 <= self.share < 1, f"share {self.share} is not in [0, 1)")

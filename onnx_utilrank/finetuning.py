@@ -107,7 +107,7 @@ def finetuned(
         trainer = make_trainer(
             student,
             objective,
-            setting.batches(config, losses, teacher),
+            setting.batches(original, config, losses, teacher),
             lambda student: judging.compare(student).mean,
             Recipe(
                 steps=config.steps or DEFAULT_STEPS,

@@ -82,7 +82,7 @@ def train(
     trainer = make_trainer(
         student,
         objective,
-        setting.batches(config, losses, None),
+        setting.batches(source, config, losses, None),
         lambda student: _label_loss(student, objective, judging),
         Recipe(
             steps=config.steps or DEFAULT_STEPS,

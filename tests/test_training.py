@@ -26,12 +26,13 @@ from onnx_utilrank import (
     finetune,
     train,
 )
-from onnx_utilrank.calibration.augment import Augmentation
+from onnx_utilrank.calibration.augment import WINDOW, Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -43,6 +44,7 @@ from onnx_utilrank.training.objective import Objective, output_divergence
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.subspaces import rotate, subspace
 from onnx_utilrank.training.weights import plain_parts, scale_of, trainable_names
+from onnx_utilrank.training.windows import window_axes
 
 law = settings(deadline=None, max_examples=30)
 SEEDS = st.integers(0, 2**16)
@@ -455,6 +457,84 @@ def test_padding_is_not_exchanged():
     for seed in range(20):
         made = vary({"ids": ids, "m": mask}, seed)["ids"]
         np.testing.assert_array_equal(made[:, 8:], ids[:, 8:])
+
+
+# --- windows ------------------------------------------------------------------------------------
+
+
+def filters(signature: str, body: str = "y = Conv<pads=[1,1,1,1]>(x, k)") -> ModelStore:
+    kernel = noise(1, 2, 2, 3, 3).astype(np.float32)
+    return ModelStore.load(model(signature, body, k=kernel))
+
+
+DEEP = "a = Conv<pads=[1,1,1,1]>(x, k) b = Relu(a) y = Conv<pads=[1,1,1,1]>(b, k)"
+VALUES = (OutputLoss(output="y", weighting="values"),)
+LARGE = {"x": noise(2, 1, 2, 100, 120).astype(np.float32)}
+
+
+def test_windows_of_large_images_of_any_size():
+    store = filters("(float[n,2,h,w] x) => (float[n,2,h,w] y)")
+    windows = window_axes(store, LARGE, VALUES, CPU)
+    assert windows == {"x": (2, 3)}
+    images = {"x": np.arange(3 * 2 * 100 * 120, dtype=np.float32).reshape(3, 2, 100, 120)}
+    cut = Augmentation.of([images], windows=windows).cut(images, np.random.default_rng(0))["x"]
+    assert cut.shape == (3, 2, WINDOW, WINDOW)
+    first = int(cut[0, 0, 0, 0])
+    top, left = divmod(first, 120)
+    np.testing.assert_array_equal(cut, images["x"][:, :, top : top + WINDOW, left : left + WINDOW])
+    assert Augmentation.of([images], windows=windows)(images, 1)["x"].shape == cut.shape
+
+
+def test_images_of_one_size_are_cut_alike():
+    feed = dict.fromkeys(("a", "b"), LARGE["x"])
+    vary = Augmentation.of([feed], windows={"a": (2, 3), "b": (2, 3)})
+    cut = vary.cut(feed, np.random.default_rng(3))
+    np.testing.assert_array_equal(cut["a"], cut["b"])
+
+
+@pytest.mark.parametrize(
+    ("signature", "body", "losses", "feed"),
+    [
+        ("(float[n,2,100,w] x) => (float[n,2,100,w] y)", None, VALUES, LARGE),
+        ("(float[n,2,h,w] x) => (float[n,2,h,w] y)", None, VALUES, {"x": LARGE["x"][..., :90]}),
+        (
+            "(float[n,2,h,w] x) => (float[n,2,h,w] y)",
+            None,
+            (OutputLoss(output="y", weighting="softmax", axis=-3),),
+            LARGE,
+        ),
+        (
+            "(float[n,2,h,w] x) => (float[n,2] y)",
+            "c = Conv(x, k) y = ReduceMean<axes=[2,3], keepdims=0>(c)",
+            VALUES,
+            LARGE,
+        ),
+        (  # of any size, it says
+            "(float[n,2,h,w] x) => (float[n,2,h,w] y)",
+            "c = Conv<pads=[1,1,1,1]>(x, k) "
+            "s = Constant<value_ints=[-1, 2, 100, 120]>() y = Reshape(c, s)",
+            VALUES,
+            LARGE,
+        ),
+    ],
+    ids=["one side is fixed", "too small", "classes", "no image comes out", "refuses the window"],
+)
+def test_what_windows_are_not_cut_out_of(signature, body, losses, feed):
+    store = filters(signature) if body is None else filters(signature, body)
+    assert window_axes(store, feed, losses, CPU) == {}
+
+
+def test_a_filter_is_trained_on_windows():
+    original = filters("(float[n,2,h,w] x) => (float[n,2,h,w] y)", DEEP)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(original.proto)
+    held = onnx.numpy_helper.to_array(proto.graph.initializer[0])
+    moved = (held + 0.1 * noise(9, *held.shape)).astype(np.float32)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(moved, "k"))
+    images = {"x": noise(5, 12, 2, 100, 120).astype(np.float32)}
+    result = finetune(original, proto, images, FinetuneConfig(steps=30, learning_rate=2e-2))
+    assert result.kept
+    assert result.after.mean < 0.5 * result.before.mean
 
 
 # --- the loop -----------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Make more of a few samples: moved, mirrored, mixed, with noise, with other tokens.
+"""Make more of a few samples: moved, mirrored, mixed, cut out, with noise, with other tokens.
 
 What is made needs no labels: the model itself says what it gives for it. It only has to lie where
 the model's inputs lie.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,8 @@ __all__ = ["Augmentation"]
 SHIFT = 0.1
 # Axes shorter than this have no places to move along: they are features, or channels.
 SHORTEST_MOVED = 12
+# Side of the window that is cut out of large images.
+WINDOW = 64
 # Standard deviation of noise, at most, as a share of that of the input.
 NOISE = 0.1
 # Share of tokens that others take the place of, at most.
@@ -37,6 +39,7 @@ class Augmentation:
         mask: Input that is 0 at padded positions; None without one.
         free: Whether samples need not keep their labels: images are mirrored, and a sample may be
             mixed with another one of its run in all of its inputs. The model says what it gives.
+        windows: Axes of the inputs that a window is cut out of, the same of all of one size.
     """
 
     moved: Mapping[str, tuple[int, ...]]
@@ -44,10 +47,16 @@ class Augmentation:
     tokens: Mapping[str, np.ndarray]
     mask: str | None = None
     free: bool = False
+    windows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, feeds: Sequence[Feed], mask: str | None = None, *, labelled: bool = False
+        cls,
+        feeds: Sequence[Feed],
+        mask: str | None = None,
+        *,
+        labelled: bool = False,
+        windows: Mapping[str, tuple[int, int]] | None = None,
     ) -> "Augmentation":
         """Tell from some runs what kind each input is of.
 
@@ -59,6 +68,7 @@ class Augmentation:
             feeds: Runs whose first axis counts samples.
             mask: Input that is 0 at padded positions, if one is known.
             labelled: Whether what is made has to keep its label.
+            windows: Inputs that a window may be cut out of, and the axes of it.
         """
         moved, scale, tokens = {}, {}, {}
         for name, first in feeds[0].items():
@@ -73,7 +83,14 @@ class Augmentation:
                 known = np.unique(np.concatenate([v.reshape(-1) for v in values]))
                 if len(known) >= FEWEST_TOKENS and first.ndim == 2:
                     tokens[name] = np.concatenate([v.reshape(-1) for v in values])
-        return cls(moved=moved, scale=scale, tokens=tokens, mask=mask, free=not labelled)
+        return cls(
+            moved=moved,
+            scale=scale,
+            tokens=tokens,
+            mask=mask,
+            free=not labelled,
+            windows=windows or {},
+        )
 
     @property
     def changes(self) -> bool:
@@ -81,13 +98,14 @@ class Augmentation:
         return any(self.scale.values()) or bool(self.tokens)
 
     def __call__(self, feed: Feed, seed: int) -> dict[str, np.ndarray]:
-        """Another run of the same shape, which the seed alone decides.
+        """Another run, of the same shape but for what is cut out; the seed alone decides it.
 
         Args:
             feed: A run; it is not changed.
             seed: Of all choices.
         """
         chance = np.random.default_rng(seed)
+        feed = self.cut(feed, chance)
         made = dict(feed)
         count = samples_in(feed)
         partner, share = chance.permutation(count), chance.random(count)
@@ -102,6 +120,20 @@ class Augmentation:
                 made[name] = values
             elif name in self.tokens:
                 made[name] = self._exchanged(name, feed, chance)
+        return made
+
+    def cut(self, feed: Feed, chance: np.random.Generator) -> Feed:
+        """The run with a window in the place of each large image; the same one of all samples."""
+        made = dict(feed)
+        starts: dict[tuple[int, int], list[int]] = {}
+        for name, axes in self.windows.items():
+            value = feed[name]
+            extents = value.shape[axes[0]], value.shape[axes[1]]
+            if extents not in starts:
+                starts[extents] = [int(chance.integers(n - min(n, WINDOW) + 1)) for n in extents]
+            for axis, start in zip(axes, starts[extents], strict=True):
+                value = value.take(range(start, min(start + WINDOW, value.shape[axis])), axis)
+            made[name] = value
         return made
 
     def _varied(self, name: str, values: np.ndarray, chance: np.random.Generator) -> np.ndarray:

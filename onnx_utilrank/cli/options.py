@@ -209,9 +209,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, steps: int) -> None
     parser.add_argument(
         "--batch",
         type=number(int, 1),
-        default=32,
         metavar="N",
-        help="samples of a step (default: 32)",
+        help="samples of a step (default: 32, fewer of a model that is dear to run)",
     )
     parser.add_argument(
         "--learning-rate",

@@ -39,7 +39,8 @@ class ShuffledBatches:
             batch: Samples of a step. Where the model takes fewer at once, a step has several runs.
             seed: Of the order and the variations.
             teacher: The original; without one only labels count.
-            augmentation: How samples are varied; the first time they come as they are.
+            augmentation: How samples are varied; the first time they come as they are, unless
+                windows are cut out.
         """
         self._data, self._samples, self._batch, self._seed = data, list(samples), batch, seed
         self._teacher, self._augmentation = teacher, augmentation
@@ -75,7 +76,7 @@ class ShuffledBatches:
 
     def _batch_of(self, key: tuple[int, int], feed: Feed) -> Batch:
         variation, k = key
-        if self._augmentation and variation:
+        if self._augmentation and (variation or self._augmentation.windows):
             chance = np.random.SeedSequence([self._seed, variation, k])
             feed = self._augmentation(feed, int(chance.generate_state(1)[0]))
         wanted = self._teacher(feed, key) if self._teacher else {}

@@ -11,11 +11,12 @@ from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, hold_back, open_data
+from onnx_utilrank.calibration.survey import linear_flops
 from onnx_utilrank.config import TrainingConfig
 from onnx_utilrank.model.store import ModelStore, TensorSpec
 from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
-from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
 from onnx_utilrank.training.adaptive import AdaptiveRanks
@@ -26,10 +27,13 @@ from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.subspaces import Subspace
 from onnx_utilrank.training.teacher import Teacher
 from onnx_utilrank.training.weights import Part
+from onnx_utilrank.training.windows import window_axes
 
 __all__ = ["DEFAULT_STEPS", "Schedule", "Setting", "make_trainer"]
 
 DEFAULT_STEPS = 500
+# Samples of a step, at most and at least, and the operations of the original that it may take.
+BATCH, LEAST_BATCH, STEP_FLOPS = 32, 4, 2 * 10**10
 # ν of OIALR as a share of all steps.
 INTERVAL = 0.04
 # Samples that are looked at to tell what inputs and outputs are.
@@ -118,23 +122,37 @@ class Setting:
         return Student(graph, parts, mixed=self.provider.key != "cpu" and torch.cuda.is_available())
 
     def batches(
-        self, config: TrainingConfig, losses: Sequence[OutputLoss], teacher: Teacher | None
+        self,
+        store: ModelStore,
+        config: TrainingConfig,
+        losses: Sequence[OutputLoss],
+        teacher: Teacher | None,
     ) -> ShuffledBatches:
         """What is trained on."""
         looked_at = self.looked_at
         mask = next((loss.mask for loss in losses if loss.mask), None)
-        labelled = config.labels is not None
-        augmentation = (
-            Augmentation.of(looked_at, mask, labelled=labelled) if config.augment else None
-        )
+        single: Feed = next(self.data.feeds(self.fitted, batch=1))
+        augmentation = None
+        if config.augment:
+            labelled = config.labels is not None
+            windows = {} if labelled else window_axes(store, single, losses, self.provider)
+            augmentation = Augmentation.of(looked_at, mask, labelled=labelled, windows=windows)
+            single = augmentation.cut(single, np.random.default_rng(config.seed))
+        batch = config.batch or self._affordable(store, single)
         return ShuffledBatches(
             self.data,
             self.fitted,
-            batch=min(config.batch, self.batch) if self.batch == 1 else config.batch,
+            batch=min(batch, self.batch) if self.batch == 1 else batch,
             seed=config.seed,
             teacher=teacher,
             augmentation=augmentation if augmentation and augmentation.changes else None,
         )
+
+    def _affordable(self, store: ModelStore, single: Feed) -> int:
+        """Samples of a step, by what one costs: many steps of few are better than few of many."""
+        own = {name: single[name] for name in (spec.name for spec in store.inputs)}
+        flops = linear_flops(store, own, self.provider) / samples_in(own)
+        return int(min(max(STEP_FLOPS // max(flops, 1), LEAST_BATCH), BATCH))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
