@@ -6,30 +6,23 @@ and Conv like any other, and the value W x has a name, at which it can be measur
 leaves alone goes back to the one node it was.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from onnx_utilrank.model.einsum import matrix_product
-from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, new_name, qualified
+from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, qualified
+from onnx_utilrank.model.parts import MICROSOFT, Parts, text
+from onnx_utilrank.model.plain_attention import attention, multi_head
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = ["MOST_GROUPS", "index_model", "is_fused", "plain_model"]
 
-MICROSOFT = "com.microsoft"
-# Where Clip took its limits, and Split its sizes, from attributes to inputs.
-CLIP_LIMITS_AS_INPUTS = 11
-SPLIT_SIZES_AS_INPUT = 13
 CAST_LIKE = 15  # since when there is one
 # Groups of a Conv that are worth a node each; more of them are narrow, and slow one by one.
 MOST_GROUPS = 8
-# The first three inputs of Attention are in the product; MultiHeadAttention takes two of the rest.
-MASK, PAST, SCORES_BIAS = 3, 4, 5
-KEPT_BY_ATTENTION = ("num_heads", "scale", "mask_filter_value", "unidirectional")
 CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -48,16 +41,17 @@ def index_model(store: ModelStore) -> GraphIndex:
     local = {(function.domain, function.name) for function in store.proto.functions}
     for k, node in enumerate(store.proto.graph.node):
         operator = qualified(node)
-        take_apart = _FUSED.get(operator)
+        take_apart = _FUSED.get(operator) or _BETWEEN.get(operator)
         if take_apart is None or operator in local or not store.opset:
             continue  # without ONNX's own operators there are no plain ones
         whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
         if not whole:
             continue
-        if index.constants.isdisjoint(node.input[:2]) and take_apart is not _matmul:
+        weightless = take_apart is _matmul or operator in _BETWEEN
+        if index.constants.isdisjoint(node.input[:2]) and not weightless:
             continue
         taken = all_names(store.proto) if taken is None else taken
-        parts = _Parts(index, k, taken)
+        parts = Parts(index, k, taken)
         if take_apart(parts):
             plain[k] = parts.nodes
     if not plain:
@@ -88,84 +82,11 @@ def plain_model(store: ModelStore) -> ModelStore:
     return index_model(store).store
 
 
-@dataclass(slots=True)
-class _Parts:
-    """The plain nodes of one node, in the making."""
-
-    index: GraphIndex
-    place: int  # of the node in the graph
-    taken: set[str]
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-
-    @property
-    def node(self) -> onnx.NodeProto:
-        """The node."""
-        return self.index.node(self.place)
-
-    def value(self, hint: str) -> str:
-        """A new name, after that of the node's output."""
-        return self.unique(f"{self.node.output[0]}/{hint}")
-
-    def unique(self, stem: str) -> str:
-        """A name that nothing has."""
-        return new_name(stem, self.taken)
-
-    def add(
-        self,
-        op: str,
-        inputs: Iterable[str],
-        outputs: Sequence[str],
-        *,
-        domain: str = "",
-        named: bool = False,
-        **attrs: Any,
-    ) -> str:
-        """Append a node, by the name of the one it is a part of where `named`; its output."""
-        name = self.node.name
-        if not named:
-            name = self.value(op.lower())
-        self.nodes.append(
-            helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attrs)
-        )
-        return outputs[0]
-
-    def constant(self, values: np.ndarray, stem: str | None = None) -> str:
-        """Append a Constant; its output."""
-        name = self.unique(stem) if stem else self.value("constant")
-        return self.add("Constant", [], [name], value=numpy_helper.from_array(values, name))
-
-    def split(self, x: str, sizes: Sequence[int], pieces: Sequence[str], axis: int) -> None:
-        """Append a Split."""
-        if self.index.store.opset >= SPLIT_SIZES_AS_INPUT:
-            self.add("Split", [x, self.constant(np.array(sizes))], pieces, axis=axis)
-        else:
-            self.add("Split", [x], pieces, axis=axis, split=sizes)
-
-    def turned(self, name: str, rank: int) -> str:
-        """Append what transposes the last two axes of a value; its output."""
-        perm = [*range(rank - 2), rank - 1, rank - 2]
-        return self.add("Transpose", [name], [self.value("turned")], perm=perm)
-
-    def activated(self, x: str, kind: str, options: dict[str, Any]) -> None:
-        """Append the activation that makes the node's output; Clip has its limits as constants."""
-        inputs = [x]
-        if kind == "Clip" and self.index.store.opset >= CLIP_LIMITS_AS_INPUTS:
-            dtype = self.dtype
-            inputs += [self.constant(np.array(options.pop(k), dtype)) for k in ("min", "max")]
-        self.add(kind, inputs, [self.node.output[0]], **options)
-
-    @property
-    def dtype(self) -> np.dtype[np.generic] | None:
-        """Element type of the node's constant operand; None where both are computed."""
-        kinds = (self.index.constant_type(name) for name in self.node.input[:2])
-        return next((kind[1] for kind in kinds if kind is not None), None)
-
-
-def _gemm(parts: _Parts) -> bool:
+def _gemm(parts: Parts) -> bool:
     """FusedGemm: Gemm, then an activation."""
     given = attributes(parts.node)
     own: dict[str, Any] = {k: given[k] for k in ("alpha", "beta", "transA", "transB") if k in given}
-    kind = _text(given, "activation")
+    kind = text(given, "activation")
     inputs, output = parts.node.input, parts.node.output[0]
     if not kind:
         parts.add("Gemm", inputs, [output], named=True, **own)
@@ -181,10 +102,10 @@ def _gemm(parts: _Parts) -> bool:
 PARAMETERS = {"LeakyRelu": ("alpha",), "Clip": ("min", "max"), "HardSigmoid": ("alpha", "beta")}
 
 
-def _fused_conv(parts: _Parts) -> bool:
+def _fused_conv(parts: Parts) -> bool:
     """FusedConv: Conv, perhaps plus a fourth input, then an activation."""
     given = attributes(parts.node)
-    kind = _text(given, "activation")
+    kind = text(given, "activation")
     params = given.get("activation_params", [])
     assert isinstance(params, list)
     names = PARAMETERS.get(kind, ())
@@ -207,12 +128,12 @@ def _fused_conv(parts: _Parts) -> bool:
     return True
 
 
-def _conv(parts: _Parts) -> bool:
+def _conv(parts: Parts) -> bool:
     """Conv of a few groups: Split, a Conv each, and Concat."""
     return _groups(parts, parts.node.output[0])
 
 
-def _groups(parts: _Parts, output: str) -> bool:
+def _groups(parts: Parts, output: str) -> bool:
     """Append the groups of a Conv, each with its own weight; False where there are none to see."""
     given = _conv_attributes(attributes(parts.node))
     groups = given.pop("group", 1)
@@ -247,7 +168,7 @@ def _conv_attributes(given: dict[str, object]) -> dict[str, Any]:
     return {key: given[key] for key in CONV_ATTRIBUTES if key in given}
 
 
-def _matmul(parts: _Parts) -> bool:
+def _matmul(parts: Parts) -> bool:
     """FusedMatMul: MatMul of operands that may be transposed, then a constant factor."""
     given = attributes(parts.node)
     if given.get("transBatchA", 0) or given.get("transBatchB", 0) or len(parts.node.input) != 2:
@@ -276,38 +197,7 @@ def _matmul(parts: _Parts) -> bool:
     return True
 
 
-def _attention(parts: _Parts) -> bool:
-    """Attention of packed weights: MatMul, Add, Split and MultiHeadAttention."""
-    node, given = parts.node, attributes(parts.node)
-    inputs = [*node.input, *[""] * (7 - len(node.input))]
-    weight = parts.index.constant_type(inputs[1])
-    mask, scores_bias = inputs[MASK], inputs[SCORES_BIAS]
-    rest = {k for k in given if k not in KEPT_BY_ATTENTION and k != "qkv_hidden_sizes" and given[k]}
-    simple = not rest and not inputs[PAST] and not inputs[6] and not any(node.output[1:])
-    if not simple or weight is None or len(weight[0]) != 2:
-        return False
-    if mask and parts.index.rank(mask) != 2:
-        return False
-    sizes = given.get("qkv_hidden_sizes") or [weight[0][1] // 3] * 3
-    assert isinstance(sizes, list)
-    y = parts.add("MatMul", inputs[:2], [parts.value("product")], named=True)
-    if inputs[2]:
-        y = parts.add("Add", [y, inputs[2]], [parts.value("projected")])
-    pieces = [parts.value(piece) for piece in ("query", "key", "value")]
-    parts.split(y, sizes, pieces, axis=-1)
-    kept: dict[str, Any] = {k: given[k] for k in KEPT_BY_ATTENTION if k in given}
-    # Its bias, third, was added above.
-    parts.add(
-        "MultiHeadAttention",
-        _trimmed([*pieces, "", mask, scores_bias]),
-        [node.output[0]],
-        domain=MICROSOFT,
-        **kept,
-    )
-    return True
-
-
-def _einsum(parts: _Parts) -> bool:
+def _einsum(parts: Parts) -> bool:
     """Einsum of one constant that is a product of matrices once axes are ordered and joined."""
     node, index = parts.node, parts.index
     kinds = [index.constant_type(name) for name in node.input]
@@ -315,7 +205,7 @@ def _einsum(parts: _Parts) -> bool:
         return False
     slot = 0 if kinds[0] is not None else 1
     shape = (kinds[slot] or ((), None))[0]
-    form = matrix_product(_text(attributes(node), "equation"), slot, shape)
+    form = matrix_product(text(attributes(node), "equation"), slot, shape)
     if form is None:
         return False
     x, weight = node.input[1 - slot], node.input[slot]
@@ -340,24 +230,16 @@ def _einsum(parts: _Parts) -> bool:
     return True
 
 
-def _text(given: dict[str, object], name: str) -> str:
-    value = given.get(name, b"")
-    assert isinstance(value, bytes)
-    return value.decode()
-
-
-def _trimmed(inputs: list[str]) -> list[str]:
-    while inputs and not inputs[-1]:
-        inputs.pop()
-    return inputs
-
-
 # What takes a node of each domain and operator apart; False where it is of a form it does not know.
-_FUSED: dict[tuple[str, str], Callable[[_Parts], bool]] = {
+_FUSED: dict[tuple[str, str], Callable[[Parts], bool]] = {
     ("", "Conv"): _conv,
     ("", "Einsum"): _einsum,
-    (MICROSOFT, "Attention"): _attention,
+    (MICROSOFT, "Attention"): attention,
     (MICROSOFT, "FusedConv"): _fused_conv,
     (MICROSOFT, "FusedGemm"): _gemm,
     (MICROSOFT, "FusedMatMul"): _matmul,
+}
+# And those that are seen apart for features to be followed through them: they have no weight.
+_BETWEEN: dict[tuple[str, str], Callable[[Parts], bool]] = {
+    (MICROSOFT, "MultiHeadAttention"): multi_head,
 }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
@@ -53,7 +53,7 @@ class Surgeon:
         ]
         self._chains: dict[int, list[gs.Node]] = {}
         self._forgotten: set[str] = set()
-        self._restated: dict[int, dict[str, int]] = {}
+        self._restated: dict[int, dict[str, int | float]] = {}
         self._before: dict[int, list[gs.Node]] = {}
         self._new: dict[str, onnx.TensorProto] = {}
         # A model with weights outside may be too large for memory: new ones go outside at once.
@@ -110,8 +110,8 @@ class Surgeon:
             if tensor.name == old:
                 node.inputs[slot] = self.tensor(new)
 
-    def restate(self, k: int, attribute: str, value: int) -> None:
-        """Let node `k` have another value of an integer attribute that it has."""
+    def restate(self, k: int, attribute: str, value: int | float) -> None:
+        """Let node `k` have another value of an attribute."""
         self._restated.setdefault(k, {})[attribute] = value
 
     def finish(self) -> ModelStore:
@@ -182,9 +182,10 @@ class Surgeon:
         rewired = onnx.NodeProto()
         rewired.CopyFrom(proto)
         rewired.input[:] = names
-        for attribute in rewired.attribute:
-            if attribute.name in restated:
-                attribute.i = restated[attribute.name]
+        for name, value in restated.items():
+            held = next((a for a in rewired.attribute if a.name == name), None)
+            stated = rewired.attribute.add() if held is None else held
+            stated.CopyFrom(helper.make_attribute(name, value))
         return rewired
 
     def _dead(self, parts: Container[int], origins: Iterable[onnx.NodeProto]) -> set[str]:

@@ -75,6 +75,9 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
         _rewrite_vector(surgeon, what, vector, maps)
     for repair in hidden.depthwise:
         surgeon.restate(repair.node, "group", repair.extent // hidden.size * kept)
+    for repair in hidden.attentions:
+        if not attributes(surgeon.index.node(repair.node)).get("scale"):
+            surgeon.restate(repair.node, "scale", hidden.size**-0.5)
     for repair in hidden.reshapes:
         _restate(surgeon, repair, hidden.size, kept)
     for node in hidden.splits:

@@ -153,6 +153,7 @@ class _Assembly:
             splits=tuple(r.node for op, r in repairs if op == "Split"),
             shapes=tuple(r for op, r in repairs if op == "Shape"),
             depthwise=tuple(r for op, r in repairs if op == "Conv"),
+            attentions=tuple(r for op, r in repairs if op == "Attention"),
             vectors=vectors,
             values=tuple(
                 name

@@ -7,7 +7,7 @@ A feature that meets a node which would mix it with others goes no further.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from onnx_utilrank.model.graph import GraphIndex, attributes, captured_names
+from onnx_utilrank.sites.attention import attention_heads, by_head, is_attention, over_heads
 from onnx_utilrank.sites.site import Site
 
 __all__ = ["FOLLOWED", "Meeting", "Trace", "Values", "moves_within", "varies"]
@@ -102,6 +103,8 @@ class Trace:
         elif node.op_type == "Shape" and node.domain in ("", "ai.onnx"):
             self.seen.append(("Shape", k, given[0]))
             passed = True
+        elif is_attention(node):
+            passed = self._attend(k, node, arriving)
         elif known and node.op_type in FOLLOWED:
             if node.op_type == "MatMul":
                 passed = self._multiply(node)
@@ -160,6 +163,33 @@ class Trace:
         self.numbers[out] = np.broadcast_to(right[..., :1, :], shape)
         self.heads[out] = np.unique(right[..., 0, :].reshape(-1, right.shape[-1]), axis=0)
         return True
+
+    def _attend(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
+        """Queries meet keys, and values are weighed, within one node."""
+        heads, out = attention_heads(node), node.output[0]
+        if heads is None or out not in self.values or not set(arriving) <= set(node.input[:3]):
+            return False
+        lines = [
+            by_head(self.numbers[name], heads) if name in self.numbers else None
+            for name in node.input[:3]
+        ]
+        query, key, value = lines
+        if query is None or key is None or query.shape != key.shape:
+            self._stop_all(node.input[:2])
+        else:
+            self.meetings.append(Meeting(made=query, rows=key))
+            self.seen.append(("Attention", k, self.numbers[node.input[0]]))
+        made = None if value is None else over_heads(value, self.values[out].shape)
+        if made is None or value is None:
+            self._stop_all(node.input[2:3])
+        else:
+            self.numbers[out], self.heads[out] = made, value
+        return True
+
+    def _stop_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self.numbers:
+                self._stop(self.numbers[name])
 
     def _combine(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
         """A constant vector added, or all scaled by one number afterwards: any basis allows both.

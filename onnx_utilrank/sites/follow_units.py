@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.sites.attention import is_attention
 from onnx_utilrank.sites.follow import FOLLOWED, Meeting, Trace, moves_within, varies
 from onnx_utilrank.sites.site import Site
 
@@ -53,7 +54,7 @@ def values_followed(index: GraphIndex) -> set[str]:
     names: set[str] = set()
     for node in index.store.proto.graph.node:
         layout = node.domain in ("", "ai.onnx") and node.op_type in FOLLOWED | {"Gemm", "Conv"}
-        if layout or _units_pass(node):
+        if layout or _units_pass(node) or is_attention(node):
             names.update(name for name in (*node.input, *node.output) if name)
     return {name for name in names if name not in index.constants}
 
@@ -81,6 +82,10 @@ class UnitTrace(Trace):
 
     def _multiply(self, node: onnx.NodeProto) -> bool:
         del node  # a product of matrices mixes units
+        return False
+
+    def _attend(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
+        del k, node, arriving  # so does attention
         return False
 
     def _combine(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:

@@ -99,6 +99,8 @@ class Hidden:
         vectors: Constants that are added to them, or hold something of each unit.
         values: Every value that holds them: what a model declares of their shapes no longer holds.
         depthwise: Convs of each unit by itself, whose number of groups is the extent.
+        attentions: Attention nodes whose queries and keys they are: unless told, those scale their
+            scores by the number of features.
         units: Whether functions are applied to each of them by itself, so that they cannot be
             mixed: some are kept as they are, the same of every group.
     """
@@ -113,6 +115,7 @@ class Hidden:
     vectors: tuple[Vector, ...]
     values: tuple[str, ...]
     depthwise: tuple[Repair, ...] = ()
+    attentions: tuple[Repair, ...] = ()
     units: bool = False
 
     @property
