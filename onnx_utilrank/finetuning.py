@@ -40,7 +40,7 @@ FAR = 0.03
 SCHEDULE = Schedule(share=0.1, delay=0.0)
 # Looks, of 20, without a better student after which training ends: while the rate is high, a
 # student may well be worse than it began.
-PATIENCE = 12
+PATIENCE = 16
 # What the original gives may take so many times the memory budget, in temporary files.
 KEPT_OUTPUTS = 4
 
