@@ -42,8 +42,10 @@ PLAN_KEY = "onnx_utilrank.plan_sha256"
 # in their metric: a model that comes to it has no more room.
 FULL = 0.05
 
-# Samples, at most, that a refit has to prove itself on.
+# Samples, at most, that a refit has to prove itself on, and the parts that it takes at least, or
+# variations are left out.
 JUDGED = 32
+FEWEST_PARTS = 4
 
 # Plans that are made, at most, for a file to have the bytes that were asked for.
 FITS = 8
@@ -199,11 +201,13 @@ def _layers(
         return plan, plain
     # Both graphs hold the live values of all samples at once.
     data, samples = gradients.data, gradients.samples
-    parts = data.apart(samples)
-    each = len(parts[0])
     room = min(config.memory_budget // (4 * gradients.footprint.live), gradients.effort.refit)
+    parts = data.apart(samples)
+    if room < FEWEST_PARTS * len(parts[0]):
+        parts = data.apart(data.given(samples))
+    each = len(parts[0])
     room = min(max(2, room // each), len(parts))
-    apart = min(JUDGED * data.variants // each, room // 4) or 1
+    apart = min(JUDGED // len(data.given(parts[0])), room // 4) or 1
     if apart >= room and not settled:
         return replace(plan, refit=False), plain
     # Factors may have been made of the first of these; what judges them comes last.

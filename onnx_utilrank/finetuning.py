@@ -157,8 +157,12 @@ def finetuned(
 
 
 def _rate(method: FinetuneMethod, divergence: float) -> float:
-    """The highest learning rate of a method for a student that diverges so much."""
-    return RATES[method] * (math.sqrt(divergence / FAR) if divergence < FAR else 1.0)
+    """The highest learning rate of a method for a student that diverges so much.
+
+    It is rounded: a checkpoint is looked up by it, and the last bits of a divergence are chance.
+    """
+    rate = RATES[method] * (math.sqrt(divergence / FAR) if divergence < FAR else 1.0)
+    return float(f"{rate:.2g}")
 
 
 def _check_alike(original: ModelStore, small: ModelStore) -> None:

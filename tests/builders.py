@@ -87,6 +87,15 @@ def noise(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
+def smooth(seed: int, *shape: int) -> np.ndarray:
+    """Samples of which neighbours are alike along every axis but the first."""
+    waves = (
+        np.sin(np.arange(n) / 3 + 1).reshape(-1, *(1,) * k)
+        for k, n in enumerate(reversed(shape[1:]))
+    )
+    return 3 * sum(waves, np.zeros(1)) + noise(seed, *shape)
+
+
 def activations(seed: int, *shape: int) -> np.ndarray:
     """Values with a mean that a bias has to care for, float64."""
     return 0.7 + noise(seed, *shape)

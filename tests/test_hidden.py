@@ -395,15 +395,22 @@ def test_a_bias_within_attention_shrinks_with_its_heads():
         # Fewer heads of keys than of queries.
         "qb = MatMul(x, wq) kb = MatMul(x, single_k) vb = MatMul(x, single_v) "
         "cr = Attention<q_num_heads=2, kv_num_heads=1>(qb, kb, vb) ",
+        # Keys and values of four axes, which have to be of one size.
+        "qb = MatMul(x, wq) km = MatMul(x, wk) vm = MatMul(x, wv) "
+        "kr = Reshape(km, split_0) k = Transpose<perm=[0,2,1,3]>(kr) "
+        "vr = Reshape(vm, split_0) v = Transpose<perm=[0,2,1,3]>(vr) "
+        "cr = com.microsoft.MultiHeadAttention<num_heads=2>(qb, k, v) ",
         # Queries that are keys.
         "qb = MatMul(x, wq) vb = MatMul(x, wv) "
         "cr = com.microsoft.MultiHeadAttention<num_heads=2>(qb, qb, vb) ",
     ],
-    ids=["past", "grouped", "one weight for both"],
+    ids=["past", "grouped", "four axes", "one weight for both"],
 )
 def test_attention_whose_queries_and_keys_stay(body: str):
     header = NEWEST if " Attention<" in body else CONTRIB
-    assert QK not in found_in(Style(body=body + OUT, header=header))
+    found = found_in(Style(body=body + OUT, header=header))
+    assert QK not in found
+    assert (VO in found) == ("vb" in body and "single_v" not in body and "past" not in body)
 
 
 def test_pairs_without_rows_between_are_not_taken():

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from builders import index, model, noise, run
+from builders import index, model, noise, run, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -405,16 +405,20 @@ def test_batches_go_on_from_any_step():
 def test_images_move_signals_move_and_features_do_not():
     feeds = [
         {
-            "image": noise(1, 6, 3, 20, 24).astype(np.float32),
-            "signal": noise(2, 6, 400).astype(np.float32),
-            "spectrum": noise(3, 6, 98, 40).astype(np.float32),
-            "features": noise(4, 6, 8).astype(np.float32),
+            "image": smooth(1, 6, 3, 20, 24).astype(np.float32),
+            "signal": smooth(2, 6, 400).astype(np.float32),
+            "spectrum": smooth(3, 6, 98, 40).astype(np.float32),
+            "features": smooth(4, 6, 8).astype(np.float32),
+            "table": noise(5, 6, 90).astype(np.float32),
             "ids": np.arange(6 * 30).reshape(6, 30),
             "attention_mask": np.ones((6, 30), np.int64),
         }
     ]
     vary = Augmentation.of(feeds, mask="attention_mask")
-    assert vary.moved == {"image": (2, 3), "signal": (1,), "spectrum": (1,), "features": ()}
+    unmoved: dict[str, tuple[int, ...]] = {"features": (), "table": ()}
+    assert vary.moved == {"image": (2, 3), "signal": (1,), "spectrum": (1,), **unmoved}
+    assert set(vary.scale) == set(vary.moved)
+    assert vary.scale["table"].shape == (90,)
     assert set(vary.tokens) == {"ids"}
     made = vary(feeds[0], seed=5)
     assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
@@ -428,9 +432,35 @@ def test_images_move_signals_move_and_features_do_not():
     assert all(np.array_equal(made[k], again[k]) for k in made)
 
 
+def test_images_that_show_the_same_are_moved_alike():
+    feed = {"x": smooth(1, 40, 1, 20, 24).astype(np.float32)}
+    feed["y"] = feed["x"].copy()
+    vary = Augmentation.of([feed])
+    made = vary(feed, 3)
+    slack = 6 * 0.1 * float(vary.scale["x"])  # the noise is of each
+    assert np.abs(made["x"] - made["y"]).max() < 2 * slack
+    assert np.abs(made["x"] - feed["x"]).max() > 2 * slack
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
+def test_what_a_mask_speaks_of_stays_in_its_place(kind: type):
+    feed = {"x": smooth(1, 8, 1, 20, 24).astype(np.float32), "m": np.ones((8, 24), kind)}
+    feed["m"][:, 9:] = 0
+    vary = Augmentation.of([feed])
+    assert vary.moved == {"x": (2,)}
+    np.testing.assert_array_equal(vary(feed, 1)["m"], feed["m"])
+
+
+def test_features_get_noise_of_their_own_size():
+    x = noise(1, 200, 30) * np.geomspace(1e-3, 1e3, 30)
+    feed = {"x": x.astype(np.float32)}
+    made = Augmentation.of([feed], labelled=True)(feed, 1)["x"]
+    np.testing.assert_array_less(np.abs(made - feed["x"]).std(0), 0.2 * feed["x"].std(0))
+
+
 def test_samples_are_mixed_where_nothing_hangs_on_their_labels():
-    x = np.zeros((64, 3, 4), np.float32)
-    x[np.arange(64), np.arange(64) % 3] = 1
+    x = 1e-3 * noise(7, 64, 3, 4).astype(np.float32)
+    x[np.arange(64), np.arange(64) % 3] += 1
     feeds = [{"x": x, "scalar": np.float32(1)}]
     mixed, plain = (Augmentation.of(feeds, labelled=each) for each in (False, True))
     between = [((each(feeds[0], 1)["x"].max(2) > 0.3).sum(1) > 1).mean() for each in (mixed, plain)]
@@ -442,7 +472,8 @@ def test_samples_are_mixed_where_nothing_hangs_on_their_labels():
 
 
 def test_images_are_mirrored_where_nothing_hangs_on_their_labels():
-    ramp = np.broadcast_to(np.linspace(-1, 1, 24, dtype=np.float32), (64, 1, 20, 24))
+    ramp = np.linspace(-1, 1, 24) + np.linspace(0, 1, 20)[:, None]
+    ramp = np.broadcast_to(ramp.astype(np.float32), (64, 1, 20, 24))
     for labelled in (False, True):
         made = Augmentation.of([{"x": ramp}], labelled=labelled)({"x": ramp}, 1)["x"]
         falling = (made[..., 0] > made[..., -1]).all((1, 2)).mean()
@@ -509,6 +540,12 @@ def test_images_of_one_size_are_cut_alike():
             VALUES,
             LARGE,
         ),
+        (
+            "(float[n,2,h,w] x) => (float[n,2,1,1] y)",
+            "c = Conv(x, k) y = GlobalAveragePool(c)",
+            VALUES,
+            LARGE,
+        ),
         (  # of any size, it says
             "(float[n,2,h,w] x) => (float[n,2,h,w] y)",
             "c = Conv<pads=[1,1,1,1]>(x, k) "
@@ -517,7 +554,7 @@ def test_images_of_one_size_are_cut_alike():
             LARGE,
         ),
     ],
-    ids=["one side is fixed", "too small", "classes", "no image comes out", "refuses the window"],
+    ids=["one side is fixed", "too small", "classes", "a vector", "a pixel", "refuses the window"],
 )
 def test_what_windows_are_not_cut_out_of(signature, body, losses, feed):
     store = filters(signature) if body is None else filters(signature, body)

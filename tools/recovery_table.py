@@ -107,8 +107,8 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _without_folder(word: str, train: Mapping[str, str]) -> str:
-    name, _, file = word.partition("=")
-    return f"{name}={Path(file).name}" if name in train else word
+    name, _, file = word.removeprefix("--train=").partition("=")
+    return word.replace(file, Path(file).name) if name in train else word
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.zoo is None or not (options.zoo / "zoo.py").is_file():
         parser.error(f"no zoo: give --zoo, or set {ENVIRONMENT}")
     options.train = dict(options.train)
+    if unknown := options.train.keys() - set(options.models):
+        parser.error(f"--train: {', '.join(sorted(unknown))} is none of the models")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(

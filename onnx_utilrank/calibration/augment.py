@@ -16,16 +16,19 @@ __all__ = ["Augmentation"]
 
 # How far along an axis values move at most, as a share of its extent.
 SHIFT = 0.1
-# Axes shorter than this have no places to move along: they are features, or channels.
+# Axes shorter than this have no places to move along: they are features, or channels. So are those
+# along which neighbours are not alike, by the correlation of their values.
 SHORTEST_MOVED = 12
+ALIKE = 0.3
 # Side of the window that is cut out of large images.
 WINDOW = 64
 # Standard deviation of noise, at most, as a share of that of the input.
 NOISE = 0.1
 # Share of tokens that others take the place of, at most.
 EXCHANGED = 0.15
-# Values of an integer input from which on it is taken for tokens: fewer are flags, masks or types.
-FEWEST_TOKENS = 16
+# Values of an input from which on it is taken for tokens, if they are integers, or for values that
+# may vary: fewer are flags, masks or types.
+FEWEST_VALUES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,8 @@ class Augmentation:
 
     Attributes:
         moved: Axes along which a floating input may be moved, by its name.
-        scale: Standard deviation of each floating input that gets noise.
+        scale: Standard deviation of each floating input that gets noise; of features that are not
+            moved, [samples, features], of each by itself.
         tokens: Of each integer input whose values may be exchanged, the values that samples hold.
         mask: Input that is 0 at padded positions; None without one.
         free: Whether samples need not keep their labels: images are mirrored, and a sample may be
@@ -43,7 +47,7 @@ class Augmentation:
     """
 
     moved: Mapping[str, tuple[int, ...]]
-    scale: Mapping[str, float]
+    scale: Mapping[str, np.ndarray]
     tokens: Mapping[str, np.ndarray]
     mask: str | None = None
     free: bool = False
@@ -60,8 +64,9 @@ class Augmentation:
     ) -> "Augmentation":
         """Tell from some runs what kind each input is of.
 
-        Axes behind the first are moved along where they are long: both of an image, one of a
-        signal; of a spectrogram, whose axes differ, the longer one alone. Integers of many values
+        Axes behind the first are moved along where they are long and neighbours are alike: both of
+        an image, one of a signal; of a spectrogram, whose axes differ, the longer one alone. What
+        another input says something of, place by place, stays where it is. Integers of many values
         are tokens.
 
         Args:
@@ -70,19 +75,25 @@ class Augmentation:
             labelled: Whether what is made has to keep its label.
             windows: Inputs that a window may be cut out of, and the axes of it.
         """
-        moved, scale, tokens = {}, {}, {}
+        moved: dict[str, tuple[int, ...]] = {}
+        scale, tokens = {}, {}
+        others: set[int] = set()  # extents of what is not moved
         for name, first in feeds[0].items():
             if not isinstance(first, np.ndarray) or first.ndim < 2 or not first.size:
                 continue
             values = [np.asarray(feed[name]) for feed in feeds]
-            if first.dtype.kind == "f":
-                flat = np.concatenate([v.reshape(-1) for v in values]).astype(np.float64)
-                scale[name] = float(flat.std())
-                moved[name] = _long_axes(first.shape)
-            elif first.dtype.kind in "iu" and name != mask:
-                known = np.unique(np.concatenate([v.reshape(-1) for v in values]))
-                if len(known) >= FEWEST_TOKENS and first.ndim == 2:
-                    tokens[name] = np.concatenate([v.reshape(-1) for v in values])
+            flat = np.concatenate([v.reshape(-1) for v in values])
+            varied = name != mask and len(np.unique(flat)) >= FEWEST_VALUES
+            if varied and first.dtype.kind == "f":
+                moved[name] = tuple(a for a in _long_axes(first.shape) if _is_smooth(values, a))
+                scale[name] = _spread(values, features=first.ndim == 2 and not moved[name])
+            elif varied and first.dtype.kind in "iu" and first.ndim == 2:
+                tokens[name] = flat
+            if not moved.get(name):
+                others.update(first.shape[1:])
+        for name, axes in moved.items():
+            extents = np.shape(feeds[0][name])
+            moved[name] = tuple(a for a in axes if extents[a] not in others)
         return cls(
             moved=moved,
             scale=scale,
@@ -95,7 +106,7 @@ class Augmentation:
     @property
     def changes(self) -> bool:
         """Whether there is anything that may be done."""
-        return any(self.scale.values()) or bool(self.tokens)
+        return any(s.any() for s in self.scale.values()) or bool(self.tokens)
 
     def __call__(self, feed: Feed, seed: int) -> dict[str, np.ndarray]:
         """Another run, of the same shape but for what is cut out; the seed alone decides it.
@@ -109,10 +120,11 @@ class Augmentation:
         made = dict(feed)
         count = samples_in(feed)
         partner, share = chance.permutation(count), chance.random(count)
+        moves = _Moves(chance, count)
         mixes = self.free and all(np.ndim(v) < 2 or name in self.scale for name, v in feed.items())
         for name in sorted(feed):
             if name in self.scale:
-                values = self._varied(name, feed[name], chance)
+                values = self._varied(name, feed[name], moves, chance)
                 if mixes and len(values) == count:
                     of_own = share.reshape(-1, *[1] * (values.ndim - 1))
                     mixed = of_own * values + (1 - of_own) * values[partner]
@@ -136,16 +148,21 @@ class Augmentation:
             made[name] = value
         return made
 
-    def _varied(self, name: str, values: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+    def _varied(
+        self, name: str, values: np.ndarray, moves: "_Moves", chance: np.random.Generator
+    ) -> np.ndarray:
         made = np.empty_like(values)
+        axes = self.moved[name]
         for k, sample in enumerate(values):
-            if self.free and len(self.moved[name]) == 2 and chance.random() < 0.5:
-                sample = np.flip(sample, self.moved[name][-1] - 1)
-            for axis in self.moved[name]:
-                most = int(SHIFT * values.shape[axis])
-                sample = _moved(sample, int(chance.integers(-most, most + 1)), axis - 1)
+            if self.free and len(axes) == 2 and moves.mirrored[k]:
+                sample = np.flip(sample, axes[-1] - 1)
+            for place, axis in enumerate(axes):
+                sample = _moved(sample, moves.by(k, place, values.shape[axis]), axis - 1)
             noise = chance.standard_normal(sample.shape, dtype=np.float32)
-            size = NOISE * self.scale[name] * chance.random()
+            scale = self.scale[name]
+            if scale.shape not in ((), sample.shape):
+                scale = scale.mean()  # of another length than those that were looked at
+            size = NOISE * chance.random() * scale
             made[k] = (sample + size * noise).astype(values.dtype)
         return made
 
@@ -162,6 +179,41 @@ class Augmentation:
         chosen = inner & (chance.random(values.shape) < share)
         others = chance.choice(self.tokens[name], size=values.shape)
         return np.where(chosen, others, values).astype(values.dtype)
+
+
+class _Moves:
+    """How samples are moved: inputs of one size alike, as they may show the same."""
+
+    def __init__(self, chance: np.random.Generator, count: int) -> None:
+        """Draw for so many samples."""
+        self.mirrored = chance.random(count) < 0.5
+        self._chance = chance
+        self._shares: dict[tuple[int, int], np.ndarray] = {}
+
+    def by(self, sample: int, place: int, extent: int) -> int:
+        """By how many values a sample is moved along an axis, the first or second that it is."""
+        key = place, extent
+        if key not in self._shares:
+            self._shares[key] = self._chance.uniform(-SHIFT, SHIFT, len(self.mirrored))
+        return round(float(self._shares[key][sample]) * extent)
+
+
+def _is_smooth(values: Sequence[np.ndarray], axis: int) -> bool:
+    """Whether neighbours along an axis are alike."""
+    here, there = (
+        np.concatenate(
+            [v.take(range(start, v.shape[axis] - 1 + start), axis).ravel() for v in values]
+        ).astype(np.float64)
+        for start in (0, 1)
+    )
+    return bool(here.std() and there.std() and np.corrcoef(here, there)[0, 1] > ALIKE)
+
+
+def _spread(values: Sequence[np.ndarray], *, features: bool) -> np.ndarray:
+    """Standard deviation, of all values or over samples of each of their features."""
+    if features and len({v.shape[1:] for v in values}) == 1:
+        return np.asarray(np.concatenate(values).astype(np.float64).std(0))
+    return np.asarray(np.concatenate([v.reshape(-1) for v in values]).astype(np.float64).std())
 
 
 def _long_axes(shape: Sequence[int]) -> tuple[int, ...]:

@@ -148,7 +148,7 @@ class Dataset:
         What is learned from one part says nothing of what another one holds: none cuts a run of
         the model, nor what stems from the same samples.
         """
-        if self.variants == 1:
+        if len(self.given(samples)) == len(samples):
             run = self.run or 1
             return [list(samples[k : k + run]) for k in range(0, len(samples), run)]
         starts = list(itertools.accumulate(map(len, self.blocks), initial=0))

@@ -13,7 +13,7 @@ from onnx_utilrank.statistics.spill import spilled
 __all__ = ["with_variations"]
 
 # Samples that are varied, and mixed, among themselves. What stems from them is in one part
-# wherever samples are told apart, so that there should be few.
+# wherever samples are told apart, so that there should be few; and as many parts at least.
 TOGETHER = 4
 
 
@@ -23,7 +23,8 @@ def with_variations(
     """A data set of the given samples, each with variations of it.
 
     Samples that are whole feeds are left as they are: what their axes mean is not known. So are
-    texts: with other tokens in them they are no longer what the model is used for.
+    texts, which with other tokens in them are no longer what the model is used for, and features
+    of which none is like its neighbours.
 
     Args:
         data: The samples.
@@ -37,12 +38,14 @@ def with_variations(
         the numbers of all of its samples. Where nothing can be varied, both are as given.
     """
     whole = any(isinstance(block, Feeds) for block in data.blocks)
-    if variants < 2 or whole or augmentation.tokens or not augmentation.changes:
+    moved = any(augmentation.moved.values())
+    if variants < 2 or whole or augmentation.tokens or not moved:
         return data, samples
     # Rows of a model that takes one at once can be mixed, too.
     rows = replace(data, run=None) if data.run == 1 else data
+    together = max(1, min(TOGETHER, len(samples) // TOGETHER))
     blocks = []
-    for k, feed in enumerate(rows.feeds(samples, batch=TOGETHER)):
+    for k, feed in enumerate(rows.feeds(samples, batch=together)):
         made = [feed]
         for variant in range(1, variants):
             chance = np.random.SeedSequence([seed, k, variant])

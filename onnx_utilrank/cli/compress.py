@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.output and not args.dry_run:
         raise ConfigError("-o OUT is needed, or --dry-run")
     own = (args.method, args.moves, args.output_weighting)
-    flags = (args.force, args.no_refit, args.no_augment)
+    flags = (args.force, args.no_refit, args.no_augment and not args.finetune)
     if args.plan and (any(own) or any(flags) or args.rank_multiple != 1):
         raise ConfigError(
             "--plan states method, moves, weighting, refit, variations and ranks itself: --method, "

@@ -169,6 +169,9 @@ class Trace:
         heads, out = attention_heads(node), node.output[0]
         if heads is None or out not in self.values or not set(arriving) <= set(node.input[:3]):
             return False
+        ranks = {self.values[name].ndim for name in node.input[:3] if name in self.values}
+        if node.domain and ranks != {3}:
+            return False  # ONNX Runtime wants keys and values of four axes to be of one size
         lines = [
             by_head(self.numbers[name], heads) if name in self.numbers else None
             for name in node.input[:3]

@@ -135,7 +135,10 @@ class Setting:
         augmentation = None
         if config.augment:
             labelled = config.labels is not None
-            windows = {} if labelled else window_axes(store, single, losses, self.provider)
+            largest = max(looked_at, key=lambda feed: sum(v[:1].nbytes for v in _arrays(feed)))
+            if self.data.run is None:
+                largest = {name: v[:1] if v.ndim else v for name, v in largest.items()}
+            windows = {} if labelled else window_axes(store, largest, losses, self.provider)
             augmentation = Augmentation.of(looked_at, mask, labelled=labelled, windows=windows)
             single = augmentation.cut(single, np.random.default_rng(config.seed))
         batch = config.batch or self._affordable(store, single)
@@ -153,6 +156,10 @@ class Setting:
         own = {name: single[name] for name in (spec.name for spec in store.inputs)}
         flops = linear_flops(store, own, self.provider) / samples_in(own)
         return int(min(max(STEP_FLOPS // max(flops, 1), LEAST_BATCH), BATCH))
+
+
+def _arrays(feed: Feed) -> list[np.ndarray]:
+    return [value for value in feed.values() if value.ndim]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

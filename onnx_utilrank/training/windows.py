@@ -38,11 +38,18 @@ def window_axes(
         return {}
     names = [loss.output for loss in losses]
     tried = Augmentation.of([feed], windows=windows).cut(feed, np.random.default_rng(0))
+    session = open_session(store, provider)
     try:
-        made = open_session(store, provider).run(tried, names)
+        made = session.run(tried, names)
     except InferenceError:  # of any size, it says, but not of this one
         return {}
-    return windows if all(value.ndim == 4 for value in made.values()) else {}
+    whole = session.run(feed, names)
+    return windows if all(_is_cut(made[name], whole[name]) for name in names) else {}
+
+
+def _is_cut(made: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether an output is an image that is smaller where the input is."""
+    return whole.ndim == 4 and sum(m < w for m, w in zip(made.shape, whole.shape, strict=True)) == 2
 
 
 def _image(spec: TensorSpec, value: np.ndarray) -> tuple[int, int] | None:
