@@ -349,6 +349,7 @@ def test_recovery_table_runs_the_whole_chain(monkeypatch, fake_zoo, tmp_path, ca
     printed = capsys.readouterr()
     assert str(fake_zoo) not in printed.out
     assert str(tmp_path) not in printed.out
+    assert "--models tiny --ratios" in printed.out
     assert "--train tiny=more.npz" in printed.out
     head, *rows = cells(printed.out)
     assert head == list(recovery_table.COLUMNS)

@@ -108,7 +108,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def _without_folder(word: str, train: Mapping[str, str]) -> str:
     name, _, file = word.removeprefix("--train=").partition("=")
-    return word.replace(file, Path(file).name) if name in train else word
+    return word.replace(file, Path(file).name) if file and name in train else word
 
 
 def _parser() -> argparse.ArgumentParser:
