@@ -54,6 +54,8 @@ def test_a_part_holds_all_that_stems_from_its_samples(count: int, batch: int | N
         assert means.min() >= own.min() - slack
         assert means.max() <= own.max() + slack
     assert seen == set(range(count))
+    # Without their variations, samples have nothing of each other.
+    assert {len(part) for part in varied.apart(varied.given(samples))} == {run}
 
 
 def test_samples_themselves_stay_and_the_seed_decides_the_rest():

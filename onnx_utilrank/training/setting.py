@@ -137,7 +137,7 @@ class Setting:
             labelled = config.labels is not None
             largest = max(looked_at, key=lambda feed: sum(v[:1].nbytes for v in _arrays(feed)))
             if self.data.run is None:
-                largest = {name: v[:1] if v.ndim else v for name, v in largest.items()}
+                largest = {name: v[:1] if np.ndim(v) else v for name, v in largest.items()}
             windows = {} if labelled else window_axes(store, largest, losses, self.provider)
             augmentation = Augmentation.of(looked_at, mask, labelled=labelled, windows=windows)
             single = augmentation.cut(single, np.random.default_rng(config.seed))
@@ -159,7 +159,7 @@ class Setting:
 
 
 def _arrays(feed: Feed) -> list[np.ndarray]:
-    return [value for value in feed.values() if value.ndim]
+    return [value for value in feed.values() if np.ndim(value)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
