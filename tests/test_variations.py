@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnx_utilrank
+from onnx_utilrank import compression
 from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.data import Dataset, open_data
 from onnx_utilrank.calibration.variations import with_variations
 from onnx_utilrank.model.store import TensorSpec
+from onnx_utilrank.sensitivity import measure
 from onnx_utilrank.sensitivity.effort import CHEAP_FLOPS, VARIANTS, choose_variants
 
 
@@ -159,3 +161,25 @@ def test_methods_without_gradients_see_the_samples_alone(method: str):
     made = onnx_utilrank.compress(proto, data, config)
     assert not made.plan.augment
     assert not any("variations" in note for note in made.notes)
+
+
+def test_losses_are_predicted_and_refits_judged_on_the_samples_themselves(monkeypatch):
+    proto, data = network()
+    known = {image.tobytes() for image in data["x"]}
+    seen: dict[str, list[bool]] = {"predicted": [], "judged": []}
+
+    def watched(what, function, place):
+        def call(*given):
+            seen[what] += [x.tobytes() in known for feed in given[place] for x in feed["x"]]
+            return function(*given)
+
+        return call
+
+    for what, module, name, place in (
+        ("predicted", measure, "sample_quadratics", 4),
+        ("judged", compression, "is_better", 5),
+    ):
+        monkeypatch.setattr(module, name, watched(what, getattr(module, name), place))
+    onnx_utilrank.compress(proto, data, onnx_utilrank.CompressConfig(param_ratio=0.5))
+    assert all(seen.values())
+    assert all(map(all, seen.values()))
