@@ -14,7 +14,7 @@ VARIANTS = 4
 # The samples of a dear model that gradients are taken of, that losses are predicted on, and that
 # layers are refitted to: shares, the dearer the less, and at least so many samples where each holds
 # few decisions.
-GRADIENT_SHARES, QUADRATIC_SHARE, REFIT_SHARES = (1 / 4, 1 / 2), 1 / 16, (1 / 4, 1.0)
+GRADIENT_SHARES, QUADRATIC_SHARE, REFIT_SHARES = (1 / 6, 1 / 2), 1 / 16, (1 / 6, 1.0)
 LEAST_DECISIONS = 4096
 LEAST_SAMPLES = 16
 # Samples of one run, at most; smaller where the memory budget asks for it.
@@ -60,9 +60,9 @@ def choose_effort(
 
     A run with gradients and its sums costs several without (`tools/engine_cost.py` says how many).
     So a model that is dear to run gets one draw, and gradients of a part of its samples: half of
-    them down to a quarter the dearer it is, or fewer where each sample makes many decisions (the
+    them down to a sixth the dearer it is, or fewer where each sample makes many decisions (the
     pixels of an image, the tokens of a text). Its layers are refitted to all of the samples down to
-    a quarter.
+    a sixth.
 
     Args:
         samples: Samples to calibrate with.
