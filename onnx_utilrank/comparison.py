@@ -23,14 +23,28 @@ def compare(
     batch: int,
     providers: Sequence[Provider],
     config: ValidateConfig,
+    *,
+    timed: int | None = None,
 ) -> ValidationReport:
-    """Compare two models on the given samples of a data set."""
+    """Compare two models on the given samples of a data set.
+
+    Args:
+        reference: The model that is right by definition.
+        candidate: The other.
+        data: The data set.
+        samples: Numbers of the samples.
+        batch: Samples of a run.
+        providers: Where they run.
+        config: Tolerances.
+        timed: Samples of a run that is timed; None for `batch`.
+    """
     single = next(data.feeds(samples, batch=1))
     feeds = list(data.feeds(samples, batch=batch))
     return compare_models(
         reference,
         candidate,
         feeds,
+        timed=feeds if timed is None else list(data.feeds(samples, batch=timed)),
         samples=len(samples),
         providers=providers,
         figures=(

@@ -1,6 +1,5 @@
-"""From decompositions to a model: plan, refit, rewrite."""
+"""From a plan and decompositions to a model: refit, rewrite."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -13,9 +12,8 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.channels import CHANNELS
-from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
-from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
-from onnx_utilrank.ranking.decide import Offers, unfactorable
+from onnx_utilrank.moves.shrink import Basis, Shrinking
+from onnx_utilrank.ranking.decide import unfactorable
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
@@ -33,52 +31,15 @@ from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import OutputRecorder
 
-__all__ = ["build", "fit", "fullness", "is_better", "make_offers", "refit_note", "stamp"]
+__all__ = ["build", "is_better", "refit_note", "stamp"]
 
 # Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
 PLAN_KEY = "onnx_utilrank.plan_sha256"
-
-# A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
-# in their metric: a model that comes to it has no more room.
-FULL = 0.05
 
 # Samples, at most, that a refit has to prove itself on, and the parts that it takes at least, or
 # variations are left out.
 JUDGED = 32
 FEWEST_PARTS = 4
-
-# Plans that are made, at most, for a file to have the bytes that were asked for.
-FITS = 8
-
-
-def make_offers(
-    job: Job, found: Measurement, samples: Sequence[int], config: CompressConfig
-) -> Offers:
-    """What can be done to the sites of a model, in the unit of the ratio that was asked for."""
-    unit: Unit = "parameters"
-    if config.size_ratio:
-        unit = "bytes"
-    elif config.flop_ratio:
-        unit = "operations"
-    ledger = job.ledger(unit, [m.site for m in found.sites], samples)
-    skips = (*job.skips, *found.skips)
-    hidden = found.hidden if config.moves is None or SHRINK in config.moves else ()
-    return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)
-
-
-def fullness(offers: Offers, plan: RankPlan) -> tuple[str, ...]:
-    """A sentence where a plan goes further than the model has room for, as far as is predicted."""
-    predicted = plan.predicted_divergence
-    if predicted is None or predicted <= FULL:
-        return ()
-    reach = offers.reach(FULL)
-    unit = offers.ledger.unit
-    until = "at any size" if reach is None else f"below {100 * reach:.0f} % of its {unit}"
-    return (
-        f"The model uses its space: {until} a divergence of more than {FULL:g} is predicted "
-        f"({predicted:.2g} at {100 * plan.param_ratio:.0f} % of the parameters); expect its "
-        "quality to suffer.",
-    )
 
 
 def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tuple[str, ...]:
@@ -88,33 +49,6 @@ def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tu
     return (
         "No layer was refitted to what it gets behind compressed ones: on calibration samples kept "
         "apart for it that was no better, or there were too few to tell.",
-    )
-
-
-def fit(
-    job: Job, found: Measurement, offers: Offers, config: CompressConfig
-) -> tuple[RankPlan, ModelStore]:
-    """Plan for the ratio or the energy that was asked for, and make the model.
-
-    The bytes of a file are known when it is made: where the first plan misses them, the next ones
-    aim lower by what was too much.
-
-    Raises:
-        TargetMissedError: It cannot be reached.
-    """
-    ratio = config.ratio
-    for _ in range(FITS):
-        plan, store = build(job, offers.plan(ratio), found, config)
-        if config.size_ratio is None or ratio is None:
-            return plan, store
-        excess = store.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
-        if excess <= 0:
-            return plan, store
-        ratio -= (excess + NODE_BYTES) / job.source.file_bytes
-        if ratio <= 0:
-            break
-    raise TargetMissedError(
-        f"{job.store.label}: a file of {config.size_ratio:g} of its bytes cannot be reached"
     )
 
 

@@ -11,6 +11,7 @@ from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
 __all__ = [
     "FINETUNE_METHODS",
+    "OPTIMIZE_FOR",
     "QUALITY_KEYS",
     "TRAIN_METHODS",
     "AnalyzeConfig",
@@ -32,6 +33,13 @@ FinetuneMethod = Literal["factors", "biases", "oialr"]
 FINETUNE_METHODS: tuple[FinetuneMethod, ...] = ("factors", "biases", "oialr")
 TrainMethod = Literal["oialr", "dense"]
 TRAIN_METHODS: tuple[TrainMethod, ...] = ("oialr", "dense")
+
+OptimizeFor = Literal["size", "latency"]
+OPTIMIZE_FOR: tuple[OptimizeFor, ...] = ("size", "latency")
+
+# Ranks that vector units and matrix units fill: 8 values of float32 in a register of AVX2, 8 of
+# float16 in a tile of tensor cores.
+FAST_MULTIPLE = 8
 
 # The paper states no threshold that we could confirm; this one is ours, and an option everywhere.
 DEFAULT_ENERGY = 0.999
@@ -238,6 +246,7 @@ class CompressConfig(CalibrationConfig):
         param_ratio: Parameters to keep over the whole model, in (0, 1].
         size_ratio: Bytes of the file to keep, in (0, 1].
         flop_ratio: Operations of matrix products and convolutions to keep, in (0, 1].
+        latency_ratio: Time of a run to keep, in (0, 1], as measured on the provider.
         energy: Share of the energy that each layer's subspaces hold (the paper's rule), in (0, 1].
         quality: Smallest model that is still this good.
         evaluate: The user's metric, of which a higher value is better: a function, or
@@ -255,7 +264,11 @@ class CompressConfig(CalibrationConfig):
         augment: Calibrate on variations of the samples too, where gradients are taken and a model
             is cheap to run.
         force: Factor every site, also where that saves nothing.
-        rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
+        rank_multiple: Ranks are multiples of this; None for 1, or 8 where latency counts.
+        optimize_for: `latency` times every layer and its moves on the provider, makes none that is
+            slower, and lets a quality target look for the fastest model in place of the smallest;
+            a latency ratio implies it.
+        latency_batch: Samples of a run that is timed; None for what validation takes, 32 at most.
         finetune: Train the result after the original's outputs, as these options say; seed,
             provider, libraries, budget and cache are those of this configuration.
 
@@ -266,6 +279,7 @@ class CompressConfig(CalibrationConfig):
     param_ratio: float | None = None
     size_ratio: float | None = None
     flop_ratio: float | None = None
+    latency_ratio: float | None = None
     energy: float | None = None
     quality: QualityTarget | None = None
     evaluate: str | Callable[[str], float] | None = None
@@ -276,12 +290,14 @@ class CompressConfig(CalibrationConfig):
     refit: bool = True
     augment: bool = True
     force: bool = False
-    rank_multiple: int = 1
+    rank_multiple: int | None = None
+    optimize_for: OptimizeFor = "size"
+    latency_batch: int | None = None
     finetune: FinetuneConfig | None = None
 
     def __post_init__(self) -> None:
         CalibrationConfig.__post_init__(self)
-        for name in ("param_ratio", "size_ratio", "flop_ratio", "energy"):
+        for name in ("param_ratio", "size_ratio", "flop_ratio", "latency_ratio", "energy"):
             value = getattr(self, name)
             label = name.replace("_", " ")
             _check(value is None or 0 < value <= 1, f"{label} {value} is not in (0, 1]")
@@ -301,7 +317,11 @@ class CompressConfig(CalibrationConfig):
             self.weighting in (None, *WEIGHTINGS),
             f"output weighting {self.weighting!r} is none of {WEIGHTINGS}",
         )
-        _check(self.rank_multiple >= 1, "rank multiple must be at least 1")
+        multiple, batch = self.rank_multiple, self.latency_batch
+        _check(multiple is None or multiple >= 1, "rank multiple must be at least 1")
+        _check(batch is None or batch >= 1, "latency batch must be at least 1")
+        _check(self.optimize_for in OPTIMIZE_FOR, f"optimize for one of {OPTIMIZE_FOR}")
+        _check(not (self.latency_aware and self.force), "force makes moves that latency refuses")
         fewest = 2 if self.finetune is None else 3
         _check(self.samples is None or self.samples >= fewest, f"samples must be at least {fewest}")
 
@@ -317,6 +337,7 @@ class CompressConfig(CalibrationConfig):
             "param_ratio": self.param_ratio,
             "size_ratio": self.size_ratio,
             "flop_ratio": self.flop_ratio,
+            "latency_ratio": self.latency_ratio,
             "energy": self.energy,
         }
         if self.quality is not None:
@@ -326,7 +347,17 @@ class CompressConfig(CalibrationConfig):
     @property
     def ratio(self) -> float | None:
         """The share of the budget's unit to keep."""
-        return self.param_ratio or self.size_ratio or self.flop_ratio
+        return self.param_ratio or self.size_ratio or self.flop_ratio or self.latency_ratio
+
+    @property
+    def latency_aware(self) -> bool:
+        """Whether the result has to be faster, by measurement."""
+        return self.latency_ratio is not None or self.optimize_for == "latency"
+
+    @property
+    def multiple(self) -> int:
+        """What ranks are multiples of."""
+        return self.rank_multiple or (FAST_MULTIPLE if self.latency_aware else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

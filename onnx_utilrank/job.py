@@ -29,7 +29,7 @@ from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK
-from onnx_utilrank.ranking.cost import Ledger, Unit, bias_cost, count_parameters
+from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.method import Measured, MomentMethod, site_moment, use_view
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED
@@ -367,28 +367,21 @@ class Job:
         tokens = (collected.tokens[use.inputs] for use in site.uses)
         return sum(tokens, TokenCounts.zero(site.d)).moment(weight)
 
-    def ledger(self, unit: Unit, sites: Sequence[Site], samples: Sequence[int]) -> Ledger:
-        """What the model and its sites cost in a unit."""
-        single = next(self.data.feeds(samples, batch=1))
-        names = {use.result.tensor for site in sites for use in site.uses}
-        sizes = {
-            n: v.size for n, v in survey(self.index.store, names, single, self.provider).items()
-        }
-        rows = {s.key: sum(sizes[u.result.tensor] for u in s.uses) / s.m for s in sites}
-        if unit == "parameters":
-            total = float(count_parameters(self.store))
-        elif unit == "bytes":
-            total = float(self.source.file_bytes)
-        else:
-            total = linear_flops(self.store, single, self.provider) / 2
-        return Ledger(unit=unit, total=total, rows=rows)
-
-    def validate(self, candidate: ModelStore, samples: Sequence[int]) -> ValidationReport:
-        """Compare with the source on the given samples."""
+    def validate(
+        self, candidate: ModelStore, samples: Sequence[int], *, timed: int | None = None
+    ) -> ValidationReport:
+        """Compare with the source on the given samples, timed so many of them a run."""
         self.progress("validating", 0, 0)
         config = ValidateConfig(providers=(self.provider.key,))
         return compare(
-            self.source, candidate, self.data, samples, self.batch, [self.provider], config
+            self.source,
+            candidate,
+            self.data,
+            samples,
+            self.batch,
+            [self.provider],
+            config,
+            timed=timed,
         )
 
 

@@ -8,12 +8,13 @@ from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
 from onnx_utilrank.calibration.data import DataSource, chosen_samples, hold_back, open_data
 from onnx_utilrank.calibration.own_code import import_function
 from onnx_utilrank.comparison import compare
-from onnx_utilrank.compression import build, fit, fullness, make_offers, refit_note, stamp
+from onnx_utilrank.compression import build, refit_note, stamp
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.finetuning import finetuned
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelSource, ModelStore
+from onnx_utilrank.planning import check_latency, fit, fullness, make_offers
 from onnx_utilrank.quality import Judge, Quality
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.decide import skipped_nodes
@@ -173,7 +174,7 @@ def compress(
         elif dry_run:
             plan = offers.plan(config.ratio)
         else:
-            plan, store = fit(job, found, offers, config)
+            plan, store = fit(job, found, offers, calibration, config)
         notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
     if store is None:
         return CompressResult(
@@ -184,7 +185,8 @@ def compress(
         recovered = _recovered(job, store, (*calibration, *searched), held, config)
         store, notes = recovered.store, (*notes, *recovered.notes)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
-    report = job.validate(store, held)
+    report = job.validate(store, held, timed=config.latency_batch)
+    check_latency(job, config, report)
     compared = [o for p in report.providers for o in p.outputs]
     if all(o.kind == "skipped" for o in compared):
         why = dict.fromkeys(f"output {o.name!r}: {o.reason}" for o in compared)

@@ -14,6 +14,7 @@ from onnx_utilrank.calibration.collect import collect
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.planning import make_ledger
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.tied import tie
 from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
@@ -572,7 +573,7 @@ def test_table_takes_no_operations_and_its_factors_do():
     feeds = sentences(19, 20)
     job = Job.open(proto, feeds, CompressConfig(), lambda *_: None)
     (site,) = (s for s in job.sites if s.one_hot)
-    ledger = job.ledger("operations", job.sites, range(8))
+    ledger = make_ledger(job, "operations", job.sites, range(8))
     assert ledger.dense(site) == 0
     plan = compress(proto, feeds, CompressConfig(flop_ratio=0.9), dry_run=True).plan
     assert "Gather" not in {e.op_type for e in plan.factored}

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import synthetic_vit
-from onnx_utilrank.compression import make_offers
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ModelError, TargetMissedError
 from onnx_utilrank.job import Job
+from onnx_utilrank.planning import make_offers
 from onnx_utilrank.quality import Judge
 from onnx_utilrank.statistics.factorize import plain_svd
 from onnx_utilrank.statistics.moments import SecondMoment

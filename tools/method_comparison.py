@@ -28,12 +28,13 @@ from rival_methods import ACTIVATION_SVD, GREEDY_SVD, WHITENED_SVD, measure_gree
 from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
 
 from onnx_utilrank import __version__
-from onnx_utilrank.compression import build, make_offers
+from onnx_utilrank.compression import build
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError, UtilrankError
 from onnx_utilrank.job import SAMPLES_LOOKED_AT, Job
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.moves.moves import MOVE_KEYS
+from onnx_utilrank.planning import make_offers
 from onnx_utilrank.quality import Judge
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.report.plot import check_plot

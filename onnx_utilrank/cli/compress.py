@@ -20,6 +20,7 @@ from onnx_utilrank.cli.options import (
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import (
     FINETUNE_METHODS,
+    OPTIMIZE_FOR,
     QUALITY_KEYS,
     CompressConfig,
     FinetuneConfig,
@@ -52,6 +53,11 @@ def add_parser(verbs: Any) -> None:
         ("--param-ratio", "parameters to keep, as a share of all initializers and constants"),
         ("--size-ratio", "bytes of the file to keep, as a share"),
         ("--flop-ratio", "operations of matrix products and convolutions to keep, as a share"),
+        (
+            "--latency-ratio",
+            "time of a run to keep, as a share: layers, moves and the result are timed on the "
+            "provider; slower than that ends in exit status 3",
+        ),
         ("--energy", "the paper's rule: the share of energy that each layer's subspaces hold"),
     ):
         target.add_argument(name, type=number(float, 0, 1), metavar="R", help=what)
@@ -76,6 +82,20 @@ def add_parser(verbs: Any) -> None:
         help="which point, where --plan is a sweep",
     )
     add_method_options(parser)
+    parser.add_argument(
+        "--optimize-for",
+        choices=OPTIMIZE_FOR,
+        default="size",
+        help="latency: make no move that was timed to be slower than the dense weight on the "
+        "provider, and let a quality target find the fastest model in place of the smallest; a "
+        "result that is slower than the original ends in exit status 3 (default: size)",
+    )
+    parser.add_argument(
+        "--latency-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="samples of a run that is timed (default: up to 32)",
+    )
     parser.add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
@@ -105,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("-o OUT is needed, or --dry-run")
     own = (args.method, args.moves, args.output_weighting)
     flags = (args.force, args.no_refit, args.no_augment and not args.finetune)
-    if args.plan and (any(own) or any(flags) or args.rank_multiple != 1):
+    if args.plan and (any(own) or any(flags) or args.rank_multiple):
         raise ConfigError(
             "--plan states method, moves, weighting, refit, variations and ranks itself: --method, "
             "--moves, --output-weighting, --no-refit, --no-augment, --rank-multiple and --force "
@@ -124,6 +144,9 @@ def run(args: argparse.Namespace) -> int:
         param_ratio=args.param_ratio,
         size_ratio=args.size_ratio,
         flop_ratio=args.flop_ratio,
+        latency_ratio=args.latency_ratio,
+        optimize_for=args.optimize_for,
+        latency_batch=args.latency_batch,
         energy=args.energy,
         quality=quality,
         force=args.force,

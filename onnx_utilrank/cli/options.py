@@ -173,9 +173,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank-multiple",
         type=number(int, 1),
-        default=1,
         metavar="K",
-        help="ranks are multiples of K; 8 suits GPUs (default: 1)",
+        help="ranks are multiples of K (default: 1, or 8 where latency counts)",
     )
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from onnx_utilrank.latency.costs import LatencyCosts
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.move import MoveKind
@@ -13,7 +14,7 @@ from onnx_utilrank.sites.site import Site
 
 __all__ = ["Ledger", "Unit", "bias_cost", "count_parameters", "hidden_cost"]
 
-Unit = Literal["parameters", "bytes", "operations"]
+Unit = Literal["parameters", "bytes", "operations", "latency"]
 
 # Bytes that a node with its names takes in a file, about: the plan is made with it and corrected
 # by what the file then has.
@@ -27,17 +28,21 @@ class Ledger:
     Attributes:
         unit: `parameters`: elements of all initializers and constants. `bytes`: of the file,
             external data included. `operations`: multiply-accumulates of MatMul, Gemm, Conv
-            and ConvTranspose on one sample.
+            and ConvTranspose on one sample. `latency`: nanoseconds of a run.
         total: Of the model as it is.
         rows: Rows of output that one sample has at each site, by key.
+        latency: What was timed, where moves have to be faster.
     """
 
     unit: Unit
     total: float
     rows: Mapping[str, float]
+    latency: LatencyCosts | None = None
 
     def dense(self, site: Site) -> float:
         """What the site costs as it is: what goes when it is factored."""
+        if self.unit == "latency":
+            return self._timed.dense(site)
         if self.unit == "operations":
             return self.rows[site.key] * site.multiplications
         # A weight that stays whatever happens to this site is none of its cost.
@@ -49,6 +54,8 @@ class Ledger:
 
         Operations of depthwise Convs on the way, which become fewer too, are not told.
         """
+        if self.unit == "latency":
+            return self._timed.shrunk(site, rows, columns)
         if self.unit == "operations":
             return self.rows[site.key] * rows * columns * site.density
         parameters = rows * columns + extra
@@ -58,11 +65,24 @@ class Ledger:
 
     def factored(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> float:
         """What it costs after a move that stores so many parameters."""
+        if self.unit == "latency":
+            return self._timed.factored(site, kind, rank)
         if self.unit == "operations":
             return self.rows[site.key] * kind.multiplications(site, rank)
         if self.unit == "bytes":
             return float(parameters * site.dtype.itemsize + 2 * NODE_BYTES * len(site.uses))
         return float(parameters)
+
+    def pays(self, site: Site, kind: MoveKind, rank: int) -> bool:
+        """Whether a move is faster than the dense weight: as measured, or else as it should be."""
+        if self.latency is not None:
+            return self.latency.pays(site, kind, rank)
+        return kind.pays(site, rank, self.rows[site.key])
+
+    @property
+    def _timed(self) -> LatencyCosts:
+        assert self.latency is not None
+        return self.latency
 
 
 def count_parameters(store: ModelStore) -> int:

@@ -24,7 +24,7 @@ from onnx_utilrank.sites.find import SITE_KINDS, site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
-__all__ = ["Decision", "Offers", "skipped_nodes", "unfactorable"]
+__all__ = ["Decision", "Offers", "kinds_offered", "skipped_nodes", "unfactorable"]
 
 # Reasons that one message gives.
 MOST_REASONS = 3
@@ -114,7 +114,7 @@ class Offers:
             fingerprint=index.source.fingerprint(),
             choices=choices,
             bundles=tuple(
-                bundled(choices, hidden, shrunk, config.rank_multiple, channels)
+                bundled(choices, hidden, shrunk, config.multiple, channels)
                 if hidden or any(m.site.tied for m in measured)
                 else ()
             ),
@@ -206,7 +206,7 @@ class Offers:
                 f"({outside:.4f} lies outside the {len(self.choices)} weights that can be factored)"
             )
         entries = tuple(
-            _entry(self.index, c.measured, m)
+            _entry(self.index, c.measured, m, self.ledger)
             for c, m in zip(self.choices, decided.moves, strict=True)
         )
         parameters = count_parameters(self.index.source)
@@ -250,26 +250,35 @@ def _dense_parameters(site: Site) -> int:
     return site.parameters if site.freed else 0
 
 
+def kinds_offered(
+    index: GraphIndex, site: Site, method: Method, config: CompressConfig
+) -> list[MoveKind]:
+    """The moves that a site can make, and that the method and the options have."""
+    return [
+        kind
+        for kind in MOVES
+        if (config.moves is None or kind.key in config.moves)
+        and (method.moves is None or kind.key in method.moves)
+        and kind.applies(index, site)
+    ]
+
+
 def _choice(
     index: GraphIndex, measured: Measured, method: Method, config: CompressConfig, ledger: Ledger
 ) -> Choice:
     site = measured.site
     moves = []
-    for kind in MOVES:
-        asked = config.moves is None or kind.key in config.moves
-        if not asked or (method.moves is not None and kind.key not in method.moves):
-            continue
-        if not kind.applies(index, site):
-            continue
+    for kind in kinds_offered(index, site, method, config):
         ranks = candidate_ranks(
             site,
             kind.top_rank(site),
-            config.rank_multiple,
+            config.multiple,
             force=config.force and kind is LOW_RANK,
         )
         for move in _offered(measured, kind, ranks):
             assert move.rank is not None
-            if config.moves is None and not kind.pays(site, move.rank, ledger.rows[site.key]):
+            # Those that are asked for by name may be slower, unless speed is asked for too.
+            if (config.moves is None or ledger.latency) and not ledger.pays(site, kind, move.rank):
                 continue
             stored = kind.parameters(site, move.rank) - LOW_RANK.parameters(site, move.rank)
             if site.tied is not None and not site.freed:  # its factors are those of the other
@@ -341,7 +350,7 @@ def _hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
     )
 
 
-def _entry(index: GraphIndex, measured: Measured, move: Move) -> PlanEntry:
+def _entry(index: GraphIndex, measured: Measured, move: Move, ledger: Ledger) -> PlanEntry:
     site, moment = measured.site, measured.moment
     error = 0.0
     if move.rank is not None:
@@ -361,11 +370,11 @@ def _entry(index: GraphIndex, measured: Measured, move: Move) -> PlanEntry:
         predicted_error=error,
         rows=None if moment is None else moment.rows,
         trusted=moment is None or moment.enough_rows,
-        reason=_reason(index, site, move),
+        reason=_reason(index, site, move, ledger),
     )
 
 
-def _reason(index: GraphIndex, site: Site, move: Move) -> str:
+def _reason(index: GraphIndex, site: Site, move: Move, ledger: Ledger) -> str:
     if move.kind == SHRINK:
         return "it shrinks with the features it makes or reads: see hidden"
     if move.rank is not None:
@@ -381,4 +390,7 @@ def _reason(index: GraphIndex, site: Site, move: Move) -> str:
         )
     if site.break_even_rank < 1:
         return "no rank saves parameters on so narrow a weight"
+    slower = None if ledger.latency is None else ledger.latency.refused(site)
+    if slower is not None:
+        return slower
     return "at this target it is worth more dense than at any rank that saves parameters"

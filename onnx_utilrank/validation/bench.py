@@ -63,7 +63,11 @@ class LatencyComparison:
         log time) are called different, in simulation, in 2 to 4 of 100 comparisons of 3 to 5 pairs,
         1 of 200 of 10 pairs and 1 of 2000 of 20 pairs. Fewer than 3 pairs show nothing.
         """
-        return self.ratio_low > MARGIN and math.log(self.ratio / MARGIN) > self._uncertainty
+        return self.exceeds(MARGIN)
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether the ratio is clearly above a limit, as `slower` tells it of 1.02."""
+        return self.ratio_low > limit and math.log(self.ratio / limit) > self._uncertainty
 
     @property
     def faster(self) -> bool:

@@ -211,6 +211,7 @@ def validate(
     figures: tuple[ModelFigures, ModelFigures],
     max_error: float | None = None,
     min_agreement: float | None = None,
+    timed: Sequence[Feed] | None = None,
     seconds: float = 5.0,
 ) -> ValidationReport:
     """Compare a candidate with its reference on every provider that is asked for.
@@ -226,6 +227,7 @@ def validate(
         figures: Of the reference and of the candidate.
         max_error: See `tolerance_failures`.
         min_agreement: See `tolerance_failures`.
+        timed: Feeds that latency is measured on; None for `feeds`.
         seconds: Time to measure latency on each provider, see `compare_latency`.
 
     Raises:
@@ -237,7 +239,8 @@ def validate(
     if not providers:
         raise ConfigError("validation: no provider to run the models on")
     _require_sound(max_error, min_agreement)  # before the work rather than after it
-    results = tuple(_on_provider(reference, candidate, feeds, p, seconds) for p in providers)
+    timed = feeds if timed is None else timed
+    results = tuple(_on_provider(reference, candidate, feeds, timed, p, seconds) for p in providers)
     return ValidationReport(
         reference=figures[0],
         candidate=figures[1],
@@ -260,6 +263,7 @@ def _on_provider(
     reference: ModelStore,
     candidate: ModelStore,
     feeds: Sequence[Feed],
+    timed: Sequence[Feed],
     provider: Provider,
     seconds: float,
 ) -> ProviderResult:
@@ -269,8 +273,8 @@ def _on_provider(
     classifications = find_classifications(reference, expected, feeds[0]) if feeds else ()
     outputs = compare_outputs(expected, actual, feeds, classifications)
     # Among the skipped may be outputs that cannot be had as numpy arrays at all.
-    timed = [o.name for o in outputs if o.kind != "skipped"] or None
-    latency = compare_latency(expected, actual, feeds, outputs=timed, seconds=seconds)
+    wanted = [o.name for o in outputs if o.kind != "skipped"] or None
+    latency = compare_latency(expected, actual, timed, outputs=wanted, seconds=seconds)
     return ProviderResult(provider=provider.name, outputs=outputs, latency=latency)
 
 

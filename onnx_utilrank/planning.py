@@ -1,0 +1,258 @@
+"""From decompositions to a plan, in the unit of what was asked for; bytes and time are checked."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from onnx_utilrank.calibration.survey import linear_flops, survey
+from onnx_utilrank.compression import build
+from onnx_utilrank.config import CompressConfig
+from onnx_utilrank.errors import TargetMissedError
+from onnx_utilrank.job import Job
+from onnx_utilrank.latency.costs import LatencyCosts
+from onnx_utilrank.latency.measure import measure_latency
+from onnx_utilrank.measurement import Measurement
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.moves.shrink import SHRINK
+from onnx_utilrank.ranking.cost import NODE_BYTES, Ledger, Unit, count_parameters
+from onnx_utilrank.ranking.decide import Offers, kinds_offered
+from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.runtime.sessions import open_session
+from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.sites.site import Site
+from onnx_utilrank.validation.bench import compare_latency
+from onnx_utilrank.validation.report import ValidationReport
+
+__all__ = ["check_latency", "fit", "fullness", "make_ledger", "make_offers"]
+
+# A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
+# in their metric: a model that comes to it has no more room.
+FULL = 0.05
+
+# Plans that are made, at most, for a file to have the bytes that were asked for.
+FITS = 8
+
+# Models that are made and timed, at most, to meet a latency; what a trial may take; how far below
+# the limit is aimed, as it is measured once more in the end; and what is near enough to that.
+TRIALS = 6
+TRIAL_SECONDS = 2.0
+AIM = 0.985
+NEAR = 0.03
+
+
+def make_offers(
+    job: Job, found: Measurement, samples: Sequence[int], config: CompressConfig
+) -> Offers:
+    """What can be done to the sites of a model, in the unit of the ratio that was asked for.
+
+    Args:
+        job: The model.
+        found: The decompositions of its sites.
+        samples: Samples to learn shapes from, and to time the model on where latency counts.
+        config: Options.
+
+    Raises:
+        ConfigError: The options name a move that there is not, or none of the method's.
+        ModelError: The model does not run, or a node by itself does not, where it is timed.
+    """
+    unit: Unit = "parameters"
+    if config.size_ratio:
+        unit = "bytes"
+    elif config.flop_ratio:
+        unit = "operations"
+    elif config.latency_ratio or (config.latency_aware and config.quality):
+        unit = "latency"
+    hidden = found.hidden if config.moves is None or SHRINK in config.moves else ()
+    sites = [m.site for m in found.sites]
+    latency = _latency(job, found, hidden, samples, config) if config.latency_aware else None
+    ledger = make_ledger(job, unit, sites, samples, latency)
+    skips = (*job.skips, *found.skips)
+    return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)
+
+
+def make_ledger(
+    job: Job,
+    unit: Unit,
+    sites: Sequence[Site],
+    samples: Sequence[int],
+    latency: LatencyCosts | None = None,
+) -> Ledger:
+    """What a model and its sites cost in a unit."""
+    single = next(job.data.feeds(samples, batch=1))
+    names = {use.result.tensor for site in sites for use in site.uses}
+    shown = survey(job.index.store, names, single, job.provider)
+    rows = {s.key: sum(shown[u.result.tensor].size for u in s.uses) / s.m for s in sites}
+    if unit == "latency":
+        assert latency is not None
+        total = latency.total
+    elif unit == "parameters":
+        total = float(count_parameters(job.store))
+    elif unit == "bytes":
+        total = float(job.source.file_bytes)
+    else:
+        total = linear_flops(job.store, single, job.provider) / 2
+    return Ledger(unit=unit, total=total, rows=rows, latency=latency)
+
+
+def _latency(
+    job: Job,
+    found: Measurement,
+    hidden: Sequence[Hidden],
+    samples: Sequence[int],
+    config: CompressConfig,
+) -> LatencyCosts:
+    sites = [m.site for m in found.sites]
+    return measure_latency(
+        job.index,
+        sites,
+        hidden,
+        {s.key: kinds_offered(job.index, s, found.method, config) for s in sites},
+        next(job.data.feeds(samples, batch=config.latency_batch or job.batch)),
+        job.provider,
+        multiple=config.multiple,
+        cache=None if config.cache is None else Path(config.cache),
+        progress=job.progress,
+    )
+
+
+def fullness(offers: Offers, plan: RankPlan) -> tuple[str, ...]:
+    """A sentence where a plan goes further than the model has room for, as far as is predicted."""
+    predicted = plan.predicted_divergence
+    if predicted is None or predicted <= FULL:
+        return ()
+    reach = offers.reach(FULL)
+    unit = offers.ledger.unit
+    until = "at any size" if reach is None else f"below {100 * reach:.0f} % of its {unit}"
+    return (
+        f"The model uses its space: {until} a divergence of more than {FULL:g} is predicted "
+        f"({predicted:.2g} at {100 * plan.param_ratio:.0f} % of the parameters); expect its "
+        "quality to suffer.",
+    )
+
+
+def fit(
+    job: Job, found: Measurement, offers: Offers, samples: Sequence[int], config: CompressConfig
+) -> tuple[RankPlan, ModelStore]:
+    """Plan for the ratio or the energy that was asked for, and make the model.
+
+    Args:
+        job: The source.
+        found: The decompositions of its sites.
+        offers: What can be done to them.
+        samples: Samples to time models on, where latency was asked for.
+        config: Options.
+
+    Raises:
+        TargetMissedError: It cannot be reached.
+    """
+    if config.latency_ratio is not None:
+        plan = _fit_latency(job, found, offers, samples, config, config.latency_ratio)
+        return build(job, plan, found, config)
+    if config.size_ratio is not None:
+        return _fit_bytes(job, found, offers, config, config.size_ratio)
+    return build(job, offers.plan(config.ratio), found, config)
+
+
+def _fit_bytes(
+    job: Job, found: Measurement, offers: Offers, config: CompressConfig, wanted: float
+) -> tuple[RankPlan, ModelStore]:
+    """The bytes of a file are known when it is made: where the first plan misses them, the next
+    ones aim lower by what was too much.
+    """
+    ratio = wanted
+    for _ in range(FITS):
+        plan, store = build(job, offers.plan(ratio), found, config)
+        excess = store.file_bytes - math.floor(wanted * job.source.file_bytes)
+        if excess <= 0:
+            return plan, store
+        ratio -= (excess + NODE_BYTES) / job.source.file_bytes
+        if ratio <= 0:
+            break
+    raise TargetMissedError(
+        f"{job.store.label}: a file of {wanted:g} of its bytes cannot be reached"
+    )
+
+
+def _fit_latency(
+    job: Job,
+    found: Measurement,
+    offers: Offers,
+    samples: Sequence[int],
+    config: CompressConfig,
+    wanted: float,
+) -> RankPlan:
+    """The mildest plan that was measured, on the whole model, to be as fast as was asked for.
+
+    What layers take by themselves says which to change; how far to go is found by timing whole
+    models. Those need no refit, as time does not depend on values.
+    """
+    feeds = list(job.data.feeds(samples, batch=config.latency_batch or job.batch))
+    reference = open_session(job.source, job.provider)
+    # Planned against measured shares of the time: nothing changed takes all of it.
+    slow, slow_measured = 1.0, 1.0
+    fast: tuple[float, float] | None = None
+    best: RankPlan | None = None
+    ratio = max(AIM * wanted, offers.least * (1 + 1e-6))
+    fastest = math.inf
+    for trial in range(TRIALS):
+        job.progress("timing models", trial, TRIALS)
+        plan = offers.plan(min(ratio, 1.0))
+        if not plan.changes:
+            break
+        _, store = build(job, replace(plan, refit=False), found, config)
+        measured = compare_latency(
+            reference, open_session(store, job.provider), feeds, seconds=TRIAL_SECONDS
+        ).ratio
+        fastest = min(fastest, measured)
+        if measured <= AIM * wanted:
+            best, fast = plan, (ratio, measured)
+            if measured >= (AIM - NEAR) * wanted or ratio >= 1.0:
+                break
+        else:
+            slow, slow_measured = ratio, measured
+            if ratio <= offers.least * (1 + 1e-6):
+                break
+        ratio = _next_ratio(slow, slow_measured, fast, AIM * wanted, offers.least * (1 + 1e-6))
+    job.progress("timing models", TRIALS, TRIALS)
+    if best is None:
+        reached = "no move is faster" if fastest == math.inf else f"{fastest:.3f} was measured"
+        raise TargetMissedError(
+            f"{job.store.label}: a latency ratio of {wanted:g} cannot be reached on "
+            f"{job.provider.name}: {reached}, with {offers.least:.3f} expected of every layer at "
+            "its fastest"
+        )
+    return best
+
+
+def _next_ratio(
+    slow: float, slow_measured: float, fast: tuple[float, float] | None, aim: float, least: float
+) -> float:
+    """On the line between one that is too slow and one that is fast enough, or below the former."""
+    if fast is None:
+        return max(min(slow - (slow_measured - aim), 0.97 * slow), least)
+    (a, b), (x, y) = (fast[0], slow), (fast[1], slow_measured)
+    if y <= x:
+        return (a + b) / 2
+    share = (aim - x) / (y - x)
+    return a + (b - a) * min(max(share, 0.1), 0.9)
+
+
+def check_latency(job: Job, config: CompressConfig, report: ValidationReport) -> None:
+    """Where latency counts, a model that is slower than was asked for is no success.
+
+    Raises:
+        TargetMissedError: It is slower than the original, or than the ratio that was asked for, by
+            more than the noise of the measurement.
+    """
+    if not config.latency_aware:
+        return
+    for each in report.providers:
+        time = each.latency
+        limit = config.latency_ratio or 1.0
+        if time.slower or time.exceeds(limit):
+            raise TargetMissedError(
+                f"{job.store.label}: on {each.provider} the result takes {time.ratio:.3f} of the "
+                f"original's time ({time.ratio_low:.3f} to {time.ratio_high:.3f} in {time.pairs} "
+                f"pairs of runs), more than the {limit:g} that was asked for"
+            )
