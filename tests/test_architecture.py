@@ -24,9 +24,10 @@ LAYERS = {
     "sites": "errors model statistics",
     "torch_graph": "config errors model",
     "moves": "errors model sites statistics",
-    "ranking": "config errors model moves sites statistics",
     "calibration": "errors model runtime sites statistics",
     "surgery": "errors model moves sites statistics",
+    "latency": "calibration model moves runtime sites statistics surgery torch_graph",
+    "ranking": "config errors latency model moves sites statistics",
     "sensitivity": "calibration errors model moves ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
@@ -39,6 +40,10 @@ LAYERS = {
     "compression": (
         "config errors job measurement model moves ranking refit runtime sensitivity sites"
         " statistics surgery torch_graph validation"
+    ),
+    "planning": (
+        "calibration compression config errors job latency measurement model moves ranking"
+        " runtime sites validation"
     ),
     "quality": "calibration config errors job model runtime statistics validation",
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
@@ -53,8 +58,8 @@ LAYERS = {
     ),
     "search": "compression config errors job measurement model quality ranking",
     "pipeline": (
-        "calibration comparison compression config errors finetuning job model quality ranking"
-        " results runtime search sites torch_graph training validation"
+        "calibration comparison compression config errors finetuning job model planning quality"
+        " ranking results runtime search sites torch_graph training validation"
     ),
     "__init__": ("config errors finetuning low_rank_training pipeline ranking results validation"),
     "report": "errors model quality ranking results training validation",

@@ -1,16 +1,12 @@
 """Time every site of a model in every form that a plan may choose, each distinct shape once."""
 
 import logging
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
-import torch
 
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress
@@ -22,15 +18,16 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.move import MoveKind
+from onnx_utilrank.runtime.device import device_key
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Use
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.surgery.rewrite import Replacement, rewrite
-from onnx_utilrank.torch_graph.placement import device_beside
+from onnx_utilrank.torch_graph.placement import gpu_name
 
-__all__ = ["device_name", "measure_latency"]
+__all__ = ["measure_latency"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,28 +90,11 @@ def measure_latency(
     return _costs(sites, forms, 1e9 * whole, provider)
 
 
-def device_name(provider: Provider) -> str:
-    """What the times of this machine are kept under: processor and cores, or the GPU."""
-    if device_beside(provider.key) == "cuda":
-        return str(torch.cuda.get_device_name())
-    model = platform.processor()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(errors="replace").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return f"{model} x {os.cpu_count()}"
-
-
 def _device_cache(folder: Path | None, provider: Provider) -> Cache:
     if folder is None:
         return Cache()
     folder.mkdir(parents=True, exist_ok=True)
-    said = (
-        device_name(provider),
-        provider.name,
-        ort.__version__,
-        *sorted(provider.custom_op_libraries),
-    )
+    said = (*device_key(provider), gpu_name(provider.key))
     return Cache(folder=folder, key=sha256(repr(said).encode()).hexdigest())
 
 

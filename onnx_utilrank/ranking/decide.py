@@ -1,6 +1,5 @@
 """Turn measurements into a plan: offer moves, let the method allocate, give every reason."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -139,7 +138,7 @@ class Offers:
     def allocate(self, ratio: float) -> Decision | None:
         """One move a site for a share of the cost to keep; None where it cannot be reached."""
         # The room is for the binary fraction of a ratio such as 0.7.
-        budget = math.floor(self.ledger.total * ratio + 1e-6) - self.rest
+        budget = self.ledger.total * ratio + 1e-6 - self.rest
         if not self.bundles:
             moves = self.method.allocate(self.choices, budget)
             return None if moves is None else Decision.of(moves)

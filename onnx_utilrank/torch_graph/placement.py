@@ -5,7 +5,7 @@ from onnx import TensorProto
 
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["device_beside", "gradient_type"]
+__all__ = ["device_beside", "gpu_name", "gradient_type"]
 
 
 def gradient_type(store: ModelStore) -> torch.dtype | None:
@@ -17,3 +17,8 @@ def gradient_type(store: ModelStore) -> torch.dtype | None:
 def device_beside(provider: str) -> str:
     """The device beside an execution provider, by its key, if this build of torch can use it."""
     return "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def gpu_name(provider: str) -> str:
+    """The GPU of an execution provider, by its key; empty where there is none."""
+    return str(torch.cuda.get_device_name()) if device_beside(provider) == "cuda" else ""
