@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["SHAPES", "VitShape", "build"]
+__all__ = ["OPSET", "SHAPES", "Graph", "VitShape", "attention", "build"]
 
 # The first opset with LayerNormalization.
 OPSET = 17
@@ -76,7 +76,7 @@ def build(shape: VitShape, seed: int = 0) -> onnx.ModelProto:
     """
     if shape.width % shape.heads or shape.image % shape.patch:
         raise ValueError(f"{shape}: heads have to divide the width, and patches the image")
-    graph = _Graph(seed)
+    graph = Graph(seed)
     tokens = _embed(graph, shape)
     for layer in range(shape.layers):
         tokens = _block(graph, shape, tokens, f"blocks.{layer}")
@@ -99,8 +99,12 @@ def build(shape: VitShape, seed: int = 0) -> onnx.ModelProto:
     )
 
 
-class _Graph:
-    """Nodes and initializers in the making; each method returns the name of a value."""
+class Graph:
+    """Nodes and initializers in the making; each method returns the name of a value.
+
+    Args:
+        seed: Of random weights.
+    """
 
     def __init__(self, seed: int) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -108,35 +112,42 @@ class _Graph:
         self._random = np.random.default_rng(seed)
 
     def node(self, op: str, *inputs: str, name: str = "", output: str = "", **attrs: Any) -> str:
+        """A node of one output."""
         name = name or f"{op}_{len(self.nodes)}"
         output = output or f"{name}_output"
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attrs))
         return output
 
     def constant(self, name: str, values: np.ndarray) -> str:
+        """An initializer."""
         self.initializers.append(numpy_helper.from_array(values, name))
         return name
 
     def integers(self, name: str, values: int | Sequence[int]) -> str:
+        """An int64 initializer."""
         return self.constant(name, np.array(values, np.int64))
 
     def random(self, name: str, shape: tuple[int, ...], scale: float) -> str:
+        """A float32 initializer of normal values."""
         values = self._random.standard_normal(shape, dtype=np.float32)
         return self.constant(name, values * np.float32(scale))
 
     def linear(self, name: str, x: str, fan_in: int, fan_out: int, gain: float = 1.0) -> str:
+        """A layer with a bias: MatMul, then Add."""
         weight = self.random(f"{name}.weight", (fan_in, fan_out), gain * fan_in**-0.5)
         bias = self.random(f"{name}.bias", (fan_out,), EMBEDDING_SCALE)
         product = self.node("MatMul", x, weight, name=f"{name}/MatMul")
         return self.node("Add", product, bias, name=f"{name}/Add")
 
     def norm(self, name: str, x: str, width: int) -> str:
+        """A LayerNormalization over the last axis."""
         scale = self.constant(f"{name}.weight", np.ones(width, np.float32))
         bias = self.constant(f"{name}.bias", np.zeros(width, np.float32))
         op = "LayerNormalization"
         return self.node(op, x, scale, bias, name=f"{name}/{op}", axis=-1, epsilon=1e-6)
 
     def gelu(self, name: str, x: str) -> str:
+        """GELU spelled out with Erf."""
         root, one, half = (
             self.constant(f"{name}.{key}", np.array(value, np.float32))
             for key, value in (("root", math.sqrt(2)), ("one", 1.0), ("half", 0.5))
@@ -145,7 +156,7 @@ class _Graph:
         return self.node("Mul", self.node("Mul", x, self.node("Add", error, one)), half)
 
 
-def _embed(graph: _Graph, shape: VitShape) -> str:
+def _embed(graph: Graph, shape: VitShape) -> str:
     """Patches, the class token before them, and positions: [N, tokens, width]."""
     kernel = (shape.width, CHANNELS, shape.patch, shape.patch)
     weight = graph.random("patches.weight", kernel, (CHANNELS * shape.patch**2) ** -0.5)
@@ -165,21 +176,34 @@ def _embed(graph: _Graph, shape: VitShape) -> str:
     return graph.node("Add", joined, places)
 
 
-def _block(graph: _Graph, shape: VitShape, tokens: str, name: str) -> str:
+def _block(graph: Graph, shape: VitShape, tokens: str, name: str) -> str:
     """A pre-LayerNorm transformer block."""
     width, hidden = shape.width, shape.width * shape.mlp_ratio
     gain = (2 * shape.layers) ** -0.5
-    attended = _attention(graph, shape, graph.norm(f"{name}.norm1", tokens, width), name, gain)
+    normed = graph.norm(f"{name}.norm1", tokens, width)
+    attended = attention(graph, width, shape.heads, normed, name, gain)
     tokens = graph.node("Add", tokens, attended)
     inner = graph.norm(f"{name}.norm2", tokens, width)
     inner = graph.gelu(f"{name}.gelu", graph.linear(f"{name}.mlp.0", inner, width, hidden))
     return graph.node("Add", tokens, graph.linear(f"{name}.mlp.1", inner, hidden, width, gain))
 
 
-def _attention(graph: _Graph, shape: VitShape, x: str, name: str, gain: float) -> str:
-    """Multi-head self-attention with separate query, key and value layers."""
-    width, size = shape.width, shape.width // shape.heads
-    split = graph.integers(f"{name}.heads", (0, 0, shape.heads, size))
+def attention(
+    graph: Graph, width: int, heads: int, x: str, name: str, gain: float, mask: str = ""
+) -> str:
+    """Multi-head self-attention with separate query, key and value layers.
+
+    Args:
+        graph: What the nodes are added to.
+        width: Features of a token.
+        heads: Heads; they share the width evenly.
+        x: The tokens, [N, tokens, width].
+        name: Prefix of names.
+        gain: Scale of the last layer's weights.
+        mask: What is added to the scores, [N, 1, 1, tokens]; empty for nothing.
+    """
+    size = width // heads
+    split = graph.integers(f"{name}.heads", (0, 0, heads, size))
     query, key, value = (
         graph.node(
             "Transpose",
@@ -190,6 +214,8 @@ def _attention(graph: _Graph, shape: VitShape, x: str, name: str, gain: float) -
     )
     scale = graph.constant(f"{name}.scale", np.array(size**-0.5, np.float32))
     scores = graph.node("Mul", graph.node("MatMul", query, key), scale)
+    if mask:
+        scores = graph.node("Add", scores, mask)
     mixed = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), value)
     mixed = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
     merged = graph.node("Reshape", mixed, graph.integers(f"{name}.merged", (0, 0, width)))

@@ -1,0 +1,161 @@
+"""Show how much of the saving in operations becomes time, where latency is what was asked for.
+
+Models of a zoo (see `zoo_table.py`) are compressed by the default method; transformers of standard
+shapes, with random weights, by plain SVD, as time does not depend on values. Each is made for runs
+of every batch size that is asked for, and timed against its original in one run, by turns.
+
+    operations   of MatMul, Gemm and Conv, after to before: the limit where a model does nothing
+                 else and every operation takes the same time
+    time         median of after to before over pairs of runs, with quartiles
+    realised     share of the saving in operations that is saved in time
+"""
+
+import argparse
+import importlib
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
+
+from onnx_utilrank import CompressConfig, CompressResult, TargetMissedError, compress
+from onnx_utilrank.errors import UtilrankError
+
+__all__ = ["main"]
+
+RECIPES = Path(__file__).resolve().parent.parent / "models"
+# Which recipe makes a shape.
+SHAPES = {"vit-s": "synthetic_vit", "vit-b": "synthetic_vit", "bert-base": "synthetic_bert"}
+TOKENS = 128
+COLUMNS = (
+    *("model", "batch", "asked", "parameters", "operations", "time", "quartiles", "pairs"),
+    *("realised", "slower"),
+)
+
+
+def row(label: str, batch: int, ratio: float, result: CompressResult | None) -> list[str]:
+    """What came of one model at one batch size; None where nothing that fast can be made."""
+    head = [label, str(batch), f"{ratio:g}"]
+    if result is None or result.validation is None:
+        return [*head, *[NOTHING] * (len(COLUMNS) - len(head))]
+    figures = result.validation
+    time = figures.providers[0].latency
+    before, after = figures.reference.flops or 0, figures.candidate.flops or 0
+    operations = after / max(before, 1)
+    realised = (1 - time.ratio) / (1 - operations) if operations < 1 else None
+    return [
+        *head,
+        f"{figures.candidate.parameters / figures.reference.parameters:.3f}",
+        f"{operations:.3f}",
+        f"{time.ratio:.3f}",
+        f"{time.ratio_low:.3f} to {time.ratio_high:.3f}",
+        str(time.pairs),
+        NOTHING if realised is None else f"{100 * realised:.0f} %",
+        "yes" if time.slower else "no",
+    ]
+
+
+def _made(model: Any, data: Any, **options: Any) -> CompressResult | None:
+    try:
+        return compress(model, data, CompressConfig(**options))
+    except TargetMissedError as e:
+        print(e, file=sys.stderr)
+        return None
+
+
+def _shape(label: str, samples: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """A transformer with random weights, and samples of noise."""
+    sys.path.insert(0, str(RECIPES))
+    recipe = importlib.import_module(SHAPES[label])
+    shape = recipe.SHAPES[label]
+    rng = np.random.default_rng(0)
+    if SHAPES[label] == "synthetic_vit":
+        pixels = (samples, 3, shape.image, shape.image)
+        images = rng.standard_normal(pixels, dtype=np.float32)
+        return recipe.build(shape), {recipe.INPUT_NAME: images}
+    ids = rng.integers(0, shape.vocabulary, (samples, TOKENS))
+    return recipe.build(shape), {recipe.IDS_NAME: ids, recipe.MASK_NAME: np.ones_like(ids)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="latency_table.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_zoo_option(parser)
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME", help="of the zoo")
+    parser.add_argument("--shapes", nargs="*", default=[], choices=SHAPES, metavar="SHAPE")
+    parser.add_argument(
+        "--latency-ratio", type=float, default=0.6, metavar="R", help="asked for (default: 0.6)"
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=[1, 16], metavar="N", help="default: 1 16"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=256, metavar="N", help="calibration samples (default: 256)"
+    )
+    parser.add_argument("--provider", default="cpu", help="where to run (default: cpu)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; the exit status."""
+    parser = _parser()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    if not options.models and not options.shapes:
+        parser.error("nothing to measure: give --models or --shapes")
+    if options.models and (options.zoo is None or not (options.zoo / "zoo.py").is_file()):
+        parser.error(f"no zoo: give --zoo, or set {ENVIRONMENT}")
+    common = {"latency_ratio": options.latency_ratio, "provider": options.provider}
+    rows = []
+
+    def add(label: str, batch: int, model: Any, data: Any, **own: Any) -> None:
+        result = _made(model, data, latency_batch=batch, **common, **own)
+        rows.append(row(label, batch, options.latency_ratio, result))
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for label in options.shapes:
+                # A fifth is held back to be timed on: one run of the largest batch.
+                model, data = _shape(label, 5 * max(options.batch))
+                for batch in options.batch:
+                    add(label, batch, model, data, method="svd")
+            if options.models:
+                zoo = Zoo(
+                    folder=options.zoo.resolve(),
+                    program="onnx-utilrank",
+                    work=Path(folder),
+                    samples=options.samples,
+                    limit=None,
+                )
+            for name in options.models:
+                samples = str(zoo.work / f"{name}.npz")
+                words = (sys.executable, zoo.script, "calib", name, "-o", samples)
+                zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
+                for batch in options.batch:
+                    add(name, batch, zoo.model(name), samples, cache=zoo.work / f"{name}.cache")
+        except StepError as e:
+            print(f"{parser.prog}: error: {e}", file=sys.stderr)
+            return 1
+        except UtilrankError as e:
+            print(f"{parser.prog}: error: {e}", file=sys.stderr)
+            return e.exit_status
+    own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
+    zoo_said = f"{ENVIRONMENT}=ZOO " if options.models else ""
+    print(f"    {zoo_said}python tools/{shlex.join([parser.prog, *own])}\n")
+    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *rows]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
