@@ -1,4 +1,4 @@
-"""The table of latency and the text encoder that it times, on the smallest inputs that show them."""
+"""The table of latency, and the text encoder that it times, on the smallest inputs of all."""
 
 import importlib
 from pathlib import Path
