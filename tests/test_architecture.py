@@ -61,6 +61,7 @@ LAYERS = {
         "calibration comparison compression config errors finetuning job model planning quality"
         " ranking results runtime search sites torch_graph training validation"
     ),
+    "olive": "config errors pipeline",
     "__init__": ("config errors finetuning low_rank_training pipeline ranking results validation"),
     "report": "errors model quality ranking results training validation",
     "cli": (
@@ -76,6 +77,7 @@ FENCES = {
     "onnxruntime": ("runtime/", "cli/main.py"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
+    "olive": ("olive.py",),
     "onnx_ir": (),
     "torch": ("torch_graph/", "sensitivity/", "refit/", "training/", "low_rank_training.py"),
 }
