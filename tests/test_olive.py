@@ -40,18 +40,19 @@ def workflow(folder: Path, **options: object) -> None:
     (folder / "workflow.json").write_text(json.dumps(config), encoding="utf8")
 
 
-def olive(folder: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory) -> Path:
+    """Olive's passes and this one, as a user lists them."""
+    words = [sys.executable, "-m", "onnx_utilrank.olive"]
+    listed = subprocess.run(words, env=QUIET, capture_output=True, text=True, check=True)
+    path = tmp_path_factory.mktemp("olive") / "passes.json"
+    path.write_text(listed.stdout, encoding="utf8")
+    return path
+
+
+def olive(folder: Path, passes: Path) -> subprocess.CompletedProcess[str]:
     """As a user types it; in a process of its own, whose warnings are not ours."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "onnx_utilrank.olive"],
-        cwd=folder,
-        env=QUIET,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (folder / "passes.json").write_text(listed.stdout, encoding="utf8")
-    words = ["run", "--config", "workflow.json", "--package-config", "passes.json"]
+    words = ["run", "--config", "workflow.json", "--package-config", str(passes)]
     return subprocess.run(
         [sys.executable, "-m", "olive", *words],
         cwd=folder,
@@ -62,9 +63,9 @@ def olive(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_workflow_makes_a_smaller_model(tmp_path: Path):
+def test_a_workflow_makes_a_smaller_model(tmp_path: Path, passes: Path):
     workflow(tmp_path, param_ratio=0.6, options={"method": "one-sided", "rank_multiple": 4})
-    done = olive(tmp_path)
+    done = olive(tmp_path, passes)
     assert done.returncode == 0, done.stderr
     small = onnx.load(tmp_path / "out" / "model.onnx")
     assert sum(int(np.prod(t.dims)) for t in small.graph.initializer) <= 0.6 * 2 * 64 * 64
@@ -76,14 +77,14 @@ def test_a_workflow_makes_a_smaller_model(tmp_path: Path):
     assert figures["candidate"]["parameters"] <= 0.6 * figures["reference"]["parameters"]
 
 
-def test_what_cannot_be_reached_fails_with_the_line_of_the_command(tmp_path: Path):
+def test_what_cannot_be_reached_fails_with_the_line_of_the_command(tmp_path: Path, passes: Path):
     workflow(tmp_path, param_ratio=0.001)
-    done = olive(tmp_path)
+    done = olive(tmp_path, passes)
     assert "a ratio of 0.001 of its parameters cannot be reached" in done.stdout + done.stderr
     assert not (tmp_path / "out" / "model.onnx").exists()
 
 
-def test_options_that_there_are_not(tmp_path: Path):
+def test_options_that_there_are_not(tmp_path: Path, passes: Path):
     workflow(tmp_path, param_ratio=0.5, options={"colour": "red"})
-    done = olive(tmp_path)
+    done = olive(tmp_path, passes)
     assert "options: there is no colour" in done.stdout + done.stderr
