@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from onnx_utilrank.errors import ConfigError, DataError, ModelError
 from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.binding import Binding
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
 from onnx_utilrank.validation.bench import LatencyComparison, compare_latency
@@ -462,9 +463,15 @@ RUNS: list[tuple[str, int]] = []
 class RecordedSession(Session):
     """A session that also writes down which model ran, and on how many rows."""
 
-    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        RUNS.append((self.label, len(feed["x"])))
-        return super().run(feed, outputs)
+    def bind(self, feed: Feed, outputs: Sequence[str] | None = None) -> Binding:
+        given = {"session": self.raw, "feed": feed, "outputs": outputs or self.outputs}
+        return RecordedBinding(**given, nvidia=False, label=self.label)
+
+
+class RecordedBinding(Binding):
+    def run(self) -> float:
+        RUNS.append((self._label, len(self._feed["x"])))
+        return super().run()
 
 
 def recorded(label: str) -> Session:

@@ -10,7 +10,6 @@ from onnx_utilrank.config import DEFAULT_MEMORY
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
-from onnx_utilrank.runtime.providers import PROVIDERS
 from onnx_utilrank.sites.find import SITE_KINDS
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
@@ -22,11 +21,13 @@ __all__ = [
     "add_model_output_option",
     "add_output_options",
     "add_provider_option",
+    "add_providers_option",
     "add_site_options",
     "add_training_options",
     "check_outputs",
     "method_options",
     "number",
+    "providers_options",
     "run_options",
     "site_options",
     "training_options",
@@ -88,13 +89,44 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+PROVIDER_HELP = (
+    "execution provider: cpu, cuda, tensorrt, or any that ONNX Runtime names; not getting it is an "
+    "error"
+)
+
+
 def add_provider_option(parser: argparse.ArgumentParser) -> None:
     """Where to run."""
     parser.add_argument(
+        "--provider", default="cpu", metavar="NAME", help=f"{PROVIDER_HELP} (default: cpu)"
+    )
+    parser.add_argument(
+        "--provider-option",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the provider, such as device_id=1; may be repeated",
+    )
+    add_library_option(parser)
+
+
+def add_providers_option(parser: argparse.ArgumentParser) -> None:
+    """Where to run, in several places one after another."""
+    parser.add_argument(
         "--provider",
-        choices=[p.key for p in PROVIDERS],
-        default="cpu",
-        help="execution provider; not getting it is an error (default: cpu)",
+        action="append",
+        metavar="NAME",
+        help=f"{PROVIDER_HELP}; may be repeated (default: cpu)",
+    )
+    parser.add_argument(
+        "--provider-option",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="[NAME:]KEY=VALUE",
+        help="an option of a provider, which has to be named where there are several; may be "
+        "repeated",
     )
     add_library_option(parser)
 
@@ -254,6 +286,37 @@ def size(text: str) -> int:
     return int(number(float, 1, 2.0**60)(digits) * factor)
 
 
+def _assignment(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key.strip(), value
+
+
+def providers_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_providers_option` was given.
+
+    Raises:
+        ConfigError: It is not clear of which provider an option is.
+    """
+    providers = tuple(dict.fromkeys(args.provider or ["cpu"]))
+    options: dict[str, dict[str, str]] = {}
+    for text, value in args.provider_option:
+        name, sign, key = text.partition(":")
+        if not sign and len(providers) > 1:
+            raise ConfigError(
+                f"provider option {text}={value}: there are several providers; write "
+                f"{providers[0]}:{text}={value}"
+            )
+        owner, key = (name, key) if sign else (providers[0], text)
+        options.setdefault(owner, {})[key] = value
+    return {
+        "providers": providers,
+        "provider_options": options,
+        "custom_op_libraries": tuple(args.custom_op_library),
+    }
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -284,6 +347,7 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         "samples": args.samples,
         "seed": args.seed,
         "provider": args.provider,
+        "provider_options": dict(args.provider_option),
         "custom_op_libraries": tuple(args.custom_op_library),
     }
 
