@@ -57,9 +57,10 @@ def number(
     return parse
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What to run on."""
-    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    otherwise = "" if required else " (default: inputs are generated)"
+    parser.add_argument("--data", required=required, metavar="DATA", help=f"{DATA_HELP}{otherwise}")
     parser.add_argument(
         "--samples", type=number(int, 1), metavar="N", help="use N samples at most (default: all)"
     )

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Columns of words, which are flush left; so is the first of any table.
-WORDS = ("op", "reason", "provider", "model", "asked for", "ran on")
+WORDS = ("op", "reason", "provider", "model", "asked for", "ran on", "size", "in time")
 
 # Nodes that ran elsewhere than asked for, on a terminal.
 NODES_SHOWN = 20

@@ -22,7 +22,7 @@ from onnx_utilrank.runtime.creation import (
 from onnx_utilrank.runtime.placement import Placement, read_placement
 from onnx_utilrank.runtime.providers import Provider, ort_errors
 
-__all__ = ["FLOAT_TYPES", "Feed", "InferenceError", "Session", "open_session"]
+__all__ = ["FLOAT_TYPES", "Feed", "InferenceError", "Session", "open_session", "wrapped"]
 
 # One array (or nested list, for sequences) per graph input, by name.
 Feed = Mapping[str, np.ndarray]
@@ -72,7 +72,7 @@ class Session:
                 a node fails.
         """
         names = self.outputs if outputs is None else tuple(outputs)
-        given = self._given(feed)
+        given = self._taken(feed)
         try:
             return dict(zip(names, self.raw.run(list(names), given), strict=True))
         except ort_errors() as e:
@@ -87,14 +87,14 @@ class Session:
         """
         names = self.outputs if outputs is None else tuple(outputs)
         return Binding(
-            self.raw, self._given(feed), names, nvidia=self.provider.nvidia, label=self.label
+            self.raw, self._taken(feed), names, nvidia=self.provider.nvidia, label=self.label
         )
 
     def placement(self) -> Placement:
         """Where its nodes run, read back from ONNX Runtime."""
         return read_placement(self.raw, self.provider.name)
 
-    def _given(self, feed: Feed) -> dict[str, np.ndarray]:
+    def _taken(self, feed: Feed) -> dict[str, np.ndarray]:
         return {k: self._cast(k, v) for k, v in feed.items() if k in self.inputs}
 
     def _cast(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -142,8 +142,19 @@ def open_session(
         fault = provider_fault(provider)
         raise fault or ModelError(_refusal(model, one_line(e))) from e
     _require_used(raw, provider, model.label)
+    return wrapped(raw, provider, model.label)
+
+
+def wrapped(raw: ort.InferenceSession, provider: Provider, label: str) -> Session:
+    """What this package knows of an ONNX Runtime session.
+
+    Args:
+        raw: The session.
+        provider: The provider that it was made for.
+        label: How messages name the model.
+    """
     return Session(
-        label=model.label,
+        label=label,
         provider=provider,
         inputs=tuple(i.name for i in (*raw.get_inputs(), *raw.get_overridable_initializers())),
         outputs=tuple(o.name for o in raw.get_outputs()),

@@ -10,7 +10,7 @@ import numpy as np
 from onnx_utilrank.errors import DataError
 from onnx_utilrank.runtime.sessions import Feed, Session
 
-__all__ = ["LatencyComparison", "Spread", "compare_latencies", "compare_latency"]
+__all__ = ["LatencyComparison", "Spread", "compare_latencies", "compare_latency", "copies_note"]
 
 # A difference that two sessions of one model can show for good, by where their memory lies.
 MARGIN = 1.02
@@ -184,6 +184,11 @@ def compare_latencies(
         ):
             table = np.asarray(times)
             return tuple(_summary(table[:, [0, k]], copies) for k in range(1, len(models)))
+
+
+def copies_note(provider: str) -> str:
+    """The sentence for times that are not of the models alone."""
+    return f"Times on {provider} include copies of inputs and outputs, which cannot be bound there."
 
 
 def _shapes(feed: Feed) -> object:

@@ -18,6 +18,7 @@ __all__ = [
     "compare_outputs",
     "find_classifications",
     "float_types",
+    "require_same_names",
     "snr_db",
 ]
 
@@ -266,14 +267,7 @@ def _tallies(
     reference: Session, candidate: Session, classifications: Collection[str]
 ) -> list[_Tally]:
     """One empty tally per output of the reference, after checking that the models match."""
-    # Only inputs that must be fed: weights that a model also lists as inputs may come and go.
-    _same_names(
-        "inputs",
-        candidate,
-        [i.name for i in reference.raw.get_inputs()],
-        [i.name for i in candidate.raw.get_inputs()],
-    )
-    _same_names("outputs", candidate, reference.outputs, candidate.outputs)
+    require_same_names(reference, candidate)
     types: Mapping[str, str] = {o.name: o.type for o in candidate.raw.get_outputs()}
     tallies = []
     # A graph may list a value among its outputs twice.
@@ -299,6 +293,22 @@ def _kind(ort_type: str) -> Kind:
     return (
         "values" if ort_type in FLOAT_TYPES else "decisions" if ort_type in _DISCRETE else "skipped"
     )
+
+
+def require_same_names(reference: Session, candidate: Session) -> None:
+    """Check that the inputs and outputs of two models have the same names, in any order.
+
+    Raises:
+        ModelError: They have not.
+    """
+    # Only inputs that must be fed: weights that a model also lists as inputs may come and go.
+    _same_names(
+        "inputs",
+        candidate,
+        [i.name for i in reference.raw.get_inputs()],
+        [i.name for i in candidate.raw.get_inputs()],
+    )
+    _same_names("outputs", candidate, reference.outputs, candidate.outputs)
 
 
 def _same_names(

@@ -10,7 +10,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.placement import Placement
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
-from onnx_utilrank.validation.bench import LatencyComparison, compare_latency
+from onnx_utilrank.validation.bench import LatencyComparison, compare_latency, copies_note
 from onnx_utilrank.validation.compare import (
     FloatTypes,
     OutputComparison,
@@ -152,10 +152,7 @@ class ValidationReport:
                     f"({time.ratio:.2f} times)."
                 )
             if time.copies:
-                notes.append(
-                    f"Times on {result.provider} include copies of inputs and outputs: they cannot "
-                    "be bound there."
-                )
+                notes.append(copies_note(result.provider))
             notes += [
                 f"{len(placement.fallen)} of {placement.nodes} nodes of the {role} do not run on "
                 f"{result.provider}, though it was asked for."
