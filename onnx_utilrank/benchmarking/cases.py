@@ -99,8 +99,8 @@ def synthetic_cases(model: ModelStore, config: BenchmarkConfig) -> tuple[list[In
     missing = [name for name in free if name not in config.dims and name not in batch_axes]
     if missing:
         raise ConfigError(
-            f"{model.label}: the length of axis {missing[0]!r} is free: give one, as in --dim "
-            f"{missing[0]}=64, or data"
+            f"{model.label}: lengths of free axes are not known: {', '.join(map(repr, missing))}; "
+            f"give them, as in {' '.join(f'--dim {name}=64' for name in missing)}, or data"
         )
     fixed = None if batch_axes else _fixed_batch(model)
     batches, notes = _batches(config, fixed)

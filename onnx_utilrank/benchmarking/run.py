@@ -56,11 +56,12 @@ def benchmark(
         inputs, notes = synthetic_cases(models[0], config)
     else:
         inputs, notes = cases_of_data(models[0], data, config)
-    flops = _operations(models, inputs, config)
     found: list[BenchmarkCase] = []
+    flops = None
     for provider in providers:
         timed, said = _timed(models, provider, inputs, config, progress)
         notes += said
+        flops = flops or _operations(models, inputs, config)
         for k, (case, latencies) in enumerate(zip(inputs, timed, strict=True)):
             progress(f"memory, {provider.key}", k, len(inputs))
             memory = tuple(

@@ -1,6 +1,7 @@
 """A benchmark as a table for a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import RenderableType
 
@@ -18,7 +19,7 @@ def benchmark_tables(report: BenchmarkReport) -> Iterator[RenderableType]:
     on_device = any(m.device is not None for case in report.cases for m in case.memory)
     table = empty_table(*COLUMNS, *(["device MiB"] if on_device else []))
     for case in report.cases:
-        for k, model in enumerate(report.models):
+        for k, model in enumerate(_short(report.models)):
             memory = case.memory[k]
             add_row(
                 table,
@@ -31,6 +32,12 @@ def benchmark_tables(report: BenchmarkReport) -> Iterator[RenderableType]:
             )
     yield table
     yield from sentences(report.notes, {})
+
+
+def _short(models: Sequence[str]) -> Sequence[str]:
+    """File names alone, where they tell the models apart."""
+    names = [Path(model).name for model in models]
+    return names if len(set(names)) == len(names) else models
 
 
 def _size(case: BenchmarkCase) -> str:
@@ -53,7 +60,7 @@ def _figures(case: BenchmarkCase, k: int) -> tuple[str, str, str, str]:
 
 
 def _verdict(time: LatencyComparison) -> str:
-    return "faster" if time.faster else "SLOWER" if time.slower else "not clear"
+    return "faster" if time.faster else "SLOWER" if time.slower else "no clear difference"
 
 
 def _time(median: float, spread: Spread | None) -> str:

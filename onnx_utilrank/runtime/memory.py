@@ -1,7 +1,6 @@
 """Peak memory of loading and running a model, measured in a process of its own."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -18,7 +17,17 @@ from onnx_utilrank.runtime.sessions import Feed
 
 __all__ = ["PeakMemory", "Request", "measure_memory"]
 
-_PACKAGES = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+# The package by its folder alone: all of it would bring torch, and take seconds, each time.
+_START = """
+import sys, types
+package = types.ModuleType("onnx_utilrank")
+package.__path__ = [sys.argv[1]]
+sys.modules[package.__name__] = package
+from onnx_utilrank.runtime.memory_child import main
+main()
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +92,11 @@ def measure_memory(
             feed=dict(feed),
             threads=threads,
         )
-        known = os.environ.get("PYTHONPATH")
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "onnx_utilrank.runtime.memory_child"],
+            [sys.executable, "-P", "-c", _START, str(_PACKAGE)],
             input=pickle.dumps(request),
             capture_output=True,
             check=False,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(_PACKAGES), known)))},
         )
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()

@@ -11,13 +11,18 @@ from onnx_utilrank.runtime.cuda_driver import used_memory
 from onnx_utilrank.runtime.memory import Request
 from onnx_utilrank.runtime.sessions import wrapped
 
-__all__ = ["measure"]
+__all__ = ["main", "measure"]
 
 # The first run plans memory, the second is the first to use that plan.
 RUNS = 2
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+
+
+def main() -> None:
+    """Measure what stdin asks for, a pickled `Request`, and write it to stdout as JSON."""
+    print(json.dumps(measure(pickle.load(sys.stdin.buffer))))
 
 
 def measure(request: Request) -> dict[str, int | None]:
@@ -69,7 +74,3 @@ def _peak() -> int:
 def _status(key: str) -> int:
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return 1024 * int(lines[key].split()[0])
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(pickle.load(sys.stdin.buffer))))

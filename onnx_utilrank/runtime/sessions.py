@@ -173,8 +173,9 @@ def _require_used(raw: ort.InferenceSession, provider: Provider, label: str) -> 
     placement = read_placement(raw, provider.name)
     if placement.nodes and placement.nodes == len(placement.fallen):
         taken = ", ".join(name for name, _ in placement.counts)
+        given = ", ".join(f"{key}={value}" for key, value in provider.options)
         raise ProviderUnavailableError(
-            f"provider {provider.key}: it takes none of the {placement.nodes} nodes of {label}; "
+            f"provider {provider.key}{f' with {given}' if given else ''}: it takes none of the {placement.nodes} nodes of {label}; "
             f"ONNX Runtime gave all of them to {taken}"
         )
 
