@@ -339,7 +339,7 @@ class TestOpenVINO:
             with pytest.raises(ConfigError, match=f"refuses option {key}={value}"):
                 open_session(linear(), find_provider("openvino", options=given | {key: value}))
         given["device_type"] = "NONE"  # which it lets pass, and then does nothing
-        with pytest.raises(ProviderUnavailableError, match="with device_type=NONE, .*: it takes"):
+        with pytest.raises(ProviderUnavailableError, match=r"with device_type=NONE, .*: it takes"):
             open_session(linear(), find_provider("openvino", options=given))
 
     def test_nodes_that_fall_back_are_listed(self):

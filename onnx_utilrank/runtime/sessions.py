@@ -174,8 +174,9 @@ def _require_used(raw: ort.InferenceSession, provider: Provider, label: str) -> 
     if placement.nodes and placement.nodes == len(placement.fallen):
         taken = ", ".join(name for name, _ in placement.counts)
         given = ", ".join(f"{key}={value}" for key, value in provider.options)
+        asked = f"{provider.key} with {given}" if given else provider.key
         raise ProviderUnavailableError(
-            f"provider {provider.key}{f' with {given}' if given else ''}: it takes none of the {placement.nodes} nodes of {label}; "
+            f"provider {asked}: it takes none of the {placement.nodes} nodes of {label}; "
             f"ONNX Runtime gave all of them to {taken}"
         )
 
