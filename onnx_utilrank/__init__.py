@@ -11,6 +11,9 @@ result.save("smaller.onnx")
 
 from importlib.metadata import version
 
+from onnx_utilrank.benchmarking.config import BenchmarkConfig
+from onnx_utilrank.benchmarking.report import BenchmarkReport
+from onnx_utilrank.benchmarking.run import benchmark
 from onnx_utilrank.config import (
     AnalyzeConfig,
     CompressConfig,
@@ -46,6 +49,8 @@ __version__ = version("onnx-utilrank")
 
 __all__ = [
     "AnalyzeConfig",
+    "BenchmarkConfig",
+    "BenchmarkReport",
     "CompressConfig",
     "CompressResult",
     "ConfigError",
@@ -67,6 +72,7 @@ __all__ = [
     "ValidateConfig",
     "ValidationReport",
     "analyze",
+    "benchmark",
     "compress",
     "finetune",
     "sweep",

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from onnx_utilrank.errors import ConfigError
@@ -85,7 +85,9 @@ class RunConfig:
     Attributes:
         samples: Samples to use, those held back included; None for all.
         seed: Seed of the choice of samples, of the split and of all that is drawn.
-        provider: Key of the execution provider to run on.
+        provider: The execution provider to run on: ONNX Runtime's name, or that in lower case
+            without 'ExecutionProvider'.
+        provider_options: Its options, by ONNX Runtime's names.
         custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         memory_budget: Bytes that running sums and the activations of gradients may take together;
             hidden units whose decompositions would take more than a quarter of it stay.
@@ -98,6 +100,7 @@ class RunConfig:
     samples: int | None = None
     seed: int = 0
     provider: str = "cpu"
+    provider_options: Mapping[str, object] = field(default_factory=dict)
     custom_op_libraries: tuple[str, ...] = ()
     memory_budget: int = DEFAULT_MEMORY
     cache: str | os.PathLike[str] | None = None
@@ -365,7 +368,8 @@ class ValidateConfig:
     """Options of `validate`.
 
     Attributes:
-        providers: Keys of the execution providers to run on.
+        providers: The execution providers to run on, as in `RunConfig`.
+        provider_options: Options of each, by what it is called in `providers`.
         custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         max_error: Largest relative output error that passes; None for any.
         min_agreement: Least share of equal decisions that passes, in [0, 1]; None for any.
@@ -377,6 +381,7 @@ class ValidateConfig:
     """
 
     providers: tuple[str, ...] = ("cpu",)
+    provider_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     custom_op_libraries: tuple[str, ...] = ()
     max_error: float | None = None
     min_agreement: float | None = None
@@ -385,6 +390,8 @@ class ValidateConfig:
 
     def __post_init__(self) -> None:
         _check(len(self.providers) > 0, "at least one provider is needed")
+        for name in self.provider_options:
+            _check(name in self.providers, f"provider {name} has options but is not asked for")
         _check(self.max_error is None or self.max_error >= 0, "max error must not be negative")
         least = self.min_agreement
         _check(least is None or 0 <= least <= 1, f"min agreement {least} is not in [0, 1]")

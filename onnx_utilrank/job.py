@@ -112,7 +112,7 @@ class Job:
         Raises:
             UtilrankError: One of its children, by what is wrong: options, model, data, provider.
         """
-        found = find_provider(config.provider, config.custom_op_libraries)
+        found = find_provider(config.provider, config.custom_op_libraries, config.provider_options)
         source = ModelStore.load(model)
         # What ONNX Runtime refuses ends here, before anything rests on it.
         session = open_session(source, found)

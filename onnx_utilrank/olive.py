@@ -92,7 +92,7 @@ def options_of(given: dict[str, Any], provider: str) -> CompressConfig:
     Raises:
         ConfigError: They are out of range, contradict each other, or name no field.
     """
-    fields: dict[str, Any] = {"provider": _PROVIDERS.get(provider, provider)}
+    fields: dict[str, Any] = {"provider": provider}
     fields |= {key: given[key] for key in RATIOS if given.get(key) is not None}
     qualities = [key for key in QUALITY_KEYS if given.get(key) is not None]
     if len(qualities) > 1:
@@ -104,13 +104,6 @@ def options_of(given: dict[str, Any], provider: str) -> CompressConfig:
     if unknown:
         raise ConfigError(f"options: there is no {', '.join(sorted(unknown))}")
     return CompressConfig(**fields | further)
-
-
-_PROVIDERS = {
-    "CPUExecutionProvider": "cpu",
-    "CUDAExecutionProvider": "cuda",
-    "TensorrtExecutionProvider": "tensorrt",
-}
 
 
 def package_config() -> OlivePackageConfig:

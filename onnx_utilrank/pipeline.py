@@ -29,7 +29,7 @@ from onnx_utilrank.results import (
     SweepResult,
     UtilizationReport,
 )
-from onnx_utilrank.runtime.providers import find_provider
+from onnx_utilrank.runtime.providers import find_providers
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.search import Candidate, search
 from onnx_utilrank.sites.hidden import Hidden
@@ -278,6 +278,7 @@ def _recovered(
         config.finetune,
         seed=config.seed,
         provider=config.provider,
+        provider_options=config.provider_options,
         memory_budget=config.memory_budget,
         cache=config.cache,
         weighting=config.finetune.weighting or config.weighting,
@@ -358,7 +359,9 @@ def validate(
             the report says so.
     """
     config = config or ValidateConfig()
-    providers = [find_provider(key, config.custom_op_libraries) for key in config.providers]
+    providers = find_providers(
+        config.providers, config.custom_op_libraries, config.provider_options
+    )
     first = ModelStore.load(reference)
     dataset = open_data(data, first.inputs)
     samples = chosen_samples(dataset, config.samples, config.seed)

@@ -31,6 +31,7 @@ LAYERS = {
     "sensitivity": "calibration errors model moves ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
+    "benchmarking": "calibration errors model runtime validation",
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
     "comparison": "calibration config model ranking runtime validation",
     "job": (
@@ -62,11 +63,14 @@ LAYERS = {
         " ranking results runtime search sites torch_graph training validation"
     ),
     "olive": "config errors pipeline",
-    "__init__": ("config errors finetuning low_rank_training pipeline ranking results validation"),
-    "report": "errors model quality ranking results training validation",
+    "__init__": (
+        "benchmarking config errors finetuning low_rank_training pipeline ranking results"
+        " validation"
+    ),
+    "report": "benchmarking errors model quality ranking results training validation",
     "cli": (
-        "__init__ config errors finetuning low_rank_training moves pipeline ranking report"
-        " runtime sites statistics training"
+        "__init__ benchmarking config errors finetuning low_rank_training moves pipeline ranking"
+        " report runtime sites statistics training"
     ),
     "__main__": "cli",
 }

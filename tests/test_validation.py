@@ -17,9 +17,15 @@ from hypothesis.extra import numpy as hnp
 from onnx_utilrank.errors import ConfigError, DataError, ModelError
 from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.binding import Binding
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
-from onnx_utilrank.validation.bench import LatencyComparison, compare_latency
+from onnx_utilrank.validation.bench import (
+    WARM_UPS,
+    LatencyComparison,
+    compare_latencies,
+    compare_latency,
+)
 from onnx_utilrank.validation.compare import (
     OutputComparison,
     compare_outputs,
@@ -462,9 +468,15 @@ RUNS: list[tuple[str, int]] = []
 class RecordedSession(Session):
     """A session that also writes down which model ran, and on how many rows."""
 
-    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        RUNS.append((self.label, len(feed["x"])))
-        return super().run(feed, outputs)
+    def bind(self, feed: Feed, outputs: Sequence[str] | None = None) -> Binding:
+        given = {"session": self.raw, "feed": feed, "outputs": outputs or self.outputs}
+        return RecordedBinding(**given, nvidia=False, label=self.label)
+
+
+class RecordedBinding(Binding):
+    def run(self) -> float:
+        RUNS.append((self._label, len(self._feed["x"])))
+        return super().run()
 
 
 def recorded(label: str) -> Session:
@@ -514,6 +526,17 @@ class TestLatency:
             *[(r, 4), (c, 4)],  # the first again
         ]
         assert expected == RUNS
+
+    def test_several_candidates_run_in_the_same_rounds(self) -> None:
+        RUNS.clear()
+        labels = ["reference", "one", "two"]
+        first, *others = map(recorded, labels)
+        found = compare_latencies(first, others, samples(4), seconds=60.0, max_pairs=2)
+        order = [label for label, _ in RUNS]
+        assert order == [*labels * WARM_UPS, *labels, *reversed(labels)]
+        assert len(found) == 2
+        assert found[0].reference_ms == found[1].reference_ms
+        assert found[0].candidate_ms != found[1].candidate_ms
 
     def test_when_it_stops(self) -> None:
         one, two = open_session(linear(), CPU), open_session(linear(), CPU)

@@ -166,7 +166,7 @@ def _run(
     # Sums of z = x - shift, of which the shift is taken out once, at the end.
     sums = {tap.view: SecondMoment.zero(tap.view.width) for tap in tapped.taps}
     taps = [(tap.view, tap.stride) for tap in tapped.taps]
-    what = ("moments", provider.key, batch, taps, list(tokens))
+    what = ("moments", provider.key, provider.options, batch, taps, list(tokens))
     first = _resumed(cache.load(*what), sums, tokens)
     saved = time.monotonic()
     session = open_session(tapped.store, provider)

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from onnx_utilrank.cli.provider_options import (
+    add_library_option,
+    add_provider_option,
+    add_providers_option,
+    providers_options,
+)
 from onnx_utilrank.config import DEFAULT_MEMORY
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
-from onnx_utilrank.runtime.providers import PROVIDERS
 from onnx_utilrank.sites.find import SITE_KINDS
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
@@ -22,11 +27,13 @@ __all__ = [
     "add_model_output_option",
     "add_output_options",
     "add_provider_option",
+    "add_providers_option",
     "add_site_options",
     "add_training_options",
     "check_outputs",
     "method_options",
     "number",
+    "providers_options",
     "run_options",
     "site_options",
     "training_options",
@@ -56,9 +63,10 @@ def number(
     return parse
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What to run on."""
-    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    otherwise = "" if required else " (default: inputs are generated)"
+    parser.add_argument("--data", required=required, metavar="DATA", help=f"{DATA_HELP}{otherwise}")
     parser.add_argument(
         "--samples", type=number(int, 1), metavar="N", help="use N samples at most (default: all)"
     )
@@ -85,28 +93,6 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep statistics in this folder, and take those of the same model and data from it; "
         "a run that was killed goes on where it was",
-    )
-
-
-def add_provider_option(parser: argparse.ArgumentParser) -> None:
-    """Where to run."""
-    parser.add_argument(
-        "--provider",
-        choices=[p.key for p in PROVIDERS],
-        default="cpu",
-        help="execution provider; not getting it is an error (default: cpu)",
-    )
-    add_library_option(parser)
-
-
-def add_library_option(parser: argparse.ArgumentParser) -> None:
-    """Operators of the user's own."""
-    parser.add_argument(
-        "--custom-op-library",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a shared library of operators that ONNX Runtime does not have; may be repeated",
     )
 
 
@@ -283,6 +269,7 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         "samples": args.samples,
         "seed": args.seed,
         "provider": args.provider,
+        "provider_options": dict(args.provider_option),
         "custom_op_libraries": tuple(args.custom_op_library),
     }
 

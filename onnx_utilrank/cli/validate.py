@@ -5,10 +5,11 @@ from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_data_options,
-    add_library_option,
     add_output_options,
+    add_providers_option,
     check_outputs,
     number,
+    providers_options,
 )
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import ValidateConfig
@@ -16,7 +17,6 @@ from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.pipeline import validate
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import validation_tables
-from onnx_utilrank.runtime.providers import PROVIDERS
 
 __all__ = ["add_parser", "run"]
 
@@ -32,13 +32,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="the .onnx file that is right")
     parser.add_argument("candidate", metavar="CANDIDATE", help="the .onnx file to compare with it")
     add_data_options(parser)
-    parser.add_argument(
-        "--provider",
-        action="append",
-        choices=[p.key for p in PROVIDERS],
-        help="execution provider; may be repeated; not getting one is an error (default: cpu)",
-    )
-    add_library_option(parser)
+    add_providers_option(parser)
     parser.add_argument(
         "--max-error",
         type=number(float, 0),
@@ -59,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     check_outputs([args.reference, args.candidate], [args.report])
     config = ValidateConfig(
-        providers=tuple(dict.fromkeys(args.provider or ["cpu"])),
-        custom_op_libraries=tuple(args.custom_op_library),
+        **providers_options(args),
         max_error=args.max_error,
         min_agreement=args.min_agreement,
         samples=args.samples,

@@ -13,7 +13,7 @@ from onnx_utilrank.calibration.collect import Progress
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.latency.costs import Curve, LatencyCosts, SiteTimes
 from onnx_utilrank.latency.excerpt import Excerpt, excerpt, values_read
-from onnx_utilrank.latency.timing import Timed, relative_time, run_overhead, seconds_of
+from onnx_utilrank.latency.timing import relative_time, run_overhead, seconds_of, warm
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.channels import CHANNELS
@@ -86,7 +86,7 @@ def measure_latency(
         ]
         forms[site.key] = _added([p for p in parts if p]) if all(parts) else None
     progress("timing layers", len(sites), len(sites))
-    whole = seconds_of(Timed(open_session(index.source, provider), feed), seconds=1.0)
+    whole = seconds_of(warm(open_session(index.source, provider), feed), seconds=1.0)
     return _costs(sites, forms, 1e9 * whole, provider)
 
 
@@ -144,13 +144,13 @@ class _Timer:
         use: Use,
         values: Mapping[str, np.ndarray],
     ) -> Forms:
-        dense = Timed(open_session(whole.index.store, self.provider), whole.feed)
+        dense = warm(open_session(whole.index.store, self.provider), whole.feed)
         alone = seconds_of(dense)
         least = max(alone - self.overhead, alone / 100)
         forms: Forms = {"dense": {0: 1e9 * least}}
 
         def nanoseconds(store: ModelStore, feed: Feed) -> float:
-            other = Timed(open_session(store, self.provider), feed)
+            other = warm(open_session(store, self.provider), feed)
             now, ratio = relative_time(dense, other)
             # Of the run it was compared with, less what any run takes.
             share = max(ratio * now - self.overhead, 0.0) / max(now - self.overhead, now / 100)

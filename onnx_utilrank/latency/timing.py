@@ -8,11 +8,11 @@ import onnx
 import onnx.parser
 
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.binding import Binding
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
-from onnx_utilrank.torch_graph.placement import device_beside
 
-__all__ = ["Timed", "relative_time", "run_overhead", "seconds_of"]
+__all__ = ["relative_time", "run_overhead", "seconds_of", "warm"]
 
 # Runs before the first that is timed, pairs at least and at most, and how long they may take.
 WARM_UPS = 2
@@ -20,36 +20,22 @@ FEWEST, MOST = 7, 200
 SECONDS = 0.1
 
 
-class Timed:
-    """A model with its inputs and outputs bound where it runs, so that copies are not timed."""
-
-    def __init__(self, session: Session, feed: Feed) -> None:
-        self._raw = session.raw
-        self._binding = session.raw.io_binding()
-        for name, value in feed.items():
-            if name in session.inputs:
-                self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name in session.outputs:
-            self._binding.bind_output(name, device_beside(session.provider.key))
-        self._binding.synchronize_inputs()
-        for _ in range(WARM_UPS):
-            self.seconds()
-
-    def seconds(self) -> float:
-        """Of one run."""
-        start = time.perf_counter()
-        self._raw.run_with_iobinding(self._binding)
-        self._binding.synchronize_outputs()
-        # Never zero, whatever the clock's step: it is divided by.
-        return max(time.perf_counter() - start, 1e-9)
+def warm(session: Session, feed: Feed) -> Binding:
+    """A model with a feed bound where it runs, so that copies are not timed, and run before."""
+    binding = session.bind(feed)
+    for _ in range(WARM_UPS):
+        binding.run()
+    return binding
 
 
-def seconds_of(timed: Timed, *, seconds: float = SECONDS) -> float:
+def seconds_of(timed: Binding, *, seconds: float = SECONDS) -> float:
     """The median over some runs."""
     return float(np.median(_rounds([timed], seconds)))
 
 
-def relative_time(model: Timed, other: Timed, *, seconds: float = SECONDS) -> tuple[float, float]:
+def relative_time(
+    model: Binding, other: Binding, *, seconds: float = SECONDS
+) -> tuple[float, float]:
     """Time two models by turns.
 
     Args:
@@ -70,10 +56,10 @@ def run_overhead(provider: Provider) -> float:
         '<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) { y = Abs(x) }'
     )
     session = open_session(ModelStore.load(proto), provider)
-    return seconds_of(Timed(session, {"x": np.ones(1, dtype=np.float32)}))
+    return seconds_of(warm(session, {"x": np.ones(1, dtype=np.float32)}))
 
 
-def _rounds(models: Sequence[Timed], seconds: float) -> np.ndarray:
+def _rounds(models: Sequence[Binding], seconds: float) -> np.ndarray:
     """float64 [rounds, models]; every second round goes the other way."""
     times: list[list[float]] = []
     start = time.perf_counter()
@@ -81,6 +67,6 @@ def _rounds(models: Sequence[Timed], seconds: float) -> np.ndarray:
         order = range(len(models))
         taken = [0.0] * len(models)
         for k in order if len(times) % 2 else reversed(order):
-            taken[k] = models[k].seconds()
+            taken[k] = max(models[k].run(), 1e-9)  # it is divided by
         times.append(taken)
     return np.asarray(times)

@@ -1,6 +1,6 @@
 """Results as tables for a terminal. Names come from the model, so they are never markup."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import RenderableType
@@ -10,6 +10,7 @@ from rich.text import Text
 from onnx_utilrank.errors import printable
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
+from onnx_utilrank.validation.compare import OutputComparison
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = [
@@ -22,6 +23,12 @@ __all__ = [
     "utilization_tables",
     "validation_tables",
 ]
+
+# Columns of words, which are flush left; so is the first of any table.
+WORDS = ("op", "reason", "provider", "model", "asked for", "ran on", "size", "in time")
+
+# Nodes that ran elsewhere than asked for, on a terminal.
+NODES_SHOWN = 20
 
 VERDICTS = {
     "planned": "Planned only: no model was made.",
@@ -186,18 +193,53 @@ def comparison(report: ValidationReport) -> Iterator[RenderableType]:
             f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})",
         )
     yield table
-    outputs = empty_table("output", "provider", "relative error", "SNR", "agreement")
-    for result in report.providers:
-        for o in result.outputs:
+    yield _outputs((r.provider, r.outputs) for r in report.providers)
+    yield Text(f"Compared on {report.samples} samples.")
+    yield from _providers(report)
+    yield from sentences(report.notes, {})
+
+
+def _outputs(compared: Iterable[tuple[str, Sequence[OutputComparison]]]) -> Table:
+    """One row for each output on each provider."""
+    table = empty_table("output", "provider", "relative error", "SNR", "agreement")
+    for provider, outputs in compared:
+        for o in outputs:
             error = "-" if o.relative_error is None else f"{o.relative_error:.3e}"
             snr = "-" if o.snr_db is None else f"{o.snr_db:.1f} dB"
             agreement = "-"
             if o.agreement is not None:
                 agreement = f"{100 * o.agreement:.2f} % of {o.decisions}"
-            add_row(outputs, o.name, result.provider, error, snr, agreement)
-    yield outputs
-    yield Text(f"Compared on {report.samples} samples.")
-    yield from sentences(report.notes, {})
+            add_row(table, o.name, provider, error, snr, agreement)
+    return table
+
+
+def _providers(report: ValidationReport) -> Iterator[RenderableType]:
+    """What providers did: which nodes they ran, and what they add to the error."""
+    for result in report.providers:
+        ran = (
+            f"{p.nodes - len(p.fallen)} of {p.nodes} nodes of the {role}"
+            for role, p in result.placements
+        )
+        yield Text(f"{result.provider} ran {' and '.join(ran)}.")
+    first, *others = report.providers
+    if others:
+        yield Text(f"The reference on other providers, against itself on {first.provider}:")
+        yield _outputs((r.provider, r.against_first) for r in others)
+    fallen = [
+        (result.provider, role, node)
+        for result in report.providers
+        for role, placement in result.placements
+        for node in placement.fallen
+    ]
+    if not fallen:
+        return
+    table = empty_table("node", "op", "model", "asked for", "ran on")
+    for provider, role, node in fallen[:NODES_SHOWN]:
+        op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        add_row(table, node.name or "(no name)", op, role, provider, node.provider)
+    yield table
+    if len(fallen) > NODES_SHOWN:
+        yield Text(f"... and {len(fallen) - NODES_SHOWN} more nodes: the report (--report) has all")
 
 
 def sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
@@ -212,7 +254,7 @@ def empty_table(*columns: str) -> Table:
     """A table without rows; columns of numbers are flush right."""
     table = Table(box=box.SIMPLE_HEAD)
     for k, column in enumerate(columns):
-        words = k == 0 or column in ("op", "reason", "provider")
+        words = k == 0 or column in WORDS
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 

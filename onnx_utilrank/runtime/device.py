@@ -18,6 +18,7 @@ def device_key(provider: Provider) -> tuple[str, ...]:
         str(os.cpu_count()),
         ort.__version__,
         provider.name,
+        *(f"{name}={value}" for name, value in provider.options),
         *provider.custom_op_libraries,
     )
 

@@ -1,9 +1,8 @@
 """Open a model in ONNX Runtime on the provider that was asked for, or fail saying why."""
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime as ort
@@ -12,27 +11,34 @@ from google.protobuf.message import EncodeError
 from onnx_utilrank.errors import ModelError, ProviderUnavailableError
 from onnx_utilrank.model.scopes import all_nodes, node_label
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.runtime.providers import Provider, load_library, ort_errors
+from onnx_utilrank.runtime.binding import Binding
+from onnx_utilrank.runtime.creation import (
+    InferenceError,
+    create_session,
+    one_line,
+    provider_fault,
+    session_options,
+)
+from onnx_utilrank.runtime.placement import Placement, read_placement
+from onnx_utilrank.runtime.providers import Provider, ort_errors
 
-__all__ = ["Feed", "InferenceError", "Session", "open_session"]
+__all__ = ["FLOAT_TYPES", "Feed", "InferenceError", "Session", "open_session", "wrapped"]
 
 # One array (or nested list, for sequences) per graph input, by name.
 Feed = Mapping[str, np.ndarray]
 
-_FATAL = 4
-
-# Bytes of a model from which ONNX Runtime may not copy weights into an order of its own: copies
-# take as much memory again, where weights are mapped from their file.
-PREPACKED_LIMIT = 2**30
 # How ONNX Runtime says that it has no such operator, or not in that version.
 _UNKNOWN_OPERATOR = re.compile(
     r"Fatal error: (?P<domain>\S*):(?P<function>\S+)\(-?\d+\) is not a registered function/op"
     r"|No Op registered for (?P<op>\S+) with domain_version of"
 )
 
-
-class InferenceError(ModelError):
-    """ONNX Runtime loaded the model but could not run it on a feed."""
+# Float types of inputs and outputs that numpy can hold, as ONNX Runtime names them.
+FLOAT_TYPES: Mapping[str, np.dtype[np.generic]] = {
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,7 @@ class Session:
         inputs: Names of the inputs that a feed may hold.
         outputs: Names of all outputs, in order.
         raw: The ONNX Runtime session itself.
+        floats: The element types of inputs of float16, float32 and float64, by name.
     """
 
     label: str
@@ -52,21 +59,57 @@ class Session:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     raw: ort.InferenceSession
+    floats: Mapping[str, np.dtype[np.generic]] = field(default_factory=dict)
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Run one feed; give the named outputs (default: all) by name.
 
-        Entries of `feed` that the model has no input for are passed over.
+        Entries of `feed` that the model has no input for are passed over. Arrays of floats are cast
+        to the float type that the model takes.
 
         Raises:
-            InferenceError: ONNX Runtime refuses the feed or a node fails.
+            InferenceError: A value leaves the range of that type, ONNX Runtime refuses the feed, or
+                a node fails.
         """
         names = self.outputs if outputs is None else tuple(outputs)
-        given = {k: v for k, v in feed.items() if k in self.inputs}
+        given = self._taken(feed)
         try:
             return dict(zip(names, self.raw.run(list(names), given), strict=True))
         except ort_errors() as e:
-            raise InferenceError(f"{self.label}: ONNX Runtime: {_one_line(e)}") from e
+            raise InferenceError(f"{self.label}: ONNX Runtime: {one_line(e)}") from e
+
+    def bind(self, feed: Feed, outputs: Sequence[str] | None = None) -> Binding:
+        """One feed, ready to be run any number of times for its time alone.
+
+        Raises:
+            InferenceError: A value leaves the range of the float type that the model takes, or
+                ONNX Runtime refuses the feed.
+        """
+        names = self.outputs if outputs is None else tuple(outputs)
+        return Binding(
+            self.raw, self._taken(feed), names, nvidia=self.provider.nvidia, label=self.label
+        )
+
+    def placement(self) -> Placement:
+        """Where its nodes run, read back from ONNX Runtime."""
+        return read_placement(self.raw, self.provider.name)
+
+    def _taken(self, feed: Feed) -> dict[str, np.ndarray]:
+        return {k: self._cast(k, v) for k, v in feed.items() if k in self.inputs}
+
+    def _cast(self, name: str, values: np.ndarray) -> np.ndarray:
+        wanted = self.floats.get(name)
+        if wanted is None or not isinstance(values, np.ndarray) or values.dtype.kind != "f":
+            return values
+        if values.dtype == wanted:
+            return values
+        with np.errstate(over="ignore"):
+            cast = values.astype(wanted)
+        if not np.array_equal(np.isfinite(cast), np.isfinite(values)):
+            raise InferenceError(
+                f"{self.label}: input {name!r}: the data leave the range of {wanted.name}"
+            )
+        return cast
 
 
 def open_session(
@@ -77,48 +120,65 @@ def open_session(
     Args:
         model: The model; external weights are read by ONNX Runtime from the model's folder.
         provider: Where it has to run. Nodes it has no kernel for go to its fallbacks, but a
-            session that does not hold the provider itself is an error, never the CPU in silence.
+            session that runs no node on the provider itself is an error, never the CPU in silence.
         optimize: False keeps the graph as it is written (no fusion, no folding).
         threads: Threads within an operator; 0 leaves it to ONNX Runtime.
 
     Raises:
+        ConfigError: The provider refuses an option.
         ModelError: ONNX Runtime cannot load the model.
         ProviderUnavailableError: The session does not use the provider.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if model.folder:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(model.folder)
-        )
-    if model.file_bytes > PREPACKED_LIMIT:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    for library in provider.custom_op_libraries:
-        load_library(options, library)
-    names = [provider.name, *provider.fallback]
+    options = session_options(
+        provider,
+        file_bytes=model.file_bytes,
+        folder=str(model.folder or ""),
+        optimize=optimize,
+        threads=threads,
+    )
     try:
-        # ONNX Runtime announces a fallback on stdout, which belongs to results.
-        with contextlib.redirect_stdout(None):
-            if provider.preload:
-                ort.preload_dlls()
-            raw = ort.InferenceSession(_serialized(model), options, providers=names)
+        raw = create_session(_serialized(model), provider, options)
     except ort_errors() as e:
-        raise ModelError(_refusal(model, _one_line(e))) from e
-    if provider.name not in raw.get_providers():
-        raise ProviderUnavailableError(
-            f"provider {provider.key}: ONNX Runtime fell back to "
-            f"{', '.join(raw.get_providers())} for {model.label}; it needs {provider.needs}"
-        )
+        fault = provider_fault(provider)
+        raise fault or ModelError(_refusal(model, one_line(e))) from e
+    _require_used(raw, provider, model.label)
+    return wrapped(raw, provider, model.label)
+
+
+def wrapped(raw: ort.InferenceSession, provider: Provider, label: str) -> Session:
+    """What this package knows of an ONNX Runtime session.
+
+    Args:
+        raw: The session.
+        provider: The provider that it was made for.
+        label: How messages name the model.
+    """
     return Session(
-        label=model.label,
+        label=label,
         provider=provider,
         inputs=tuple(i.name for i in (*raw.get_inputs(), *raw.get_overridable_initializers())),
         outputs=tuple(o.name for o in raw.get_outputs()),
         raw=raw,
+        floats={i.name: FLOAT_TYPES[i.type] for i in raw.get_inputs() if i.type in FLOAT_TYPES},
     )
+
+
+def _require_used(raw: ort.InferenceSession, provider: Provider, label: str) -> None:
+    # A session may name a provider that has been given no node.
+    if provider.name not in raw.get_providers():
+        raise provider_fault(provider) or ProviderUnavailableError(
+            f"provider {provider.key}: ONNX Runtime fell back to "
+            f"{', '.join(raw.get_providers())} for {label}"
+        )
+    placement = read_placement(raw, provider.name)
+    if placement.nodes and placement.nodes == len(placement.fallen):
+        taken = ", ".join(name for name, _ in placement.counts)
+        given = ", ".join(f"{key}={value}" for key, value in provider.options)
+        asked = f"{provider.key} with {given}" if given else provider.key
+        raise ProviderUnavailableError(
+            f"provider {asked}: it takes none of the {placement.nodes} nodes of {label}; "
+            f"ONNX Runtime gave all of them to {taken}"
+        )
 
 
 def _serialized(model: ModelStore) -> bytes | str:
@@ -153,7 +213,3 @@ def _refusal(model: ModelStore, reason: str) -> str:
         f"{domain or 'ai.onnx'!r}, version {version}); a library that does can be given with "
         "--custom-op-library"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

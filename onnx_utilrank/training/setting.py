@@ -63,7 +63,9 @@ class Setting:
     @classmethod
     def open(cls, store: ModelStore, data: DataSource, config: TrainingConfig) -> "Setting":
         """Read the data and part them: a fifth is held back, and a fifth of the rest judges."""
-        provider = find_provider(config.provider, config.custom_op_libraries)
+        provider = find_provider(
+            config.provider, config.custom_op_libraries, config.provider_options
+        )
         session = open_session(store, provider)
         wanted = list(store.inputs)
         if config.labels is not None:

@@ -1,4 +1,4 @@
-"""Time a candidate model against its reference, in pairs of runs that share the machine's mood."""
+"""Time candidate models against their reference, in rounds that share the machine's mood."""
 
 import math
 import time
@@ -10,7 +10,7 @@ import numpy as np
 from onnx_utilrank.errors import DataError
 from onnx_utilrank.runtime.sessions import Feed, Session
 
-__all__ = ["LatencyComparison", "compare_latency"]
+__all__ = ["LatencyComparison", "Spread", "compare_latencies", "compare_latency", "copies_note"]
 
 # A difference that two sessions of one model can show for good, by where their memory lies.
 MARGIN = 1.02
@@ -28,6 +28,14 @@ OVERTIME = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The quartiles (25 % and 75 %) of one model's times, in milliseconds."""
+
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyComparison:
     """Time of one run of the candidate against one of the reference.
 
@@ -38,6 +46,10 @@ class LatencyComparison:
         ratio_low: Their lower quartile (25 %).
         ratio_high: Their upper quartile (75 %).
         pairs: Number of pairs.
+        copies: Whether a run includes copies of inputs and outputs, to and from a device or numpy
+            arrays, in any of the models.
+        reference_spread: How the reference's times scatter.
+        candidate_spread: How the candidate's do.
     """
 
     reference_ms: float
@@ -46,6 +58,9 @@ class LatencyComparison:
     ratio_low: float
     ratio_high: float
     pairs: int
+    copies: bool = False
+    reference_spread: Spread | None = None
+    candidate_spread: Spread | None = None
 
     @property
     def slower(self) -> bool:
@@ -93,22 +108,49 @@ def compare_latency(
     min_pairs: int = 10,
     max_pairs: int = 200,
 ) -> LatencyComparison:
-    """Time both models in interleaved pairs: one run of each on the same feed.
+    """Time one candidate: see `compare_latencies`."""
+    (comparison,) = compare_latencies(
+        reference,
+        [candidate],
+        feeds,
+        outputs=outputs,
+        seconds=seconds,
+        min_pairs=min_pairs,
+        max_pairs=max_pairs,
+    )
+    return comparison
 
-    Two successive pairs share a feed, and the second of them runs the models in the other order;
-    then comes the next feed, round and round. Before the first timed run on feeds of a new shape,
-    each model runs on it twice untimed. A run is timed from numpy arrays to numpy arrays, so on a
-    GPU it includes the copies there and back, and on any provider a few microseconds of Python.
+
+def compare_latencies(
+    reference: Session,
+    candidates: Sequence[Session],
+    feeds: Sequence[Feed],
+    *,
+    outputs: Sequence[str] | None = None,
+    seconds: float = 5.0,
+    min_pairs: int = 10,
+    max_pairs: int = 200,
+) -> tuple[LatencyComparison, ...]:
+    """Time models in interleaved rounds: one run of each on the same feed.
+
+    A round pairs each candidate with the reference. Two successive rounds share a feed, and the
+    second of them runs the models in the other order; then comes the next feed, round and round.
+    Before the first timed run on feeds of a new shape, each model runs on it twice untimed. Inputs
+    are put where the provider wants them and outputs stay where they come to be, untimed, unless
+    `LatencyComparison.copies` says otherwise; a few microseconds of Python are in every run.
 
     Args:
         reference: The model to compare with.
-        candidate: The model under test.
-        feeds: Feeds with every input of both models.
+        candidates: The models under test.
+        feeds: Feeds with every input of all models.
         outputs: The outputs that are asked for; default: all.
         seconds: Stop after this time if there are `min_pairs` by then. After four times this time,
-            3 pairs are enough. Warming up on further shapes counts, on the first does not.
-        min_pairs: See `seconds`.
-        max_pairs: Stop after so many pairs, however early. One pair is always run.
+            3 rounds are enough. Warming up on further shapes counts, on the first does not.
+        min_pairs: Rounds; see `seconds`.
+        max_pairs: Stop after so many rounds, however early. One round is always run.
+
+    Returns:
+        One comparison a candidate, in their order.
 
     Raises:
         DataError: There is no feed.
@@ -116,39 +158,41 @@ def compare_latency(
     """
     if not feeds:
         raise DataError("validation: there is no held-back feed to time the models on")
-    times: list[tuple[float, float]] = []
+    models = (reference, *candidates)
     warm: set[object] = set()
-    start = math.nan
+    times: list[list[float]] = []
+    copies = False
+    start = 0.0
     while True:
-        pairs = len(times)
-        feed = feeds[pairs // 2 % len(feeds)]
+        rounds = len(times)
+        feed = feeds[rounds // 2 % len(feeds)]
+        if not rounds or (rounds % 2 == 0 and len(feeds) > 1):
+            bound = [model.bind(feed, outputs) for model in models]
+            copies = copies or any(each.copies for each in bound)
         if _shapes(feed) not in warm:
             warm.add(_shapes(feed))
             for _ in range(WARM_UPS):
-                reference.run(feed, outputs)
-                candidate.run(feed, outputs)
-        if not pairs:
+                for each in bound:
+                    each.run()
+        if not rounds:
             start = time.perf_counter()
-        if pairs % 2:
-            late = _timed(candidate, feed, outputs)
-            times.append((_timed(reference, feed, outputs), late))
-        else:
-            times.append((_timed(reference, feed, outputs), _timed(candidate, feed, outputs)))
-        pairs, elapsed = len(times), time.perf_counter() - start
+        order = range(len(models)) if rounds % 2 == 0 else reversed(range(len(models)))
+        # Never zero, whatever the clock's step: it is divided by.
+        found = {k: max(bound[k].run(), 1e-9) for k in order}
+        times.append([found[k] for k in range(len(models))])
+        rounds, elapsed = len(times), time.perf_counter() - start
         if (
-            pairs >= max_pairs
-            or (elapsed >= seconds and pairs >= min_pairs)
-            or (elapsed >= OVERTIME * seconds and pairs >= FEWEST_PAIRS)
+            rounds >= max_pairs
+            or (elapsed >= seconds and rounds >= min_pairs)
+            or (elapsed >= OVERTIME * seconds and rounds >= FEWEST_PAIRS)
         ):
-            return _summary(np.asarray(times))
+            table = np.asarray(times)
+            return tuple(_summary(table[:, [0, k]], copies) for k in range(1, len(models)))
 
 
-def _timed(session: Session, feed: Feed, outputs: Sequence[str] | None) -> float:
-    """Seconds of one run."""
-    start = time.perf_counter()
-    session.run(feed, outputs)
-    # Never zero, whatever the clock's step: it is divided by.
-    return max(time.perf_counter() - start, 1e-9)
+def copies_note(provider: str) -> str:
+    """The sentence for times that are not of the models alone."""
+    return f"Times on {provider} include copies of inputs and outputs, which cannot be bound there."
 
 
 def _shapes(feed: Feed) -> object:
@@ -158,10 +202,11 @@ def _shapes(feed: Feed) -> object:
     )
 
 
-def _summary(times: np.ndarray) -> LatencyComparison:
+def _summary(times: np.ndarray, copies: bool) -> LatencyComparison:
     """Medians and quartiles of `times`: float64 [pairs, 2], seconds, reference first."""
-    medians = np.median(times, axis=0) * 1e3
+    (lows, medians, highs) = np.quantile(times, [0.25, 0.5, 0.75], axis=0) * 1e3
     low, middle, high = np.quantile(times[:, 1] / times[:, 0], [0.25, 0.5, 0.75])
+    spreads = [Spread(low_ms=float(a), high_ms=float(b)) for a, b in zip(lows, highs, strict=True)]
     return LatencyComparison(
         reference_ms=float(medians[0]),
         candidate_ms=float(medians[1]),
@@ -169,4 +214,7 @@ def _summary(times: np.ndarray) -> LatencyComparison:
         ratio_low=float(low),
         ratio_high=float(high),
         pairs=len(times),
+        copies=copies,
+        reference_spread=spreads[0],
+        candidate_spread=spreads[1],
     )

@@ -10,12 +10,15 @@ import numpy as np
 from onnx_utilrank.errors import DataError, ModelError
 from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.runtime.sessions import Feed, Session
+from onnx_utilrank.runtime.sessions import FLOAT_TYPES, Feed, Session
 
 __all__ = [
+    "FloatTypes",
     "OutputComparison",
     "compare_outputs",
     "find_classifications",
+    "float_types",
+    "require_same_names",
     "snr_db",
 ]
 
@@ -24,11 +27,35 @@ Kind = Literal["classification", "values", "decisions", "skipped"]
 # An exact match has no finite ratio; nothing this package compares resolves finer than this.
 SNR_LIMIT_DB = 200.0
 
-_REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
 _DISCRETE = frozenset(
     {f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)}
     | {"tensor(bool)", "tensor(string)"}
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatTypes:
+    """An input or output of which the models have different float types.
+
+    Attributes:
+        what: `input`, of which the candidate gets the reference's values cast; or `output`, of
+            which both are compared as float64.
+        name: Its name.
+        reference: Its type in the reference, as numpy names it.
+        candidate: Its type in the candidate.
+    """
+
+    what: Literal["input", "output"]
+    name: str
+    reference: str
+    candidate: str
+
+    def __str__(self) -> str:
+        done = "its values are cast" if self.what == "input" else "compared as float64"
+        return (
+            f"{self.what.capitalize()} {self.name!r} is {self.reference} in the reference and "
+            f"{self.candidate} in the candidate: {done}."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +116,7 @@ def find_classifications(model: ModelStore, session: Session, feed: Feed) -> fro
         InferenceError: That run fails.
     """
     types = {o.name: o.type for o in session.raw.get_outputs()}
-    free = [o.name for o in model.outputs if o.shape is None and types.get(o.name) in _REAL]
+    free = [o.name for o in model.outputs if o.shape is None and types.get(o.name) in FLOAT_TYPES]
     shapes = {name: y.shape for name, y in session.run(feed, free).items()} if free else {}
     return frozenset(
         o.name for o in model.outputs if is_classification(model, o.name, shapes.get(o.name))
@@ -132,6 +159,22 @@ def compare_outputs(
     if not count:
         raise DataError("validation: there is no held-back feed to compare the models on")
     return tuple(tally.result() for tally in tallies)
+
+
+def float_types(reference: Session, candidate: Session) -> tuple[FloatTypes, ...]:
+    """Inputs and outputs of both models that differ in nothing but their float type."""
+    found = []
+    kinds: tuple[Literal["input", "output"], ...] = ("input", "output")
+    for what in kinds:
+        ours, theirs = (getattr(s.raw, f"get_{what}s")() for s in (reference, candidate))
+        types = {value.name: FLOAT_TYPES.get(value.type) for value in theirs}
+        for value in ours:
+            one, other = FLOAT_TYPES.get(value.type), types.get(value.name)
+            if one and other and one != other:
+                found.append(
+                    FloatTypes(what=what, name=value.name, reference=one.name, candidate=other.name)
+                )
+    return tuple(found)
 
 
 @dataclass(slots=True)
@@ -224,14 +267,7 @@ def _tallies(
     reference: Session, candidate: Session, classifications: Collection[str]
 ) -> list[_Tally]:
     """One empty tally per output of the reference, after checking that the models match."""
-    # Only inputs that must be fed: weights that a model also lists as inputs may come and go.
-    _same_names(
-        "inputs",
-        candidate,
-        [i.name for i in reference.raw.get_inputs()],
-        [i.name for i in candidate.raw.get_inputs()],
-    )
-    _same_names("outputs", candidate, reference.outputs, candidate.outputs)
+    require_same_names(reference, candidate)
     types: Mapping[str, str] = {o.name: o.type for o in candidate.raw.get_outputs()}
     tallies = []
     # A graph may list a value among its outputs twice.
@@ -254,7 +290,25 @@ def _tallies(
 def _kind(ort_type: str) -> Kind:
     # What is in neither set is a sequence, map, optional or sparse tensor, or of an element type
     # that ONNX Runtime cannot hand to numpy as numbers (bfloat16, float8, 4-bit integers).
-    return "values" if ort_type in _REAL else "decisions" if ort_type in _DISCRETE else "skipped"
+    return (
+        "values" if ort_type in FLOAT_TYPES else "decisions" if ort_type in _DISCRETE else "skipped"
+    )
+
+
+def require_same_names(reference: Session, candidate: Session) -> None:
+    """Check that the inputs and outputs of two models have the same names, in any order.
+
+    Raises:
+        ModelError: They have not.
+    """
+    # Only inputs that must be fed: weights that a model also lists as inputs may come and go.
+    _same_names(
+        "inputs",
+        candidate,
+        [i.name for i in reference.raw.get_inputs()],
+        [i.name for i in candidate.raw.get_inputs()],
+    )
+    _same_names("outputs", candidate, reference.outputs, candidate.outputs)
 
 
 def _same_names(

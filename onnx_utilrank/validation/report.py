@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.placement import Placement
 from onnx_utilrank.runtime.providers import Provider
-from onnx_utilrank.runtime.sessions import Feed, open_session
-from onnx_utilrank.validation.bench import LatencyComparison, compare_latency
+from onnx_utilrank.runtime.sessions import Feed, Session, open_session
+from onnx_utilrank.validation.bench import LatencyComparison, compare_latency, copies_note
 from onnx_utilrank.validation.compare import (
+    FloatTypes,
     OutputComparison,
     compare_outputs,
     find_classifications,
+    float_types,
     snr_db,
 )
 
@@ -24,6 +27,9 @@ __all__ = [
     "tolerance_failures",
     "validate",
 ]
+
+
+NOT_READ = Placement()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +55,46 @@ class ProviderResult:
         provider: ONNX Runtime's name of it.
         outputs: One comparison per output, in the reference's order.
         latency: The comparison of time.
+        options: Options that it was given.
+        reference_nodes: Where the reference's nodes ran.
+        candidate_nodes: Where the candidate's nodes ran.
+        against_first: The reference's outputs on this provider against its outputs on the first one
+            that was asked for: the provider's own error. Empty for the first.
+        float_types: Where the models differ in float types alone.
     """
 
     provider: str
     outputs: tuple[OutputComparison, ...]
     latency: LatencyComparison
+    options: tuple[tuple[str, str], ...] = ()
+    reference_nodes: Placement = NOT_READ
+    candidate_nodes: Placement = NOT_READ
+    against_first: tuple[OutputComparison, ...] = ()
+    float_types: tuple[FloatTypes, ...] = ()
+
+    @property
+    def placements(self) -> tuple[tuple[str, Placement], ...]:
+        """Where the nodes of each model ran."""
+        return (("reference", self.reference_nodes), ("candidate", self.candidate_nodes))
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as strict JSON's types; see `ValidationReport.as_dict`."""
+        return {
+            "provider": self.provider,
+            "options": dict(self.options),
+            "outputs": _outputs(self.outputs),
+            "against_first": _outputs(self.against_first),
+            "float_types": [dataclasses.asdict(t) for t in self.float_types],
+            "nodes": {
+                role: {
+                    "counts": dict(placement.counts),
+                    "fallen": [dataclasses.asdict(node) for node in placement.fallen],
+                }
+                for role, placement in self.placements
+            },
+            "latency": dataclasses.asdict(self.latency)
+            | {"slower": self.latency.slower, "faster": self.latency.faster},
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +151,14 @@ class ValidationReport:
                     f"{time.candidate_ms:.3g} ms against {time.reference_ms:.3g} ms a run "
                     f"({time.ratio:.2f} times)."
                 )
+            if time.copies:
+                notes.append(copies_note(result.provider))
+            notes += [
+                f"{len(placement.fallen)} of {placement.nodes} nodes of the {role} do not run on "
+                f"{result.provider}, though it was asked for."
+                for role, placement in result.placements
+                if placement.fallen
+            ]
         if self.candidate.file_bytes > self.reference.file_bytes:
             notes.append(
                 f"The candidate's file is larger than the reference's: "
@@ -118,6 +167,7 @@ class ValidationReport:
         # The same on every provider, hence once: dict.fromkeys keeps the order.
         skipped = (o for r in self.providers for o in r.outputs if o.kind == "skipped")
         notes += dict.fromkeys(f"Output {o.name!r} was not compared: {o.reason}." for o in skipped)
+        notes += dict.fromkeys(str(t) for r in self.providers for t in r.float_types)
         return tuple(notes)
 
     def as_dict(self) -> dict[str, object]:
@@ -137,17 +187,7 @@ class ValidationReport:
             "feeds": self.feeds,
             "reference": dataclasses.asdict(self.reference),
             "candidate": dataclasses.asdict(self.candidate),
-            "providers": [
-                {
-                    "provider": r.provider,
-                    "outputs": [
-                        {k: _json(v) for k, v in dataclasses.asdict(o).items()} for o in r.outputs
-                    ],
-                    "latency": dataclasses.asdict(r.latency)
-                    | {"slower": r.latency.slower, "faster": r.latency.faster},
-                }
-                for r in self.providers
-            ],
+            "providers": [r.as_dict() for r in self.providers],
         }
 
 
@@ -216,7 +256,8 @@ def validate(
 ) -> ValidationReport:
     """Compare a candidate with its reference on every provider that is asked for.
 
-    The two models are loaded on one provider at a time; both are gone before the next one.
+    The two models are loaded on one provider at a time; both are gone before the next one. From
+    the second on, the reference is also compared with itself on the first.
 
     Args:
         reference: The model that is right by definition.
@@ -240,7 +281,10 @@ def validate(
         raise ConfigError("validation: no provider to run the models on")
     _require_sound(max_error, min_agreement)  # before the work rather than after it
     timed = feeds if timed is None else timed
-    results = tuple(_on_provider(reference, candidate, feeds, timed, p, seconds) for p in providers)
+    results = tuple(
+        _on_provider(reference, candidate, feeds, timed, p, seconds, first=providers[0])
+        for p in providers
+    )
     return ValidationReport(
         reference=figures[0],
         candidate=figures[1],
@@ -266,16 +310,40 @@ def _on_provider(
     timed: Sequence[Feed],
     provider: Provider,
     seconds: float,
+    first: Provider,
 ) -> ProviderResult:
-    """Compare on one provider. A function of its own: leaving it frees both sessions."""
+    """Compare on one provider. A function of its own: leaving it frees all sessions."""
     expected = open_session(reference, provider)
-    actual = open_session(candidate, provider)
     classifications = find_classifications(reference, expected, feeds[0]) if feeds else ()
+    against_first: tuple[OutputComparison, ...] = ()
+    if provider is not first:
+        against_first = compare_outputs(
+            _named(open_session(reference, first)), _named(expected), feeds, classifications
+        )
+    actual = open_session(candidate, provider)
     outputs = compare_outputs(expected, actual, feeds, classifications)
     # Among the skipped may be outputs that cannot be had as numpy arrays at all.
     wanted = [o.name for o in outputs if o.kind != "skipped"] or None
     latency = compare_latency(expected, actual, timed, outputs=wanted, seconds=seconds)
-    return ProviderResult(provider=provider.name, outputs=outputs, latency=latency)
+    return ProviderResult(
+        provider=provider.name,
+        outputs=outputs,
+        latency=latency,
+        options=provider.options,
+        reference_nodes=expected.placement(),
+        candidate_nodes=actual.placement(),
+        against_first=against_first,
+        float_types=float_types(expected, actual),
+    )
+
+
+def _named(session: Session) -> Session:
+    """The session with its provider in its label, where only that tells two of them apart."""
+    return dataclasses.replace(session, label=f"{session.label} on {session.provider.key}")
+
+
+def _outputs(outputs: Sequence[OutputComparison]) -> list[dict[str, object]]:
+    return [{k: _json(v) for k, v in dataclasses.asdict(o).items()} for o in outputs]
 
 
 def _compared(providers: Sequence[ProviderResult]) -> Iterator[tuple[str, OutputComparison]]:

@@ -1,0 +1,1 @@
+"""Time and memory of several models beside each other."""
