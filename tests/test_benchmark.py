@@ -81,7 +81,7 @@ class TestCases:
             linear("(float[5, 3] x) => (float[5, 2] y)"), BenchmarkConfig(batches=(1, 5, 16))
         )
         assert [(case.batch, case.feeds[0]["x"].shape) for case in cases] == [(5, (5, 3))]
-        assert notes[0] == "The batch is fixed at 5 by the model: 1 and 16 was not run."
+        assert notes[0] == "The batch is fixed at 5 by the model; not run: 1, 16."
 
     def test_the_batch_may_come_later_in_other_inputs(self):
         store = ModelStore.load(

@@ -131,8 +131,8 @@ def _batches(config: BenchmarkConfig, fixed: int | None) -> tuple[list[int], lis
     wanted = list(dict.fromkeys(config.batches))
     if fixed is None or wanted == [fixed]:
         return wanted, []
-    others = " and ".join(str(b) for b in wanted if b != fixed)
-    return [fixed], [f"The batch is fixed at {fixed} by the model: {others} was not run."]
+    others = ", ".join(str(b) for b in wanted if b != fixed)
+    return [fixed], [f"The batch is fixed at {fixed} by the model; not run: {others}."]
 
 
 def _free_axes(model: ModelStore) -> dict[str, bool]:

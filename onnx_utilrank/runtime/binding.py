@@ -80,7 +80,6 @@ class Binding:
                 self._session.run(list(self._devices), dict(self._feed))
                 return time.perf_counter() - start
             # Anew each time: their shapes may depend on more than the shapes of the inputs.
-            self._binding.clear_binding_outputs()
             for name, (device, number) in self._devices.items():
                 self._binding.bind_output(name, device, number)
             self._binding.synchronize_inputs()

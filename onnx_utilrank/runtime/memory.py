@@ -102,4 +102,5 @@ def measure_memory(
         said = done.stderr.decode(errors="replace").strip().splitlines()
         why = said[-1] if said else f"it ended in status {done.returncode}"
         return PeakMemory(failure=f"the process that measured it failed: {why}")
-    return PeakMemory(**json.loads(done.stdout))
+    # The last line: libraries of a provider may have printed lines of their own.
+    return PeakMemory(**json.loads(done.stdout.splitlines()[-1]))
