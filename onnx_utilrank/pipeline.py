@@ -253,7 +253,7 @@ def sweep(
         try:
             plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
             plan, store = build(job, plan, found, config)
-            report = job.validate(store, held)
+            report = job.validate(store, held, timed=config.latency_batch)
             quality = judge(store)
         except (TargetMissedError, ModelError) as e:
             notes.append(f"{ratio:g}: {e}.")

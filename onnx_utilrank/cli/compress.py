@@ -20,7 +20,6 @@ from onnx_utilrank.cli.options import (
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import (
     FINETUNE_METHODS,
-    OPTIMIZE_FOR,
     QUALITY_KEYS,
     CompressConfig,
     FinetuneConfig,
@@ -83,20 +82,6 @@ def add_parser(verbs: Any) -> None:
     )
     add_method_options(parser)
     parser.add_argument(
-        "--optimize-for",
-        choices=OPTIMIZE_FOR,
-        default="size",
-        help="latency: make no move that was timed to be slower than the dense weight on the "
-        "provider, and let a quality target find the fastest model in place of the smallest; a "
-        "result that is slower than the original ends in exit status 3 (default: size)",
-    )
-    parser.add_argument(
-        "--latency-batch",
-        type=number(int, 1),
-        metavar="N",
-        help="samples of a run that is timed (default: up to 32)",
-    )
-    parser.add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
     parser.add_argument(
@@ -145,8 +130,6 @@ def run(args: argparse.Namespace) -> int:
         size_ratio=args.size_ratio,
         flop_ratio=args.flop_ratio,
         latency_ratio=args.latency_ratio,
-        optimize_for=args.optimize_for,
-        latency_batch=args.latency_batch,
         energy=args.energy,
         quality=quality,
         force=args.force,

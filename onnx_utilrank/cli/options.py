@@ -12,7 +12,7 @@ from onnx_utilrank.cli.provider_options import (
     add_providers_option,
     providers_options,
 )
-from onnx_utilrank.config import DEFAULT_MEMORY
+from onnx_utilrank.config import DEFAULT_MEMORY, OPTIMIZE_FOR
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
@@ -162,6 +162,20 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="ranks are multiples of K (default: 1, or 8 where latency counts)",
     )
+    parser.add_argument(
+        "--optimize-for",
+        choices=OPTIMIZE_FOR,
+        default="size",
+        help="latency: make no move that was timed to be slower than the dense weight on the "
+        "provider, and let a quality target find the fastest model in place of the smallest; a "
+        "result that is slower than the original ends in exit status 3 (default: size)",
+    )
+    parser.add_argument(
+        "--latency-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="samples of a run that is timed (default: up to 32)",
+    )
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",
@@ -227,6 +241,8 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         "refit": not args.no_refit,
         "augment": not args.no_augment,
         "rank_multiple": args.rank_multiple,
+        "optimize_for": args.optimize_for,
+        "latency_batch": args.latency_batch,
         "evaluate": args.evaluate,
         "labels": args.labels,
     }
