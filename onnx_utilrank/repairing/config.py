@@ -1,7 +1,7 @@
 """What a caller of `repair` can choose."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from onnx_utilrank.config import CalibrationConfig, CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError
@@ -55,19 +55,6 @@ class RepairConfig(CalibrationConfig):
 
     def measuring(self) -> CompressConfig:
         """The same as options of `compress`, which measures and judges by them."""
-        return CompressConfig(
-            samples=self.samples,
-            seed=self.seed,
-            provider=self.provider,
-            custom_op_libraries=self.custom_op_libraries,
-            memory_budget=self.memory_budget,
-            cache=self.cache,
-            include=self.include,
-            exclude=self.exclude,
-            op_types=self.op_types,
-            quality=self.quality,
-            evaluate=self.evaluate,
-            labels=self.labels,
-            weighting=self.weighting,
-            augment=self.augment,
-        )
+        shared = {field.name for field in fields(CompressConfig)}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return CompressConfig(**{name: own[name] for name in own if name in shared})
