@@ -33,10 +33,10 @@ def repair_tables(result: RepairResult, output: str) -> Iterator[RenderableType]
     shown = [("quantized", quantized, result.quantized, result.before)]
     if result.kept:
         shown.append(("repaired", result.validation.candidate, result.validation, result.after))
-    for name, figures, report, quality in shown:
+    for name, model, report, quality in shown:
         time = report.providers[0].latency
         ratio = f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})"
-        add_row(models, name, f"{figures.file_bytes:,}", ratio, *_cells(quality))
+        add_row(models, name, f"{model.file_bytes:,}", ratio, *_cells(quality))
     yield models
     yield Text(
         f"Measured on {result.validation.samples} samples held back; time is the ratio to the "
