@@ -116,6 +116,8 @@ def measure_residuals(
     Raises:
         ModelError: The reference does not run, or a value is not finite.
     """
+    if not pairs:
+        return Lost(residuals=(), unmeasured=(), losses=(), notes=())
     errors = {pair.key: spilled(pair.residual(job.index, quantized)) for pair in pairs}
     sites = {pair.key: _beside(pair) for pair in pairs}
     try:

@@ -87,7 +87,9 @@ def repair(
         _check_held(small.label, config.quality, after if kept else before)
     progress("validating", 0, 0)
     validation = job.validate(small, held)
-    notes = _notes(made is not small, kept, config) + _unexplained(repairs, before)
+    notes = _notes(made is not small, kept, before, after, config)
+    if not kept or _share_left(before, after) > EXPLAINED:
+        notes += _unexplained(repairs, before)
     return RepairResult(
         store=store,
         kept=kept,
@@ -152,15 +154,30 @@ def _check_held(label: str, target: QualityTarget, quality: Quality) -> None:
     )
 
 
-def _notes(changed: bool, kept: bool, config: RepairConfig) -> tuple[str, ...]:
+def _notes(
+    changed: bool, kept: bool, before: Quality, after: Quality, config: RepairConfig
+) -> tuple[str, ...]:
     """Why the quantized model stayed as it is, if it did."""
     if kept or config.rank == 0:
         return ()
     if changed:
-        return ("On the samples held back the model is no better with branches: none is kept.",)
+        figures = ""
+        if before.divergence is not None and after.divergence is not None:
+            figures = f" ({after.divergence.mean:.3g} with, {before.divergence.mean:.3g} without)"
+        return (
+            "On the samples held back outputs diverge no less, or the metric is worse, with "
+            f"branches{figures}: none is kept.",
+        )
     if config.quality is not None:
         return ("The quantized model is as good as was asked for: nothing was added.",)
     return ("No branch is predicted to help: nothing was added.",)
+
+
+def _share_left(before: Quality, after: Quality) -> float:
+    """Of the divergence; 1 where it is not known."""
+    if before.divergence is None or after.divergence is None or not before.divergence.mean > 0:
+        return 1.0
+    return after.divergence.mean / before.divergence.mean
 
 
 def _unexplained(repairs: Repairs, before: Quality) -> tuple[str, ...]:

@@ -115,6 +115,11 @@ class Repairs:
         """What may be done about each weight."""
         return tuple(_Offer(moves=_choices(residual)) for residual in self.lost.residuals)
 
+    @property
+    def nothing(self) -> tuple[Choice, ...]:
+        """To do nothing, at any layer."""
+        return tuple(offer.moves[0] for offer in self.offers)
+
     def of_rank(self, rank: int) -> tuple[Choice, ...]:
         """The same rank at every layer that is predicted to gain by it; of 0, nothing at all."""
         chosen = []
@@ -168,8 +173,7 @@ class Repairs:
             if excess <= 0:
                 return choices, made
             aim -= excess + NODE_BYTES
-        nothing = tuple(offer.moves[0] for offer in self.offers)
-        return nothing, self.make(nothing)
+        return self.nothing, self.quantized
 
 
 def _choices(residual: Residual) -> tuple[Choice, ...]:

@@ -52,19 +52,18 @@ def smallest(
         ModelError: A model does not run, or a factor does not fit the type of its layer.
     """
 
-    def tried(extra: float) -> Found:
-        choices = repairs.of_bytes(extra)
+    def tried(choices: tuple[Choice, ...]) -> Found:
         store = repairs.make(choices)
         return Found(choices=choices, store=store, quality=judge(store))
 
-    best = tried(0.0)
+    best = tried(repairs.nothing)
     if best.quality.meets(target):
         return best
     costs = [move.cost for offer in repairs.offers for move in offer.moves if move.cost > 0]
     high = sum(max(move.cost for move in offer.moves) for offer in repairs.offers)
     low = min(costs, default=high)
     if high > 0:
-        best = tried(high)
+        best = tried(repairs.of_bytes(high))
     if not best.quality.meets(target):
         value, error = best.quality.figure(target)
         spread = "" if error is None or not math.isfinite(error) else f" ± {error:.2g}"
@@ -79,7 +78,7 @@ def smallest(
             break
         progress("searching", done, EVALUATIONS)
         middle = math.sqrt(low * high)
-        found = tried(middle)
+        found = tried(repairs.of_bytes(middle))
         if found.quality.meets(target):
             best, high = found, middle
         else:
