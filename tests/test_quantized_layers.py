@@ -10,6 +10,7 @@ from builders import DTYPES, activations, model, noise, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.quantized import index_quantized
 from onnx_utilrank.model.store import ModelStore
@@ -268,6 +269,28 @@ def test_forms_that_are_not_read_say_why():
     )
     _, (skip,) = read_layers(index_quantized(ModelStore.load(proto)))
     assert "scales its integers" in skip.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("s", (3,)), ("B", (4, 1, 7)), ("z", (4, 5)), ("B", (0, 1, 16))]
+)
+def test_parts_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]):
+    weights = {
+        "B": np.zeros((4, 1, 16), np.uint8),
+        "s": np.ones((4, 1), np.float32),
+        "z": np.zeros((4, 1), np.float32),
+    }
+    weights[name] = np.zeros(shape, weights[name].dtype)
+    proto = model(
+        "(float[n,32] x) => (float[n,4] y)",
+        "[the_node] y = com.microsoft.MatMulNBits<K=32, N=4, bits=4, block_size=32>(x, B, s, z)",
+        domains=MICROSOFT,
+        **weights,
+    )
+    index = index_quantized(ModelStore.load(proto))
+    ((layer,), _) = read_layers(index)
+    with pytest.raises(ModelError, match="the_node"):
+        layer.matrix(index)
 
 
 def test_operators_on_integers_go_back_to_what_they_were():

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +14,29 @@ from builders import activations, model, noise, ops, run
 from quantizers import nbits, quantized
 
 from onnx_utilrank import (
+    CompressConfig,
     ConfigError,
     ModelError,
     QualityTarget,
     RepairConfig,
     RepairResult,
     TargetMissedError,
+    compress,
     repair,
 )
+from onnx_utilrank.calibration.collect import silent
 from onnx_utilrank.cli.main import main
+from onnx_utilrank.job import Job
+from onnx_utilrank.model.plain import index_model
+from onnx_utilrank.model.quantized import index_quantized
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.repairing.match import match_layers
+from onnx_utilrank.repairing.readers import read_layers
+from onnx_utilrank.repairing.repairs import repaired
+from onnx_utilrank.sites.find import find_sites
+
+ROOT = Path(__file__).resolve().parent.parent
+ZOO = Path(os.environ.get("ONNX_UTILRANK_ZOO") or ROOT.parent / "shared" / "zoo")
 
 SAMPLES = 80
 WIDTH = 48
@@ -343,17 +360,24 @@ def test_branch_reads_what_a_relu_in_the_rounding_left(tmp_path: Path):
     assert read == {"input", "DequantizeLinear"}
 
 
+def halved(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same in half precision."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in (*copy.graph.input, *copy.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del copy.graph.value_info[:]
+    return copy
+
+
 def test_half_precision_stays_half():
     reference = perceptron()
     small = nbits(reference)
-    for proto in (reference, small):
-        for tensor in proto.graph.initializer:
-            if tensor.data_type == onnx.TensorProto.FLOAT:
-                values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-        for value in (*proto.graph.input, *proto.graph.output):
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-        del proto.graph.value_info[:]
+    reference, small = halved(reference), halved(small)
     data = {"x": ROWS["x"].astype(np.float16)}
     result = repair(reference, small, data, RepairConfig(rank=6))
     made = result.model
@@ -386,6 +410,19 @@ def test_without_gradients_errors_count_at_their_own_layer(caplog):
     # The share of each layer's output that its error is, which any other number would not be.
     first, _ = result.layers
     assert 0 < first.predicted_after < first.predicted_before < 1
+
+
+def test_what_was_compressed_is_repaired_behind_its_quantization():
+    config = CompressConfig(param_ratio=0.7, samples=60)
+    job = Job.open(perceptron(), ROWS, config, silent)
+    calibration, _ = job.data.split(samples=60)
+    thin = compress(perceptron(), ROWS, config)
+    assert thin.plan.changes
+    small = ModelStore.load(nbits(thin.model))
+    made = repaired(job, thin.store, small, calibration, config, 4)
+    expected, now, then = (run(ModelStore.load(m), ROWS)["y"] for m in (thin.store, made, small))
+    assert np.linalg.norm(now - expected) < 0.5 * np.linalg.norm(then - expected)
+    assert repaired(job, thin.store, small, calibration, config, 0) is small
 
 
 # --- hostile and odd ----------------------------------------------------------------------------
@@ -430,3 +467,65 @@ def test_patterns_say_what_is_repaired():
 def test_a_broken_metric_is_named():
     with pytest.raises(ConfigError, match="evaluate and labels"):
         RepairConfig(rank=1, evaluate="a:b", labels="c")
+
+
+def test_reference_may_be_finer_than_what_was_quantized():
+    """A bias and factors have the type of the layer that they stand beside."""
+    reference = perceptron()
+    small = halved(nbits(reference))
+    small.graph.node.insert(0, onnx.helper.make_node("Cast", ["x"], ["x/half"], to=10))
+    small.graph.node.append(onnx.helper.make_node("Cast", ["y/half"], ["y"], to=1))
+    for node in small.graph.node[1:-1]:
+        node.input[:] = ["x/half" if name == "x" else name for name in node.input]
+        node.output[:] = ["y/half" if name == "y" else name for name in node.output]
+    for value in (*small.graph.input, *small.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    result = repair(reference, small, ROWS, RepairConfig(rank=6))
+    made = checked(reference, small, ROWS, result)
+    assert result.kept
+    old = {t.name for t in small.graph.initializer}
+    new = [t for t in made.graph.initializer if t.name not in old]
+    assert {t.data_type for t in new} == {onnx.TensorProto.FLOAT16}
+
+
+# --- trained models -----------------------------------------------------------------------------
+
+no_zoo = pytest.mark.skipif(not (ZOO / "zoo.py").is_file(), reason="no folder of trained models")
+
+
+def calibration(name: str, samples: int, folder: Path) -> dict[str, np.ndarray]:
+    path = folder / "calibration.npz"
+    words = [sys.executable, ZOO / "zoo.py", "calib", name, "-o", path]
+    subprocess.run([*words, "--samples", str(samples)], check=True, capture_output=True)
+    with np.load(path) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+@pytest.mark.zoo
+@no_zoo
+def test_trained_transformer_gets_back_half_of_what_four_bits_lost(tmp_path: Path):
+    pytest.importorskip("PIL", reason="needs Pillow, the extra `dev`")
+    reference = onnx.load(ZOO / "vit_cifar10" / "model.onnx")
+    data = calibration("vit_cifar10", 80, tmp_path)
+    small = nbits(reference, block=128)
+    result = repair(reference, small, data, RepairConfig(extra_bytes=0.1, augment=False))
+    assert len(result.layers) == 24
+    assert not result.skipped
+    assert result.extra_bytes <= 0.1
+    assert result.recovered > 0.5
+
+
+@pytest.mark.zoo
+@no_zoo
+@pytest.mark.parametrize("form", ["QDQ", "QOperator", "dynamic"])
+def test_every_weight_of_a_trained_model_is_found(form: str, tmp_path: Path):
+    pytest.importorskip("PIL", reason="needs Pillow, the extra `dev`")
+    path = ZOO / "mobilenet_v2" / "model.onnx"
+    data = calibration("mobilenet_v2", 4, tmp_path)
+    small = quantized(onnx.load(path), form, tmp_path, data, per_channel=True, samples=2)
+    reference, index = index_model(ModelStore.load(path)), index_quantized(ModelStore.load(small))
+    layers, unread = read_layers(index)
+    pairs, unmatched = match_layers(reference, find_sites(reference)[0], index, layers)
+    assert len(pairs) == 36
+    assert not unmatched
+    assert {skip.reason.split(" (")[0] for skip in unread} == {"grouped convolution"}

@@ -80,7 +80,8 @@ def _bias(surgeon: Surgeon, branch: Branch, layer: Layer) -> str | None:
     assert branch.lost_mean is not None
     if slot.kind == "new" and not branch.factors.rank:
         return None
-    name = corrected_bias(surgeon, branch.pair.site, layer.use, branch.lost_mean)
+    site = replace(branch.pair.site, dtype=layer.dtype)  # the reference may be finer
+    name = corrected_bias(surgeon, site, layer.use, branch.lost_mean)
     if slot.kind == "input":
         surgeon.rewire(slot.node, slot.name, name)
     return name if slot.kind == "new" else None

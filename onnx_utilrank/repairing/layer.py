@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.site import Skip, Use
@@ -34,8 +35,18 @@ class Layer:
     reader: "Reader"
 
     def weight(self, index: GraphIndex) -> np.ndarray:
-        """Q(W) as the operator on floats would store it."""
-        return self.reader.weight(index, self.use.node)
+        """Q(W) as the operator on floats would store it.
+
+        Raises:
+            ModelError: Its parts do not fit each other.
+        """
+        try:
+            return self.reader.weight(index, self.use.node)
+        except (ValueError, IndexError) as e:
+            reason = " ".join(str(e).split())
+            raise ModelError(
+                f"{index.store.label}: {self.use.label}: its weight cannot be read: {reason}"
+            ) from e
 
     def matrix(self, index: GraphIndex) -> np.ndarray:
         """Q(W), float64 [m, d]."""

@@ -1,13 +1,14 @@
 """All that can be repaired in one model: ranks are chosen for its layers, and the model is made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Gradients
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.quantized import index_quantized
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.budget import allocate
@@ -16,10 +17,11 @@ from onnx_utilrank.repairing.branch import Branch, with_branches
 from onnx_utilrank.repairing.match import match_layers, with_inputs
 from onnx_utilrank.repairing.measure import Lost, Residual, measure_residuals
 from onnx_utilrank.repairing.readers import read_layers
+from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.sites.site import Skip
 from onnx_utilrank.surgery.rewrite import check_contract
 
-__all__ = ["Choice", "Repairs"]
+__all__ = ["Choice", "Repairs", "repaired"]
 
 # Models that are made, at most, for the file to have no more bytes than may be added.
 FITS = 8
@@ -198,3 +200,36 @@ def _choices(residual: Residual) -> tuple[Choice, ...]:
             )
         )
     return tuple(choices)
+
+
+def repaired(
+    job: Job,
+    reference: ModelStore,
+    quantized: ModelStore,
+    samples: Sequence[int],
+    config: CompressConfig,
+    rank: int,
+) -> ModelStore:
+    """A quantized model with branches, as one stage of several: nothing is validated.
+
+    Args:
+        job: Where the data are, and what they run on.
+        reference: What was quantized: the job's model, or what was made of it.
+        quantized: The same with weights quantized.
+        samples: Calibration samples.
+        config: How it is measured.
+        rank: Of the branch at each layer that is predicted to gain by it.
+
+    Returns:
+        A new model, or `quantized` itself where nothing is predicted to gain.
+
+    Raises:
+        ModelError: A model does not run, a value is not finite, or a factor does not fit its type.
+    """
+    index = index_model(reference)
+    sites, skips = find_sites(
+        index, op_types=config.op_types, include=config.include, exclude=config.exclude
+    )
+    own = replace(job, source=reference, index=index, sites=sites, skips=skips)
+    repairs = Repairs.measure(own, quantized, samples, config)
+    return repairs.make(repairs.of_rank(rank))
