@@ -34,6 +34,9 @@ from onnx_utilrank.finetuning import finetune
 from onnx_utilrank.low_rank_training import train
 from onnx_utilrank.pipeline import analyze, compress, sweep, validate
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.repairing.config import RepairConfig
+from onnx_utilrank.repairing.repair import repair
+from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
 from onnx_utilrank.results import (
     CompressResult,
     FinetuneResult,
@@ -62,6 +65,9 @@ __all__ = [
     "ProviderUnavailableError",
     "QualityTarget",
     "RankPlan",
+    "RepairConfig",
+    "RepairResult",
+    "RepairedLayer",
     "SweepPoint",
     "SweepResult",
     "TargetMissedError",
@@ -75,6 +81,7 @@ __all__ = [
     "benchmark",
     "compress",
     "finetune",
+    "repair",
     "sweep",
     "train",
     "validate",

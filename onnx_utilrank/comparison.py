@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.survey import linear_flops
 from onnx_utilrank.config import ValidateConfig
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.runtime.providers import Provider
@@ -12,7 +13,7 @@ from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.validation.report import ModelFigures, ValidationReport
 from onnx_utilrank.validation.report import validate as compare_models
 
-__all__ = ["compare"]
+__all__ = ["check_alike", "compare"]
 
 
 def compare(
@@ -54,6 +55,23 @@ def compare(
         max_error=config.max_error,
         min_agreement=config.min_agreement,
     )
+
+
+def check_alike(reference: ModelStore, candidate: ModelStore) -> None:
+    """Both models have to take and give the same.
+
+    Raises:
+        ModelError: They do not.
+    """
+    for what in ("inputs", "outputs"):
+        one, other = (
+            [(v.name, v.dtype) for v in getattr(store, what)] for store in (reference, candidate)
+        )
+        if one != other:
+            raise ModelError(
+                f"{candidate.label}: its {what} are not those of {reference.label}: no candidate "
+                "for it"
+            )
 
 
 def _figures(store: ModelStore, feed: Feed, provider: Provider) -> ModelFigures:

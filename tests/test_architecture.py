@@ -33,7 +33,7 @@ LAYERS = {
     "validation": "errors model runtime statistics",
     "benchmarking": "calibration errors model runtime validation",
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
-    "comparison": "calibration config model ranking runtime validation",
+    "comparison": "calibration config errors model ranking runtime validation",
     "job": (
         "calibration comparison config errors measurement model moves ranking runtime sensitivity"
         " sites statistics torch_graph validation"
@@ -62,14 +62,19 @@ LAYERS = {
         "calibration comparison compression config errors finetuning job model planning quality"
         " ranking results runtime search sites torch_graph training validation"
     ),
+    "repairing": (
+        "calibration comparison config errors job measurement model moves quality ranking results"
+        " runtime sensitivity sites statistics surgery validation"
+    ),
     "olive": "config errors pipeline",
     "__init__": (
-        "benchmarking config errors finetuning low_rank_training pipeline ranking results"
+        "benchmarking config errors finetuning low_rank_training pipeline ranking repairing results"
         " validation"
     ),
-    "report": "benchmarking errors model quality ranking results training validation",
+    "report": "benchmarking errors model quality ranking repairing results training validation",
     "cli": (
         "__init__ benchmarking config errors finetuning low_rank_training moves pipeline ranking"
+        " repairing"
         " report runtime sites statistics training"
     ),
     "__main__": "cli",
@@ -77,7 +82,7 @@ LAYERS = {
 
 # Packages that only some modules may import; nothing may import those with no module.
 FENCES = {
-    "onnx_graphsurgeon": ("model/surgeon.py", "sites/", "moves/"),
+    "onnx_graphsurgeon": ("model/surgeon.py", "sites/", "moves/", "repairing/branch.py"),
     "onnxruntime": ("runtime/", "cli/main.py"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),

@@ -427,3 +427,20 @@ def test_large_model_is_made_and_compressed_beside_its_data(monkeypatch, capsys,
     assert float(row["anonymous memory, GiB"]) > 0
     assert large.main([*words, "--param-ratio", "0.0001"]) == 1
     assert "ended with status 3" in capsys.readouterr().err
+
+
+def test_repair_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    repair_table = importlib.import_module("repair_table")
+    words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ways", "dynamic", "--shares", "0.3"]
+    assert repair_table.main([*words, "--samples", "40"]) == 0
+    printed = capsys.readouterr()
+    assert str(fake_zoo) not in printed.out
+    assert "--models tiny --ways dynamic" in printed.out
+    head, plain, repaired = cells(printed.out)
+    assert head == list(repair_table.COLUMNS)
+    assert plain[:3] == ["tiny", "dynamic", repair_table.NOTHING]
+    assert repaired[2].startswith("30 %")
+    if "not kept" not in repaired[2]:
+        assert 0 < float(repaired[4]) <= 30
+    assert repair_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1

@@ -24,6 +24,7 @@ __all__ = [
     "add_data_options",
     "add_library_option",
     "add_method_options",
+    "add_metric_options",
     "add_model_output_option",
     "add_output_options",
     "add_provider_option",
@@ -176,6 +177,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples of a run that is timed (default: up to 32)",
     )
+    add_metric_options(parser)
+
+
+def add_metric_options(parser: argparse.ArgumentParser) -> None:
+    """What the user calls good."""
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",
