@@ -30,6 +30,8 @@ from onnx_utilrank.errors import (
 from onnx_utilrank.finetuning import finetune
 from onnx_utilrank.low_rank_training import train
 from onnx_utilrank.pipeline import analyze, compress, sweep, validate
+from onnx_utilrank.plain_quantization import QuantizeResult, quantize
+from onnx_utilrank.quantization.config import QuantizeConfig
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.results import (
     CompressResult,
@@ -56,6 +58,8 @@ __all__ = [
     "ModelError",
     "ProviderUnavailableError",
     "QualityTarget",
+    "QuantizeConfig",
+    "QuantizeResult",
     "RankPlan",
     "SweepPoint",
     "SweepResult",
@@ -69,6 +73,7 @@ __all__ = [
     "analyze",
     "compress",
     "finetune",
+    "quantize",
     "sweep",
     "train",
     "validate",

@@ -1,6 +1,7 @@
 """Compare two models on samples of a data set: outputs, size, operations and latency."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.survey import linear_flops
@@ -23,8 +24,14 @@ def compare(
     batch: int,
     providers: Sequence[Provider],
     config: ValidateConfig,
+    *,
+    counted: ModelStore | None = None,
 ) -> ValidationReport:
-    """Compare two models on the given samples of a data set."""
+    """Compare two models on the given samples of a data set.
+
+    Parameters and operations of a candidate that was quantized are those of the model `counted`
+    that it was made of: in fewer bits they are no longer to be seen.
+    """
     single = next(data.feeds(samples, batch=1))
     feeds = list(data.feeds(samples, batch=batch))
     return compare_models(
@@ -35,7 +42,10 @@ def compare(
         providers=providers,
         figures=(
             _figures(reference, single, providers[0]),
-            _figures(candidate, single, providers[0]),
+            replace(
+                _figures(counted or candidate, single, providers[0]),
+                file_bytes=candidate.file_bytes,
+            ),
         ),
         max_error=config.max_error,
         min_agreement=config.min_agreement,

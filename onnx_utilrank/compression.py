@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
@@ -14,11 +13,13 @@ from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK, Basis, Shrinking
+from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import NODE_BYTES, Unit
 from onnx_utilrank.ranking.decide import Offers, unfactorable
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
+from onnx_utilrank.ranking.stamp import stamped
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
@@ -33,14 +34,12 @@ from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import OutputRecorder
 
-__all__ = ["build", "fit", "fullness", "is_better", "make_offers", "refit_note", "stamp"]
-
-# Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
-PLAN_KEY = "onnx_utilrank.plan_sha256"
-
-# A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
-# in their metric: a model that comes to it has no more room.
-FULL = 0.05
+__all__ = [
+    "build",
+    "fit",
+    "is_better",
+    "make_offers",
+]
 
 # Samples, at most, that a refit has to prove itself on, and the parts that it takes at least, or
 # variations are left out.
@@ -52,47 +51,36 @@ FITS = 8
 
 
 def make_offers(
-    job: Job, found: Measurement, samples: Sequence[int], config: CompressConfig
+    job: Job,
+    found: Measurement,
+    samples: Sequence[int],
+    config: CompressConfig,
+    quantizing: Quantizing | None = None,
 ) -> Offers:
-    """What can be done to the sites of a model, in the unit of the ratio that was asked for."""
+    """What can be done to the sites of a model, in the unit of the ratio that was asked for.
+
+    Bytes are those of the final file: quantized, where it will be.
+    """
     unit: Unit = "parameters"
     if config.size_ratio:
         unit = "bytes"
     elif config.flop_ratio:
         unit = "operations"
     ledger = job.ledger(unit, [m.site for m in found.sites], samples)
+    if quantizing is not None and unit == "bytes":
+        plain = float(quantizing.plain.store.file_bytes)
+        ledger = replace(ledger, storage=quantizing.scheme, dense_total=plain)
     skips = (*job.skips, *found.skips)
     hidden = found.hidden if config.moves is None or SHRINK in config.moves else ()
     return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)
 
 
-def fullness(offers: Offers, plan: RankPlan) -> tuple[str, ...]:
-    """A sentence where a plan goes further than the model has room for, as far as is predicted."""
-    predicted = plan.predicted_divergence
-    if predicted is None or predicted <= FULL:
-        return ()
-    reach = offers.reach(FULL)
-    unit = offers.ledger.unit
-    until = "at any size" if reach is None else f"below {100 * reach:.0f} % of its {unit}"
-    return (
-        f"The model uses its space: {until} a divergence of more than {FULL:g} is predicted "
-        f"({predicted:.2g} at {100 * plan.param_ratio:.0f} % of the parameters); expect its "
-        "quality to suffer.",
-    )
-
-
-def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tuple[str, ...]:
-    """A sentence where a refit was tried and left out."""
-    if not config.refit or found.gradients is None or plan.refit or not plan.changes:
-        return ()
-    return (
-        "No layer was refitted to what it gets behind compressed ones: on calibration samples kept "
-        "apart for it that was no better, or there were too few to tell.",
-    )
-
-
 def fit(
-    job: Job, found: Measurement, offers: Offers, config: CompressConfig
+    job: Job,
+    found: Measurement,
+    offers: Offers,
+    config: CompressConfig,
+    quantizing: Quantizing | None = None,
 ) -> tuple[RankPlan, ModelStore]:
     """Plan for the ratio or the energy that was asked for, and make the model.
 
@@ -107,7 +95,8 @@ def fit(
         plan, store = build(job, offers.plan(ratio), found, config)
         if config.size_ratio is None or ratio is None:
             return plan, store
-        excess = store.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
+        final = store if quantizing is None else quantizing(store).store
+        excess = final.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
         if excess <= 0:
             return plan, store
         ratio -= (excess + NODE_BYTES) / job.source.file_bytes
@@ -162,10 +151,8 @@ def build(
         _shrinking(job, hidden[entry.hidden], entry.kept or 0, sites, made) for entry in plan.shrunk
     ]
     job.progress("rewriting", 0, 0)
-    store = rewrite(job.index, replacements, shrinkings)
+    store = stamped(rewrite(job.index, replacements, shrinkings), plan)
     check_contract(job.store, store)
-    entry = stamp(store) or store.proto.metadata_props.add(key=PLAN_KEY)
-    entry.value = plan.fingerprint()
     before, after = job.source.file_bytes, store.file_bytes
     if after > before and not config.force:
         raise TargetMissedError(
@@ -375,8 +362,9 @@ def _shrinking(
 
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:
-    if plan.met:
-        return job.source
+    of_floats = {"param_ratio", "flop_ratio"} & plan.target.keys()
+    if plan.met or (plan.then is not None and not of_floats):
+        return job.source  # quantization alone may well do
     if not plan.entries:
         raise TargetMissedError(unfactorable(job.store.label, plan.skipped))
     raise TargetMissedError(
@@ -384,8 +372,3 @@ def _unchanged(job: Job, plan: RankPlan) -> ModelStore:
         f"({len(plan.entries)} weights looked at, {len(plan.skipped)} nodes left alone): the "
         "model uses its space"
     )
-
-
-def stamp(store: ModelStore) -> onnx.StringStringEntryProto | None:
-    """The metadata entry that says which plan made a model, if one did."""
-    return next((e for e in store.proto.metadata_props if e.key == PLAN_KEY), None)

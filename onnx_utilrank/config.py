@@ -12,6 +12,7 @@ from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 __all__ = [
     "FINETUNE_METHODS",
     "QUALITY_KEYS",
+    "SCHEME_KEYS",
     "TRAIN_METHODS",
     "AnalyzeConfig",
     "CompressConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "FinetuneMethod",
     "QualityTarget",
     "RunConfig",
+    "SchemeKey",
     "TrainConfig",
     "TrainMethod",
     "TrainingConfig",
@@ -32,6 +34,9 @@ FinetuneMethod = Literal["factors", "biases", "oialr"]
 FINETUNE_METHODS: tuple[FinetuneMethod, ...] = ("factors", "biases", "oialr")
 TrainMethod = Literal["oialr", "dense"]
 TRAIN_METHODS: tuple[TrainMethod, ...] = ("oialr", "dense")
+
+SchemeKey = Literal["int8", "int8-dynamic", "int4", "fp16", "bf16"]
+SCHEME_KEYS: tuple[SchemeKey, ...] = ("int8", "int8-dynamic", "int4", "fp16", "bf16")
 
 # The paper states no threshold that we could confirm; this one is ours, and an option everywhere.
 DEFAULT_ENERGY = 0.999
@@ -258,6 +263,8 @@ class CompressConfig(CalibrationConfig):
         rank_multiple: Ranks are multiples of this; 8 suits the matrix units of GPUs.
         finetune: Train the result after the original's outputs, as these options say; seed,
             provider, libraries, budget and cache are those of this configuration.
+        then: Quantize the result by this scheme, last of all. Bytes and quality that are asked for
+            are those of the quantized model; parameters and operations are counted before.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.
@@ -278,6 +285,7 @@ class CompressConfig(CalibrationConfig):
     force: bool = False
     rank_multiple: int = 1
     finetune: FinetuneConfig | None = None
+    then: SchemeKey | None = None
 
     def __post_init__(self) -> None:
         CalibrationConfig.__post_init__(self)
@@ -302,6 +310,7 @@ class CompressConfig(CalibrationConfig):
             f"output weighting {self.weighting!r} is none of {WEIGHTINGS}",
         )
         _check(self.rank_multiple >= 1, "rank multiple must be at least 1")
+        _check(self.then in (None, *SCHEME_KEYS), f"scheme {self.then!r} is none of {SCHEME_KEYS}")
         fewest = 2 if self.finetune is None else 3
         _check(self.samples is None or self.samples >= fewest, f"samples must be at least {fewest}")
 

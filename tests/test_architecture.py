@@ -30,19 +30,28 @@ LAYERS = {
     "sensitivity": "calibration errors model moves ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
+    "quantization": ("calibration config errors model ranking runtime sites statistics validation"),
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
     "comparison": "calibration config model ranking runtime validation",
     "job": (
         "calibration comparison config errors measurement model moves ranking runtime sensitivity"
         " sites statistics torch_graph validation"
     ),
+    "remarks": "config measurement ranking",
+    "quantizing": "config errors job model quantization runtime validation",
     "compression": (
-        "config errors job measurement model moves ranking refit runtime sensitivity sites"
-        " statistics surgery torch_graph validation"
+        "config errors job measurement model moves quantizing ranking refit runtime sensitivity"
+        " sites statistics surgery torch_graph validation"
     ),
     "quality": "calibration config errors job model runtime statistics validation",
+    "stages": (
+        "comparison config job model quality quantization quantizing runtime sites validation"
+    ),
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
-    "results": "errors model quality ranking training validation",
+    "results": "errors model quality ranking stages training validation",
+    "plain_quantization": (
+        "calibration errors job model quality quantization quantizing results stages"
+    ),
     "finetuning": (
         "calibration comparison config errors model results runtime statistics surgery"
         " torch_graph training validation"
@@ -51,24 +60,32 @@ LAYERS = {
         "calibration config errors model ranking results runtime sites statistics surgery"
         " training validation"
     ),
-    "search": "compression config errors job measurement model quality ranking",
+    "search": "compression config errors job measurement model quality quantizing ranking",
     "pipeline": (
         "calibration comparison compression config errors finetuning job model quality ranking"
-        " results runtime search sites torch_graph training validation"
+        " quantizing remarks results runtime search sites stages torch_graph training validation"
     ),
-    "__init__": ("config errors finetuning low_rank_training pipeline ranking results validation"),
-    "report": "errors model quality ranking results training validation",
+    "__init__": (
+        "config errors finetuning low_rank_training pipeline plain_quantization quantization"
+        " ranking results validation"
+    ),
+    "report": (
+        "errors model plain_quantization quality ranking results stages training validation"
+    ),
     "cli": (
-        "__init__ config errors finetuning low_rank_training moves pipeline ranking report"
-        " runtime sites statistics training"
+        "__init__ config errors finetuning low_rank_training moves pipeline plain_quantization"
+        " quantization ranking report runtime sites statistics training"
     ),
     "__main__": "cli",
 }
 
 # Packages that only some modules may import; nothing may import those with no module.
 FENCES = {
-    "onnx_graphsurgeon": ("model/surgeon.py", "sites/", "moves/"),
-    "onnxruntime": ("runtime/", "cli/main.py"),
+    "onnx_graphsurgeon": (
+        *("model/surgeon.py", "sites/", "moves/"),
+        "quantization/blockwise.py",
+    ),
+    "onnxruntime": ("runtime/", "cli/main.py", "quantization/"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
     "onnx_ir": (),

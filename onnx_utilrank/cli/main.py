@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import onnxruntime as ort
 
 from onnx_utilrank import __version__
-from onnx_utilrank.cli import analyze, compress, finetune, sweep, train, validate
+from onnx_utilrank.cli import analyze, compress, finetune, quantize, sweep, train, validate
 from onnx_utilrank.errors import UtilrankError, printable
 
 __all__ = ["build_parser", "main"]
 
-VERBS = (analyze, compress, sweep, finetune, train, validate)
+VERBS = (analyze, compress, sweep, quantize, finetune, train, validate)
 
 EXIT_STATUS = """exit status:
   0  done

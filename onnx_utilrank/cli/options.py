@@ -19,6 +19,7 @@ __all__ = [
     "add_data_options",
     "add_library_option",
     "add_method_options",
+    "add_metric_options",
     "add_model_output_option",
     "add_output_options",
     "add_provider_option",
@@ -177,6 +178,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="ranks are multiples of K; 8 suits GPUs (default: 1)",
     )
+    add_metric_options(parser)
+
+
+def add_metric_options(parser: argparse.ArgumentParser) -> None:
+    """The user's own metric."""
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",
