@@ -15,7 +15,13 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from onnx_utilrank.model.graph import GraphIndex, attributes
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.model.surgeon import Surgeon
-from onnx_utilrank.quantization.nodes import Weighted, weighted_nodes
+from onnx_utilrank.quantization.nodes import (
+    TURNED,
+    Weighted,
+    gemm_factors,
+    is_turned,
+    weighted_nodes,
+)
 from onnx_utilrank.quantization.scheme import Calibration, Quantized, require_some
 from onnx_utilrank.ranking.cost import NODE_BYTES
 from onnx_utilrank.runtime.providers import Provider
@@ -113,8 +119,8 @@ def _reason(index: GraphIndex, each: Weighted) -> str | None:
         return "its weight has other readers and would stay beside its 4 bits"
     if each.op_type == "MatMul" and len(each.shape) > 2:
         return "its weight has axes of extent 1 in front, which would be lost"
-    if each.op_type == "Gemm" and attributes(node).get("transA", 0):
-        return "its input is transposed"
+    if each.op_type == "Gemm" and is_turned(node):
+        return TURNED
     if each.op_type == "Gather" and (len(each.shape) != 2 or each.shape[1] % 2):
         return "its table has rows of an odd number of features, which do not fill bytes"
     return None
@@ -178,9 +184,9 @@ def _matmul(surgeon: Surgeon, each: Weighted, held: dict[Any, list[str]]) -> lis
 def _gemm(surgeon: Surgeon, each: Weighted, held: dict[Any, list[str]]) -> list[gs.Node]:
     """alpha x B + beta C as a product and a sum: alpha goes into the weight."""
     node = surgeon.index.node(each.place)
-    given = attributes(node)
-    turned = bool(given.get("transB", 0))
-    stored = _stored(surgeon, each, held, turned=turned, gain=float(given.get("alpha", 1.0)))  # type: ignore[arg-type]
+    turned = bool(attributes(node).get("transB", 0))
+    alpha, beta = gemm_factors(node)
+    stored = _stored(surgeon, each, held, turned=turned, gain=alpha)
     shape = (each.shape[1], each.shape[0]) if turned else (each.shape[0], each.shape[1])
     y = surgeon.tensor(node.output[0])
     if len(node.input) < 3 or not node.input[2]:
@@ -188,7 +194,7 @@ def _gemm(surgeon: Surgeon, each: Weighted, held: dict[Any, list[str]]) -> list[
     label = node.name or node.output[0]
     product = surgeon.value(f"{y.name}/product")
     chain = [_product(surgeon, each, stored, product, shape)]
-    added, beta = surgeon.tensor(node.input[2]), float(given.get("beta", 1.0))  # type: ignore[arg-type]
+    added = surgeon.tensor(node.input[2])
     if beta != 1.0:
         scaled = surgeon.value(f"{y.name}/added")
         factor = surgeon.tensor(surgeon.constant(f"{label}/beta", np.array(beta, np.float32)))

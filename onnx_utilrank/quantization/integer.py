@@ -15,7 +15,7 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quantization.between import between
-from onnx_utilrank.quantization.nodes import Weighted, weighted_nodes
+from onnx_utilrank.quantization.nodes import TURNED, Weighted, is_turned, weighted_nodes
 from onnx_utilrank.quantization.ort import calling, tools
 from onnx_utilrank.quantization.prepare import FLOAT, Prepared, at_opset, prepare, value_types
 from onnx_utilrank.quantization.ranges import Range, ranges
@@ -129,8 +129,11 @@ class Dynamic:
         index = GraphIndex.build(source)
         slow = "its operator has no fast kernel that takes ranges at run time"
         weights, left = weighted_nodes(index, self.op_types, slow)
+        turned = [w for w in weights if w.op_type == "Gemm" and is_turned(index.node(w.place))]
+        weights = [w for w in weights if w not in turned]
+        left += [Skip(node=w.label, op_type=w.op_type, reason=TURNED) for w in turned]
         require_some(store, self.key, weights, left)
-        prepared = prepare(index, weights, calibration.provider)
+        prepared = prepare(index, weights, calibration.provider, gemms=False)
 
         def make(own: Sequence[Weighted]) -> ModelStore:
             out = prepared.path.with_name("quantized.onnx")
@@ -231,6 +234,7 @@ def _qdq(
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
         quantizer.quantize_model()
+        quantizer.model.topological_sort()
         made: onnx.ModelProto = quantizer.model.model
     return made
 

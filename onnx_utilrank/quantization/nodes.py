@@ -11,10 +11,12 @@ from onnx_utilrank.model.scopes import all_nodes
 from onnx_utilrank.sites.left import REASONS
 from onnx_utilrank.sites.site import Skip
 
-__all__ = ["Weighted", "weighted_nodes"]
+__all__ = ["TURNED", "Weighted", "gemm_factors", "is_turned", "weighted_nodes"]
 
 # The operand that holds the weight.
 OPERANDS = {"MatMul": 1, "Gemm": 1, "Conv": 1, "ConvTranspose": 1, "Gather": 0}
+
+TURNED = "its input is transposed"
 
 # Elements from which a weight is worth the scales and nodes that come along.
 SMALLEST = 256
@@ -103,9 +105,23 @@ def _weighted(
         return "its weight is a stack of different matrices"
     if node.op_type == "Gather" and _axis(node) not in (0, -len(shape)):
         return "it takes columns of its table"
+    added = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+    if gemm_factors(node)[1] != 1.0 and added and added not in index.constants:
+        return "what it adds is computed, and scaled"
     if not index.is_finite(name):
         return "its weight holds NaN or infinity"
     return Weighted(place=k, label=node_label(node), op_type=node.op_type, weight=name, shape=shape)
+
+
+def gemm_factors(node: onnx.NodeProto) -> tuple[float, float]:
+    """Alpha and beta of a Gemm; 1 of any other node."""
+    given = {a.name: float(a.f) for a in node.attribute} if node.op_type == "Gemm" else {}
+    return given.get("alpha", 1.0), given.get("beta", 1.0)
+
+
+def is_turned(node: onnx.NodeProto) -> bool:
+    """Whether a Gemm transposes its input."""
+    return any(a.name == "transA" and a.i for a in node.attribute)
 
 
 def _is_matrix(index: GraphIndex, name: str) -> bool:

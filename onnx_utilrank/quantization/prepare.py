@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from onnx_utilrank.calibration.survey import expose
 from onnx_utilrank.errors import ModelError
@@ -20,7 +20,7 @@ from onnx_utilrank.model.external import Scratch
 from onnx_utilrank.model.graph import GraphIndex, all_names, new_name
 from onnx_utilrank.model.store import INLINE_LIMIT, ModelStore
 from onnx_utilrank.model.surgeon import FIRST_IR_WITH_FREE_INITIALIZERS
-from onnx_utilrank.quantization.nodes import Weighted
+from onnx_utilrank.quantization.nodes import Weighted, gemm_factors
 from onnx_utilrank.quantization.ort import calling, tools
 from onnx_utilrank.quantization.scheme import Calibration
 from onnx_utilrank.runtime.providers import Provider
@@ -90,13 +90,16 @@ def settled(proto: onnx.ModelProto, source: ModelStore) -> ModelStore:
     return ModelStore(proto=held, folder=scratch.path, name=source.label, scratch=scratch)
 
 
-def prepare(index: GraphIndex, weights: Sequence[Weighted], provider: Provider) -> Prepared:
+def prepare(
+    index: GraphIndex, weights: Sequence[Weighted], provider: Provider, *, gemms: bool = True
+) -> Prepared:
     """Make the working copy.
 
     Args:
         index: The model; it is not changed.
         weights: Nodes whose weights have to be initializers.
         provider: Where it runs.
+        gemms: Whether Gemm nodes may stay; else they become MatMul and Add.
 
     Raises:
         ModelError: It does not load, or a weight cannot be read.
@@ -113,19 +116,57 @@ def prepare(index: GraphIndex, weights: Sequence[Weighted], provider: Provider) 
         if not node.name or often[node.name] > 1:
             node.name = new_name(f"{node.op_type}_{node.output[0] if node.output else ''}", taken)
         names.append(node.name)
-    folded: dict[str, str] = {}
-    for each in weights:
-        node = graph.node[each.place]
-        if each.weight not in index.initializers:
-            if each.weight not in folded:
-                values = index.constant(each.weight)
-                assert values is not None
-                folded[each.weight] = new_name(f"{each.weight}/weight", taken)
-                tensor = numpy_helper.from_array(np.ascontiguousarray(values), folded[each.weight])
-                graph.initializer.append(tensor)
-            slot = list(node.input).index(each.weight)
-            node.input[slot] = folded[each.weight]
-    _drop_unread(proto, set(folded))
+    folded: dict[tuple[str, float, bool], str] = {}
+
+    def fold(name: str, gain: float = 1.0, *, turned: bool = False) -> str:
+        """An initializer that holds a constant of the model, perhaps scaled or transposed."""
+        if name in index.initializers and gain == 1.0 and not turned:
+            return name
+        key = name, gain, turned
+        if key not in folded:
+            values = index.constant(name)
+            assert values is not None
+            scaled = (values.T if turned else values) * np.asarray(gain, values.dtype)
+            folded[key] = new_name(f"{name}/folded", taken)
+            tensor = numpy_helper.from_array(np.ascontiguousarray(scaled), folded[key])
+            graph.initializer.append(tensor)
+        return folded[key]
+
+    places = {each.place: each for each in weights}
+    nodes = []
+    for k, node in enumerate(graph.node):
+        nodes.append(node)
+        if k not in places:
+            continue
+        each = places[k]
+        slot = list(node.input).index(each.weight)
+        if each.op_type != "Gemm":
+            node.input[slot] = fold(each.weight)
+            continue
+        # What is written for a Gemm forgets beta and has no form for alpha, or none for a Gemm.
+        alpha, beta = gemm_factors(node)
+        split = not gemms
+        turned = split and any(a.name == "transB" and a.i for a in node.attribute)
+        node.input[slot] = fold(each.weight, alpha, turned=turned)
+        if beta != 1.0 and len(node.input) > 2 and node.input[2]:
+            node.input[2] = fold(node.input[2], beta)
+        gone = {"alpha", "beta"} | ({"transA", "transB"} if split else set())
+        kept = [a for a in node.attribute if a.name not in gone]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        if split:
+            node.op_type = "MatMul"
+            added = [name for name in node.input[2:] if name]
+            del node.input[2:]
+            if added:
+                y = node.output[0]
+                node.output[0] = new_name(f"{y}/product", taken)
+                label = new_name(f"{node.name}/bias", taken)
+                nodes.append(helper.make_node("Add", [node.output[0], *added], [y], name=label))
+    held = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(held)
+    _drop_unread(proto, {name for name, *_ in folded})
     own = {each.weight for each in weights}
     stays = [value for value in graph.input if value.name not in own]
     if len(stays) < len(graph.input):
@@ -181,7 +222,7 @@ def _declare(proto: onnx.ModelProto, store: ModelStore, provider: Provider) -> N
     working = ModelStore(proto=proto, folder=store.folder, name=store.label)
     for name, kind in value_types(working, provider).items():
         if name not in known and kind == FLOAT:
-            graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, None))
+            graph.value_info.append(helper.make_tensor_value_info(name, kind, None))
 
 
 def at_opset(store: ModelStore, opset: int, calibration: Calibration) -> ModelStore:
