@@ -33,6 +33,8 @@ from onnx_utilrank.errors import (
 from onnx_utilrank.finetuning import finetune
 from onnx_utilrank.low_rank_training import train
 from onnx_utilrank.pipeline import analyze, compress, sweep, validate
+from onnx_utilrank.plain_quantization import QuantizeResult, quantize
+from onnx_utilrank.quantization.config import QuantizeConfig
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.repairing.config import RepairConfig
 from onnx_utilrank.repairing.repair import repair
@@ -64,6 +66,8 @@ __all__ = [
     "ModelError",
     "ProviderUnavailableError",
     "QualityTarget",
+    "QuantizeConfig",
+    "QuantizeResult",
     "RankPlan",
     "RepairConfig",
     "RepairResult",
@@ -81,6 +85,7 @@ __all__ = [
     "benchmark",
     "compress",
     "finetune",
+    "quantize",
     "repair",
     "sweep",
     "train",

@@ -1,6 +1,7 @@
 """Compare two models on samples of a data set: outputs, size, operations and latency."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.survey import linear_flops
@@ -26,6 +27,7 @@ def compare(
     config: ValidateConfig,
     *,
     timed: int | None = None,
+    counted: ModelStore | None = None,
 ) -> ValidationReport:
     """Compare two models on the given samples of a data set.
 
@@ -38,6 +40,8 @@ def compare(
         providers: Where they run.
         config: Tolerances.
         timed: Samples of a run that is timed; None for `batch`.
+        counted: The model that a quantized candidate was made of: its parameters and operations
+            are those of this one, as in fewer bits they are no longer to be seen.
     """
     single = next(data.feeds(samples, batch=1))
     feeds = list(data.feeds(samples, batch=batch))
@@ -50,7 +54,10 @@ def compare(
         providers=providers,
         figures=(
             _figures(reference, single, providers[0]),
-            _figures(candidate, single, providers[0]),
+            replace(
+                _figures(counted or candidate, single, providers[0]),
+                file_bytes=candidate.file_bytes,
+            ),
         ),
         max_error=config.max_error,
         min_agreement=config.min_agreement,

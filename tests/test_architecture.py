@@ -32,23 +32,32 @@ LAYERS = {
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "benchmarking": "calibration errors model runtime validation",
+    "quantization": ("calibration config errors model ranking runtime sites statistics validation"),
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
     "comparison": "calibration config errors model ranking runtime validation",
     "job": (
         "calibration comparison config errors measurement model moves ranking runtime sensitivity"
         " sites statistics torch_graph validation"
     ),
+    "remarks": "config measurement ranking",
+    "quantizing": "config errors job model quantization runtime validation",
     "compression": (
-        "config errors job measurement model moves ranking refit runtime sensitivity sites"
-        " statistics surgery torch_graph validation"
+        "config errors job measurement model moves quantizing ranking refit runtime sensitivity"
+        " sites statistics surgery torch_graph validation"
     ),
     "planning": (
-        "calibration compression config errors job latency measurement model moves ranking"
-        " runtime sites validation"
+        "calibration compression config errors job latency measurement model moves quantizing"
+        " ranking runtime sites validation"
     ),
     "quality": "calibration config errors job model runtime statistics validation",
+    "stages": (
+        "comparison config job model quality quantization quantizing runtime sites validation"
+    ),
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
-    "results": "errors model quality ranking training validation",
+    "results": "errors model quality ranking stages training validation",
+    "plain_quantization": (
+        "calibration errors job model quality quantization quantizing results stages"
+    ),
     "finetuning": (
         "calibration comparison config errors model results runtime statistics surgery"
         " torch_graph training validation"
@@ -57,10 +66,11 @@ LAYERS = {
         "calibration config errors model ranking results runtime sites statistics surgery"
         " training validation"
     ),
-    "search": "compression config errors job measurement model quality ranking",
+    "search": "compression config errors job measurement model quality quantizing ranking",
     "pipeline": (
         "calibration comparison compression config errors finetuning job model planning quality"
-        " ranking results runtime search sites torch_graph training validation"
+        " quantizing ranking remarks results runtime search sites stages torch_graph training"
+        " validation"
     ),
     "repairing": (
         "calibration comparison config errors job measurement model moves quality ranking results"
@@ -68,22 +78,28 @@ LAYERS = {
     ),
     "olive": "config errors pipeline",
     "__init__": (
-        "benchmarking config errors finetuning low_rank_training pipeline ranking repairing results"
-        " validation"
+        "benchmarking config errors finetuning low_rank_training pipeline plain_quantization"
+        " quantization ranking repairing results validation"
     ),
-    "report": "benchmarking errors model quality ranking repairing results training validation",
+    "report": (
+        "benchmarking errors model plain_quantization quality ranking repairing results stages"
+        " training validation"
+    ),
     "cli": (
-        "__init__ benchmarking config errors finetuning low_rank_training moves pipeline ranking"
-        " repairing"
-        " report runtime sites statistics training"
+        "__init__ benchmarking config errors finetuning low_rank_training moves pipeline"
+        " plain_quantization quantization ranking repairing report runtime sites statistics"
+        " training"
     ),
     "__main__": "cli",
 }
 
 # Packages that only some modules may import; nothing may import those with no module.
 FENCES = {
-    "onnx_graphsurgeon": ("model/surgeon.py", "sites/", "moves/", "repairing/branch.py"),
-    "onnxruntime": ("runtime/", "cli/main.py"),
+    "onnx_graphsurgeon": (
+        *("model/surgeon.py", "sites/", "moves/"),
+        *("quantization/blockwise.py", "repairing/branch.py"),
+    ),
+    "onnxruntime": ("runtime/", "cli/main.py", "quantization/"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
     "olive": ("olive.py",),

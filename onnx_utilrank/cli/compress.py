@@ -21,6 +21,7 @@ from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import (
     FINETUNE_METHODS,
     QUALITY_KEYS,
+    SCHEME_KEYS,
     CompressConfig,
     FinetuneConfig,
     QualityTarget,
@@ -95,6 +96,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--steps", type=number(int, 1), metavar="N", help="steps of that training (default: 500)"
     )
+    parser.add_argument(
+        "--then",
+        choices=SCHEME_KEYS,
+        help="quantize the result, as the verb quantize does; --size-ratio and quality targets are "
+        "then of the quantized model",
+    )
     parser.add_argument("--plan-out", metavar="FILE", help="write the plan, to read or replay")
     add_site_options(parser)
     add_provider_option(parser)
@@ -110,11 +117,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("-o OUT is needed, or --dry-run")
     own = (args.method, args.moves, args.output_weighting)
     flags = (args.force, args.no_refit, args.no_augment and not args.finetune)
-    if args.plan and (any(own) or any(flags) or args.rank_multiple):
+    if args.plan and (any(own) or any(flags) or args.then or args.rank_multiple):
         raise ConfigError(
-            "--plan states method, moves, weighting, refit, variations and ranks itself: --method, "
-            "--moves, --output-weighting, --no-refit, --no-augment, --rank-multiple and --force "
-            "exclude it"
+            "--plan states method, moves, weighting, refit, variations, ranks and quantization "
+            "itself: --method, --moves, --output-weighting, --no-refit, --no-augment, "
+            "--rank-multiple, --force and --then exclude it"
         )
     if args.point is not None and not args.plan:
         raise ConfigError("--point goes with --plan")
@@ -136,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         finetune=FinetuneConfig(method=args.finetune, steps=args.steps, augment=not args.no_augment)
         if args.finetune
         else None,
+        then=args.then,
         **method_options(args),
         **run_options(args),
         **site_options(args),

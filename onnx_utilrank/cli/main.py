@@ -14,6 +14,7 @@ from onnx_utilrank.cli import (
     benchmark,
     compress,
     finetune,
+    quantize,
     repair,
     sweep,
     train,
@@ -23,7 +24,7 @@ from onnx_utilrank.errors import UtilrankError, printable
 
 __all__ = ["build_parser", "main"]
 
-VERBS = (analyze, compress, sweep, finetune, repair, train, validate, benchmark)
+VERBS = (analyze, compress, sweep, quantize, finetune, repair, train, validate, benchmark)
 
 EXIT_STATUS = """exit status:
   0  done

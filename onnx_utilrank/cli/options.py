@@ -181,7 +181,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_metric_options(parser: argparse.ArgumentParser) -> None:
-    """What the user calls good."""
+    """The user's own metric."""
     metric = parser.add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",

@@ -4,9 +4,9 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
-from onnx_utilrank.quality import Quality
+from onnx_utilrank.quality import Quality, quality_dict, strict
 from onnx_utilrank.ranking.plan import SkippedNode
-from onnx_utilrank.results import MadeModel, quality_dict, strict
+from onnx_utilrank.results import MadeModel
 from onnx_utilrank.validation.bench import LatencyComparison
 from onnx_utilrank.validation.report import ValidationReport
 
