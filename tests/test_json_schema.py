@@ -30,6 +30,7 @@ CALLS = {
     ],
     "validate": ["m.onnx", "r.onnx", "--data", "d.npz"],
     "benchmark": ["m.onnx", "r.onnx", "--batch", "1", "--seconds", "0.1"],
+    "quantize": ["m.onnx", "-o", "i.onnx", "--data", "d.npz", "--to", "int8-dynamic"],
     "repair": ["m.onnx", "q.onnx", "-o", "p.onnx", "--data", "d.npz", "--rank", "4"],
 }
 

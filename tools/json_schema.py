@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from onnx_utilrank.benchmarking.report import BenchmarkReport
+from onnx_utilrank.plain_quantization import QuantizeResult
 from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
 from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
@@ -30,6 +31,7 @@ from onnx_utilrank.results import (
     UtilizationReport,
 )
 from onnx_utilrank.runtime.placement import PlacedNode
+from onnx_utilrank.stages import QuantizationReport, Stage
 from onnx_utilrank.validation.bench import LatencyComparison
 from onnx_utilrank.validation.compare import OutputComparison
 from onnx_utilrank.validation.report import ModelFigures, ProviderResult, ValidationReport
@@ -191,6 +193,19 @@ def schema() -> Schema:
     known.ref(FinetuneResult, name="finetune", without=frozenset({"store"}), validation=validation)
     known.ref(TrainResult, name="train", without=frozenset({"store"}))
     plan = known.ref(RankPlan, name="plan")
+    quantized = known.ref(
+        QuantizationReport,
+        left_alone=COUNTS,
+        stages=_listed(known.ref(Stage, quality=quality, validation=validation)),
+        beside_plain=_or_null(latency),
+    )
+    known.ref(
+        QuantizeResult,
+        name="quantize",
+        without=frozenset({"store", "report"}),
+        verdict={"enum": ["slower", "smaller"]},
+        quantized=quantized,
+    )
     known.ref(
         UtilizationReport,
         name="analyze",
@@ -207,6 +222,7 @@ def schema() -> Schema:
         quality=_or_null(quality),
         searched=_or_null(quality),
         recovered=_or_null(training),
+        quantized=_or_null(quantized),
         validation=_or_null(validation),
     )
     point = known.ref(SweepPoint, quality=quality, validation=validation, plan=plan)
