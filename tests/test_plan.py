@@ -177,6 +177,15 @@ def test_the_file_is_json_with_every_field_in_its_place():
     assert raw["hidden"][1]["sites"] == ["q.weight", "k.weight"]
 
 
+def test_quantization_makes_it_another_plan():
+    int8 = dataclasses.replace(PLAN, then=ThenEntry(scheme="int8", in_float=()))
+    others = [
+        dataclasses.replace(int8, then=ThenEntry(scheme="int4", in_float=())),
+        dataclasses.replace(int8, then=ThenEntry(scheme="int8", in_float=("h",))),
+    ]
+    assert len({plan.fingerprint() for plan in (PLAN, int8, *others)}) == 4
+
+
 def test_the_factored_entries_are_those_with_a_rank():
     assert PLAN.factored == (ENTRY,)
     assert PLAN.shrunk == (HIDDEN,)

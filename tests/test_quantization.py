@@ -18,7 +18,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.parser import parse_model
 
 import onnx_utilrank
-from onnx_utilrank.calibration.data import open_data
+from onnx_utilrank.calibration.data import hold_back, open_data
+from onnx_utilrank.config import SCHEME_KEYS
 from onnx_utilrank.errors import ModelError, ProviderUnavailableError, TargetMissedError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quantization.between import between
@@ -197,7 +198,9 @@ def test_weights_in_constant_nodes(scheme):
 
 @pytest.mark.parametrize("scheme", ON_CPU, ids=KEYS)
 def test_initializers_that_are_inputs_too(scheme):
-    proto = graph("y = MatMul(x, W)", opset=9, ir=3, W=W)
+    shape = np.array([D, M], np.int64)
+    body = "w = Reshape(W, shape) h = MatMul(x, w) y = Add(h, B)"
+    proto = graph(body, opset=9, ir=3, W=W.reshape(2, -1, M), B=B, shape=shape)
     made = quantized(scheme, proto)
     assert [v.name for v in made.store.inputs] == ["x"]
     assert relative(outputs(proto)["y"], outputs(made.store)["y"]) < ERRORS[scheme.key]
@@ -216,6 +219,23 @@ def test_a_plan_that_names_what_is_not_there_is_refused(scheme):
         pytest.skip("nothing is chosen there")
     with pytest.raises(ModelError, match="'nowhere' in float"):
         quantized(scheme, MLP, in_float=["nowhere"])
+
+
+def test_every_scheme_that_can_be_named_is_there():
+    assert tuple(scheme.key for scheme in SCHEMES) == SCHEME_KEYS
+
+
+@pytest.mark.parametrize("scheme", ON_CPU, ids=KEYS)
+def test_what_is_quantized_already_stays(scheme):
+    once = quantized(INT8, MLP)
+    if scheme is FP16:  # the rest of it may well be in fewer bits
+        made = quantized(scheme, once.store)
+        np.testing.assert_allclose(
+            outputs(made.store)["y"], outputs(once.store)["y"], atol=0.02 * np.abs(X).max()
+        )
+        return
+    with pytest.raises(ModelError, match="its weight is quantized already"):
+        quantized(scheme, once.store)
 
 
 # --- int8 ---------------------------------------------------------------------------------------
@@ -380,7 +400,7 @@ def test_tables_are_stored_in_8_bits():
 
 def test_ranges_rest_on_the_samples_that_calibrate_alone():
     """Held-back samples may be anything."""
-    calibrating, held = onnx_utilrank.calibration.data.hold_back(ROWS, samples=None, seed=0)
+    calibrating, held = hold_back(ROWS, samples=None, seed=0)
     wild = X.copy()
     wild[held] *= 1e6
     made = [onnx_utilrank.quantize(MLP, {"x": x}, QuantizeConfig(scheme="int8")) for x in (X, wild)]

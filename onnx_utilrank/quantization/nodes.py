@@ -8,7 +8,7 @@ import onnx
 
 from onnx_utilrank.model.graph import GraphIndex, node_label, qualified, subgraphs
 from onnx_utilrank.model.scopes import all_nodes
-from onnx_utilrank.sites.left import REASONS
+from onnx_utilrank.sites.left import QUANTIZED, REASONS, quantized_operand
 from onnx_utilrank.sites.site import Skip
 
 __all__ = ["TURNED", "Weighted", "gemm_factors", "is_turned", "weighted_nodes"]
@@ -81,6 +81,8 @@ def _weighted(
     held = [name for name in node.input if _is_matrix(index, name)]
     if qualified(node) in local:
         return "its weight is read by a function of the model" if held else None
+    if quantized_operand(index, node) or REASONS.get(qualified(node)) == QUANTIZED:
+        return "its weight is quantized already"
     operand = OPERANDS.get(node.op_type) if qualified(node)[0] == "" else None
     if operand is None:
         if not held or qualified(node) not in REASONS:

@@ -167,8 +167,7 @@ def prepare(
     del graph.node[:]
     graph.node.extend(held)
     _drop_unread(proto, {name for name, *_ in folded})
-    own = {each.weight for each in weights}
-    stays = [value for value in graph.input if value.name not in own]
+    stays = [value for value in graph.input if value.name not in index.initializers]
     if len(stays) < len(graph.input):
         del graph.input[:]
         graph.input.extend(stays)
