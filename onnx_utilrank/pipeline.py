@@ -23,6 +23,7 @@ from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
 from onnx_utilrank.ranking.stamp import stamp, stamped
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.remarks import fullness, refit_note
+from onnx_utilrank.repairing.repairs import repaired
 from onnx_utilrank.results import (
     CompressResult,
     FinetuneResult,
@@ -197,10 +198,21 @@ def compress(
     if quantizing is not None:
         assert plan.then is not None
         made = quantizing(store, plan.then.in_float)
-        quantized = measure_stages(job, quantizing, store, made, held, judge, config.latency_batch)
-        plan = replace(plan, then=replace(plan.then, in_float=made.in_float))
-        store = stamped(made.store, plan) if plan.changes else made.store
+        branched, rank = None, plan.then.repair_rank
+        if rank:
+            branched = repaired(job, store, made.store, calibration, config, rank), rank
+        last, quantized = measure_stages(
+            *(job, quantizing, store, made, held, judge),
+            branched=branched,
+            timed=config.latency_batch,
+        )
+        kept = quantized.repair_rank
+        then = replace(plan.then, in_float=made.in_float, repair_rank=kept)
+        plan = replace(plan, then=then)
+        store = stamped(last, plan) if plan.changes else last
         notes = (*notes, *made.notes, *quantized.notes)
+        if rank and not kept:
+            notes += (f"Branches of rank {rank} help no output held back: there are none.",)
         report, quality = quantized.stages[-1].validation, quantized.stages[-1].quality
     else:
         report, quality = job.validate(store, held, timed=config.latency_batch), judge(store)

@@ -81,7 +81,5 @@ def quantize(
     quantizing = Quantizing(job, calibration, options)
     made = quantizing(job.source)
     judge = Judge(job, held, options)
-    report = measure_stages(job, quantizing, job.source, made, held, judge)
-    return QuantizeResult(
-        store=made.store, report=report, samples=len(calibration), notes=made.notes
-    )
+    store, report = measure_stages(job, quantizing, job.source, made, held, judge)
+    return QuantizeResult(store=store, report=report, samples=len(calibration), notes=made.notes)

@@ -19,6 +19,7 @@ from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import NODE_BYTES, Ledger, Unit, count_parameters
 from onnx_utilrank.ranking.decide import Offers, kinds_offered
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.repairing.repairs import repaired
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
@@ -36,6 +37,10 @@ TRIALS = 6
 TRIAL_SECONDS = 2.0
 AIM = 0.985
 NEAR = 0.03
+
+
+# What becomes of a model with factors in the end, without and with branches.
+Final = Callable[[ModelStore], tuple[ModelStore, ModelStore]]
 
 
 def make_offers(
@@ -146,8 +151,12 @@ def fit(
         TargetMissedError: It cannot be reached.
     """
 
-    def final(store: ModelStore) -> ModelStore:
-        return store if quantizing is None else quantizing(store).store
+    def final(store: ModelStore) -> tuple[ModelStore, ModelStore]:
+        """Without and with branches beside what is quantized."""
+        made = store if quantizing is None else quantizing(store).store
+        if quantizing is None or not config.repair_rank:
+            return made, made
+        return made, repaired(job, store, made, samples, config, config.repair_rank)
 
     if config.latency_ratio is not None:
         plan = _fit_latency(job, found, offers, samples, config, final)
@@ -162,7 +171,7 @@ def _fit_bytes(
     found: Measurement,
     offers: Offers,
     config: CompressConfig,
-    final: Callable[[ModelStore], ModelStore],
+    final: Final,
 ) -> tuple[RankPlan, ModelStore]:
     """The bytes of a file are known when it is made: where the first plan misses them, the next
     ones aim lower by what was too much.
@@ -171,9 +180,12 @@ def _fit_bytes(
     ratio = config.size_ratio
     for _ in range(FITS):
         plan, store = build(job, offers.plan(ratio), found, config)
-        excess = final(store).file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
+        plain, made = final(store)
+        excess = made.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
         if excess <= 0:
             return plan, store
+        # A plan may have used less than it was allowed, where branches take the rest.
+        ratio = min(ratio, plain.file_bytes / job.source.file_bytes)
         ratio -= (excess + NODE_BYTES) / job.source.file_bytes
         if ratio <= 0:
             break
@@ -188,7 +200,7 @@ def _fit_latency(
     offers: Offers,
     samples: Sequence[int],
     config: CompressConfig,
-    final: Callable[[ModelStore], ModelStore],
+    final: Final,
 ) -> RankPlan:
     """The mildest plan that was measured, on the whole model, to be as fast as was asked for.
 
@@ -212,7 +224,7 @@ def _fit_latency(
             break
         _, store = build(job, replace(plan, refit=False), found, config)
         measured = compare_latency(
-            reference, open_session(final(store), job.provider), feeds, seconds=TRIAL_SECONDS
+            reference, open_session(final(store)[1], job.provider), feeds, seconds=TRIAL_SECONDS
         ).ratio
         fastest = min(fastest, measured)
         if measured <= AIM * wanted:

@@ -52,6 +52,7 @@ class QuantizationReport:
             them, where anything else was done.
         beside_plain: Time of the model that was made against that of the original quantized by the
             same scheme; None where they are the same.
+        repair_rank: Rank of the branches that the last of the stages has; 0 for none.
     """
 
     scheme: str
@@ -60,13 +61,15 @@ class QuantizationReport:
     in_float: tuple[str, ...]
     stages: tuple[Stage, ...]
     beside_plain: LatencyComparison | None
+    repair_rank: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the factors gain over quantization alone, in words."""
         if self.beside_plain is None:
             return ()
-        *_, plain, last = self.stages
+        plain = next(stage for stage in self.stages if stage.name == self.scheme)
+        last = self.stages[-1]
         time = self.beside_plain
         sizes = [stage.validation.candidate.file_bytes for stage in (plain, last)]
         nearer, farther = _closer(plain.quality.divergence, last.quality.divergence)
@@ -110,6 +113,7 @@ class QuantizationReport:
             "scheme": self.scheme,
             "weights": list(self.weights),
             "in_float": list(self.in_float),
+            "repair_rank": self.repair_rank,
             "left_alone": self.left_alone,
             "left": [dataclasses.asdict(skip) for skip in self.left],
             "stages": [
@@ -141,9 +145,11 @@ def measure_stages(
     made: Quantized,
     held: Sequence[int],
     judge: Judge,
+    *,
+    branched: tuple[ModelStore, int] | None = None,
     timed: int | None = None,
-) -> QuantizationReport:
-    """Measure the model before quantization, plain quantization, and both together.
+) -> tuple[ModelStore, QuantizationReport]:
+    """Measure the model before quantization, plain quantization, and what came after.
 
     Args:
         job: The original.
@@ -152,38 +158,51 @@ def measure_stages(
         made: And after.
         held: Samples that took no part in making them.
         judge: Measures on the same samples.
+        branched: And with branches beside what is quantized, and their rank.
         timed: Samples of a run that is timed; None for as many as fit.
+
+    Returns:
+        The last model, which has branches only where its outputs diverge less for it; the report.
 
     Raises:
         ModelError: A model does not run.
     """
-    key = quantizing.scheme.key
-    models = [(key, made.store, job.source)]
-    beside = None
-    if store is not job.source:
-        plain = quantizing.plain.store
-        models = [
-            (LOW_RANK, store, store),
-            (key, plain, job.source),
-            (f"{LOW_RANK} + {key}", made.store, store),
-        ]
-        one, other = (open_session(model, job.provider) for model in (plain, made.store))
-        beside = compare_latency(one, other, list(job.data.feeds(held, batch=timed or job.batch)))
-    stages = []
     config = ValidateConfig(providers=(job.provider.key,))
-    for name, model, counted in models:
+
+    def stage(name: str, model: ModelStore, counted: ModelStore) -> Stage:
         job.progress("validating", 0, 0)
         report = compare(
             *(job.source, model, job.data, held, job.batch, [job.provider], config),
             counted=counted,
             timed=timed,
         )
-        stages.append(Stage(name=name, validation=report, quality=judge(model)))
-    return QuantizationReport(
+        return Stage(name=name, validation=report, quality=judge(model))
+
+    key, plain, last = quantizing.scheme.key, quantizing.plain.store, made.store
+    stages = []
+    if store is not job.source:
+        stages = [stage(LOW_RANK, store, store), stage(key, plain, job.source)]
+    stages.append(stage(f"{LOW_RANK} + {key}" if stages else key, last, store))
+    repair_rank = 0
+    if branched is not None and branched[0] is not last:
+        repaired = stage(f"{stages[-1].name} + repair", branched[0], store)
+        if _less(repaired.quality.divergence, stages[-1].quality.divergence):
+            stages.append(repaired)
+            last, repair_rank = branched
+    beside = None
+    if last is not plain:
+        one, other = (open_session(model, job.provider) for model in (plain, last))
+        beside = compare_latency(one, other, list(job.data.feeds(held, batch=timed or job.batch)))
+    return last, QuantizationReport(
         scheme=key,
         weights=made.weights,
         left=made.left,
         in_float=made.in_float,
         stages=tuple(stages),
         beside_plain=beside,
+        repair_rank=repair_rank,
     )
+
+
+def _less(one: Divergence | None, other: Divergence | None) -> bool:
+    return one is not None and other is not None and one.mean < other.mean

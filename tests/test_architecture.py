@@ -45,16 +45,20 @@ LAYERS = {
         "config errors job measurement model moves quantizing ranking refit runtime sensitivity"
         " sites statistics surgery torch_graph validation"
     ),
-    "planning": (
-        "calibration compression config errors job latency measurement model moves quantizing"
-        " ranking runtime sites validation"
-    ),
     "quality": "calibration config errors job model runtime statistics validation",
     "stages": (
         "comparison config job model quality quantization quantizing runtime sites validation"
     ),
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
     "results": "errors model quality ranking stages training validation",
+    "repairing": (
+        "calibration comparison config errors job measurement model moves quality ranking results"
+        " runtime sensitivity sites statistics surgery validation"
+    ),
+    "planning": (
+        "calibration compression config errors job latency measurement model moves quantizing"
+        " ranking repairing runtime sites validation"
+    ),
     "plain_quantization": (
         "calibration errors job model quality quantization quantizing results stages"
     ),
@@ -69,12 +73,8 @@ LAYERS = {
     "search": "compression config errors job measurement model quality quantizing ranking",
     "pipeline": (
         "calibration comparison compression config errors finetuning job model planning quality"
-        " quantizing ranking remarks results runtime search sites stages torch_graph training"
-        " validation"
-    ),
-    "repairing": (
-        "calibration comparison config errors job measurement model moves quality ranking results"
-        " runtime sensitivity sites statistics surgery validation"
+        " quantizing ranking remarks repairing results runtime search sites stages torch_graph"
+        " training validation"
     ),
     "olive": "config errors pipeline",
     "__init__": (

@@ -349,13 +349,24 @@ def test_an_unknown_key_is_refused(place, key):
 @pytest.mark.parametrize(
     ("then", "reason"),
     [
-        ({}, "'then' does not have the keys in_float, scheme"),
-        ({"scheme": "int8"}, "'then' does not have the keys in_float, scheme"),
+        ({}, "'then' does not have the keys in_float, repair_rank, scheme"),
+        ({"scheme": "int8"}, "'then' does not have the keys in_float, repair_rank, scheme"),
         ({"scheme": "int8", "in_float": [], "bits": 8}, "'then' does not have the keys"),
-        ({"scheme": "int3", "in_float": []}, "'then' names scheme 'int3', which is not known"),
-        ({"scheme": ["int8"], "in_float": []}, "'then' names scheme ['int8']"),
-        ({"scheme": "int8", "in_float": "x"}, "'in_float' of 'then' is not a list of names"),
-        ({"scheme": "int8", "in_float": [1]}, "'in_float' of 'then' is not a list of names"),
+        (
+            {"scheme": "int3", "in_float": [], "repair_rank": 0},
+            "'then' names scheme 'int3', which is not known",
+        ),
+        ({"scheme": ["int8"], "in_float": [], "repair_rank": 0}, "'then' names scheme ['int8']"),
+        ({"scheme": "int8", "in_float": [], "repair_rank": -1}, "'repair_rank' of 'then' is not"),
+        ({"scheme": "int8", "in_float": [], "repair_rank": True}, "'repair_rank' of 'then'"),
+        (
+            {"scheme": "int8", "in_float": "x", "repair_rank": 0},
+            "'in_float' of 'then' is not a list of names",
+        ),
+        (
+            {"scheme": "int8", "in_float": [1], "repair_rank": 0},
+            "'in_float' of 'then' is not a list of names",
+        ),
     ],
 )
 def test_a_quantization_of_another_form_is_refused(then, reason):

@@ -214,7 +214,7 @@ def test_quantize_writes_the_model_and_the_report(run, scheme):
         ),
         (
             ("compress", VIT, "-o", "q.onnx", "--plan", "p.json", "--then", "int8"),
-            *(2, "--force and --then exclude it"),
+            *(2, "--then and --repair-rank exclude it"),
         ),
     ],
 )
@@ -254,3 +254,36 @@ def test_a_plan_states_its_quantization(folder, tmp_path):
         )
     result = onnx_utilrank.compress(VIT, folder / "small.npz", plan=plan)
     assert result.quantized.scheme == "int8"
+
+
+def test_branches_bring_back_what_quantization_lost_and_replay(run, tmp_path):
+    words = ("--param-ratio", "0.6", "--then", "int4", "--repair-rank", "4", *ONE_SIDED)
+    status, out, _ = run(
+        "compress", VIT, "-o", "a.onnx", *words, "--plan-out", "p.json", "--report", "r.json"
+    )
+    assert status == 0
+    assert "\n  low-rank + int4 + repair " in out
+    said = json.loads((tmp_path / "r.json").read_text())["quantized"]
+    assert said["repair_rank"] == 4
+    before, after = (s["quality"]["divergence"]["mean"] for s in said["stages"][-2:])
+    assert after < before
+    assert RankPlan.load("p.json").then.repair_rank == 4
+    status, *_ = run("compress", VIT, "-o", "b.onnx", "--plan", "p.json")
+    assert status == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_bytes_count_the_branches(run, tmp_path):
+    words = ("--size-ratio", "0.2", "--then", "int4", "--repair-rank", "2", *ONE_SIDED)
+    status, *_ = run("compress", VIT, "-o", "a.onnx", *words)
+    assert status == 0
+    assert (tmp_path / "a.onnx").stat().st_size <= 0.2 * Path(VIT).stat().st_size
+
+
+@pytest.mark.parametrize("then", [(), ("--then", "fp16")])
+def test_branches_need_a_rounding_to_repair(run, then):
+    status, _, err = run(
+        "compress", VIT, "-o", "a.onnx", "--param-ratio", "0.6", *then, "--repair-rank", "4"
+    )
+    assert status == 2
+    assert "repair rank goes with then: int8 or int4" in error(err)

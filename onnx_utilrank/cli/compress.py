@@ -102,6 +102,14 @@ def add_parser(verbs: Any) -> None:
         help="quantize the result, as the verb quantize does; --size-ratio and quality targets are "
         "then of the quantized model",
     )
+    parser.add_argument(
+        "--repair-rank",
+        type=number(int, 0),
+        default=0,
+        metavar="R",
+        help="with --then int8, int8-dynamic or int4: low-rank branches of this rank beside what "
+        "is quantized, kept where they help on the samples held back (default: 0, none)",
+    )
     parser.add_argument("--plan-out", metavar="FILE", help="write the plan, to read or replay")
     add_site_options(parser)
     add_provider_option(parser)
@@ -115,13 +123,16 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     if not args.output and not args.dry_run:
         raise ConfigError("-o OUT is needed, or --dry-run")
-    own = (args.method, args.moves, args.output_weighting)
+    own = [args.method, args.moves, args.output_weighting]
+    own += [args.then, args.repair_rank, args.rank_multiple]
     flags = (args.force, args.no_refit, args.no_augment and not args.finetune)
-    if args.plan and (any(own) or any(flags) or args.then or args.rank_multiple):
+    if args.plan and (
+        any(own) or any(flags) or args.then or args.rank_multiple or args.repair_rank
+    ):
         raise ConfigError(
             "--plan states method, moves, weighting, refit, variations, ranks and quantization "
             "itself: --method, --moves, --output-weighting, --no-refit, --no-augment, "
-            "--rank-multiple, --force and --then exclude it"
+            "--rank-multiple, --force, --then and --repair-rank exclude it"
         )
     if args.point is not None and not args.plan:
         raise ConfigError("--point goes with --plan")
@@ -144,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         if args.finetune
         else None,
         then=args.then,
+        repair_rank=args.repair_rank,
         **method_options(args),
         **run_options(args),
         **site_options(args),

@@ -25,6 +25,9 @@ QUALITY_KEYS: tuple[QualityKey, ...] = ("max_drop", "max_divergence", "min_agree
 SchemeKey = Literal["int8", "int8-dynamic", "int4", "fp16", "bf16"]
 SCHEME_KEYS: tuple[SchemeKey, ...] = ("int8", "int8-dynamic", "int4", "fp16", "bf16")
 
+# Those that round weights, so that there is an error to repair.
+INTEGER_SCHEMES: tuple[SchemeKey, ...] = ("int8", "int8-dynamic", "int4")
+
 OptimizeFor = Literal["size", "latency"]
 OPTIMIZE_FOR: tuple[OptimizeFor, ...] = ("size", "latency")
 
@@ -93,6 +96,8 @@ class CompressConfig(CalibrationConfig):
             provider, libraries, budget and cache are those of this configuration.
         then: Quantize the result by this scheme, last of all. Bytes and quality that are asked for
             are those of the quantized model; parameters and operations are counted before.
+        repair_rank: Rank of branches beside what is quantized, where they help on samples held
+            back; 0 for none. Candidates of a search have none; the bytes of a file count them.
 
     Raises:
         ConfigError: A value is out of range, or two contradict each other.
@@ -117,6 +122,7 @@ class CompressConfig(CalibrationConfig):
     latency_batch: int | None = None
     finetune: FinetuneConfig | None = None
     then: SchemeKey | None = None
+    repair_rank: int = 0
 
     def __post_init__(self) -> None:
         CalibrationConfig.__post_init__(self)
@@ -146,6 +152,9 @@ class CompressConfig(CalibrationConfig):
         check(self.optimize_for in OPTIMIZE_FOR, f"optimize for one of {OPTIMIZE_FOR}")
         check(not (self.latency_aware and self.force), "force makes moves that latency refuses")
         check(self.then in (None, *SCHEME_KEYS), f"scheme {self.then!r} is none of {SCHEME_KEYS}")
+        check(self.repair_rank >= 0, "repair rank must not be negative")
+        quantized = self.then in INTEGER_SCHEMES
+        check(quantized or not self.repair_rank, "repair rank goes with then: int8 or int4")
         fewest = 2 if self.finetune is None else 3
         check(self.samples is None or self.samples >= fewest, f"samples must be at least {fewest}")
 

@@ -230,7 +230,9 @@ class Offers:
                 if b.hidden is not None
             ),
             skipped=skipped_nodes(self.skips),
-            then=None if self.config.then is None else ThenEntry(scheme=self.config.then),
+            then=ThenEntry(scheme=self.config.then, repair_rank=self.config.repair_rank)
+            if self.config.then is not None
+            else None,
         )
 
 

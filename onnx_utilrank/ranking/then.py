@@ -18,10 +18,12 @@ class ThenEntry:
         scheme: Key of the scheme.
         in_float: Nodes that stay in float for what they would lose, each by the first value that
             it makes; None where that is not decided yet.
+        repair_rank: Rank of the branches that are put beside what is quantized; 0 for none.
     """
 
     scheme: SchemeKey
     in_float: tuple[str, ...] | None = None
+    repair_rank: int = 0
 
     @classmethod
     def from_json(cls, raw: object, label: str) -> "ThenEntry | None":
@@ -35,11 +37,13 @@ class ThenEntry:
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(raw, Mapping) or set(raw) != names:
             raise ModelError(f"{label}: 'then' does not have the keys {', '.join(sorted(names))}")
-        scheme, in_float = raw["scheme"], raw["in_float"]
+        scheme, in_float, rank = raw["scheme"], raw["in_float"], raw["repair_rank"]
         if scheme not in SCHEME_KEYS:
             raise ModelError(f"{label}: 'then' names scheme {scheme!r}, which is not known")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise ModelError(f"{label}: 'repair_rank' of 'then' is not a rank")
         if in_float is None:
-            return cls(scheme=scheme)
+            return cls(scheme=scheme, repair_rank=rank)
         if not isinstance(in_float, list) or not all(isinstance(n, str) for n in in_float):
             raise ModelError(f"{label}: 'in_float' of 'then' is not a list of names")
-        return cls(scheme=scheme, in_float=tuple(in_float))
+        return cls(scheme=scheme, in_float=tuple(in_float), repair_rank=rank)
