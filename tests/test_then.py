@@ -1,5 +1,6 @@
 """Compression with quantization after it, from the command line and from Python."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from onnx_utilrank.cli.main import main
 from onnx_utilrank.errors import ConfigError, TargetMissedError
 from onnx_utilrank.quantization.blockwise import INT4
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.validation import report
 from onnx_utilrank.validation.bench import compare_latency
 
@@ -254,6 +256,12 @@ def test_a_plan_states_its_quantization(folder, tmp_path):
         )
     result = onnx_utilrank.compress(VIT, folder / "small.npz", plan=plan)
     assert result.quantized.scheme == "int8"
+    assert result.quantized.in_float == ()
+    (last,) = [value.name for value in onnx.load(VIT).graph.output]
+    edited = dataclasses.replace(plan, then=ThenEntry(scheme="int8", in_float=(last,)))
+    result = onnx_utilrank.compress(VIT, folder / "small.npz", plan=edited)
+    assert result.quantized.in_float == (last,)
+    assert result.plan == dataclasses.replace(edited, parameters_after=result.plan.parameters_after)
 
 
 def test_branches_bring_back_what_quantization_lost_and_replay(run, tmp_path):

@@ -365,17 +365,16 @@ def test_quantization_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
     monkeypatch.syspath_prepend(TOOLS)
     quantization_table = importlib.import_module("quantization_table")
     words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ratio", "0.7", "--samples", "30"]
-    assert quantization_table.main([*words, "--schemes", "int4", "fp16"]) == 0
+    assert quantization_table.main([*words, "--schemes", "int4"]) == 0
     printed = capsys.readouterr()
     assert str(fake_zoo) not in printed.out
     head, *rows = cells(printed.out)
     assert head == list(quantization_table.COLUMNS)
-    made = ["original", "low-rank (70 %)", "int4", "low-rank (70 %) + int4"]
-    made = [m.replace("low-rank (70 %) + int4", "low-rank + int4 (70 %)") for m in made]
-    assert [row[1] for row in rows] == [*made, "fp16", "low-rank + fp16 (70 %)"]
+    made = ["original", "low-rank (70 %)", "int4", "low-rank + int4 (70 %)"]
+    assert [row[1] for row in rows] == made
     sizes = [int(row[2].replace(",", "")) for row in rows]
     assert sizes[3] < min(sizes[:3])
-    assert [row[5] != "–" for row in rows] == [False, False, False, True, False, True]
+    assert [row[5] != "–" for row in rows] == [False, False, False, True]
     assert all(row[7] == "score" for row in rows)
     assert quantization_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1
     assert "absent" in capsys.readouterr().err
