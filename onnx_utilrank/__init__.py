@@ -31,6 +31,8 @@ from onnx_utilrank.errors import (
     UtilrankError,
 )
 from onnx_utilrank.finetuning import finetune
+from onnx_utilrank.inspection.inspect import inspect
+from onnx_utilrank.inspection.report import InspectionReport
 from onnx_utilrank.low_rank_training import train
 from onnx_utilrank.pipeline import analyze, compress, sweep, validate
 from onnx_utilrank.ranking.plan import RankPlan
@@ -57,6 +59,7 @@ __all__ = [
     "DataError",
     "FinetuneConfig",
     "FinetuneResult",
+    "InspectionReport",
     "LayerUtilization",
     "ModelError",
     "ProviderUnavailableError",
@@ -75,6 +78,7 @@ __all__ = [
     "benchmark",
     "compress",
     "finetune",
+    "inspect",
     "sweep",
     "train",
     "validate",

@@ -32,6 +32,7 @@ LAYERS = {
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "benchmarking": "calibration errors model runtime validation",
+    "inspection": ("benchmarking calibration errors model moves ranking runtime sites torch_graph"),
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
     "comparison": "calibration config model ranking runtime validation",
     "job": (
@@ -64,13 +65,13 @@ LAYERS = {
     ),
     "olive": "config errors pipeline",
     "__init__": (
-        "benchmarking config errors finetuning low_rank_training pipeline ranking results"
-        " validation"
+        "benchmarking config errors finetuning inspection low_rank_training pipeline ranking"
+        " results validation"
     ),
-    "report": "benchmarking errors model quality ranking results training validation",
+    "report": "benchmarking errors inspection model quality ranking results training validation",
     "cli": (
-        "__init__ benchmarking config errors finetuning low_rank_training moves pipeline ranking"
-        " report runtime sites statistics training"
+        "__init__ benchmarking config errors finetuning inspection low_rank_training moves"
+        " pipeline ranking report runtime sites statistics training"
     ),
     "__main__": "cli",
 }

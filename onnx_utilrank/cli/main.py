@@ -9,12 +9,21 @@ from collections.abc import Sequence
 import onnxruntime as ort
 
 from onnx_utilrank import __version__
-from onnx_utilrank.cli import analyze, benchmark, compress, finetune, sweep, train, validate
+from onnx_utilrank.cli import (
+    analyze,
+    benchmark,
+    compress,
+    finetune,
+    inspect,
+    sweep,
+    train,
+    validate,
+)
 from onnx_utilrank.errors import UtilrankError, printable
 
 __all__ = ["build_parser", "main"]
 
-VERBS = (analyze, compress, sweep, finetune, train, validate, benchmark)
+VERBS = (inspect, analyze, compress, sweep, finetune, train, validate, benchmark)
 
 EXIT_STATUS = """exit status:
   0  done

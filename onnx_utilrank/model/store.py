@@ -31,7 +31,14 @@ from onnx_utilrank.model.external import (
     mapped_array,
 )
 
-__all__ = ["INLINE_LIMIT", "ModelSource", "ModelStore", "TensorSpec", "atomic_write"]
+__all__ = [
+    "INLINE_LIMIT",
+    "ModelSource",
+    "ModelStore",
+    "TensorSpec",
+    "atomic_write",
+    "node_tensors",
+]
 
 # Protobuf refuses messages of 2 GiB and more; the margin is for everything that is not a weight.
 INLINE_LIMIT = 2**31 - 2**24
@@ -149,7 +156,7 @@ class ModelStore:
         yield from graph_tensors(self.proto.graph)
         for function in self.proto.functions:
             for node in function.node:
-                yield from _node_tensors(node)
+                yield from node_tensors(node)
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """Values of one tensor of this model, mapped to memory where they lie in a file outside.
@@ -298,10 +305,11 @@ def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
         yield sparse.values
         yield sparse.indices
     for node in graph.node:
-        yield from _node_tensors(node)
+        yield from node_tensors(node)
 
 
-def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+def node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    """Tensor attributes of a node, and all tensors of the graphs inside it."""
     for attribute in node.attribute:
         if attribute.HasField("t"):
             yield attribute.t

@@ -25,7 +25,10 @@ __all__ = [
 ]
 
 # Columns of words, which are flush left; so is the first of any table.
-WORDS = ("op", "reason", "provider", "model", "asked for", "ran on", "size", "in time")
+WORDS = frozenset(
+    {"op", "reason", "provider", "model", "asked for", "ran on", "size", "in time"}
+    | {"name", "type", "shape", "moves", "remark"}
+)
 
 # Nodes that ran elsewhere than asked for, on a terminal.
 NODES_SHOWN = 20

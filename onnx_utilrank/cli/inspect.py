@@ -1,0 +1,34 @@
+"""`onnx-utilrank inspect`: what is in a model, and what could be factored."""
+
+import argparse
+from typing import Any
+
+from onnx_utilrank.cli.options import add_library_option, add_output_options, check_outputs
+from onnx_utilrank.inspection.inspect import inspect
+from onnx_utilrank.report.emit import emit
+from onnx_utilrank.report.inspection_tables import inspection_tables
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "inspect",
+        help="tell what is in a model and what could be factored, without data",
+        description="Inputs, outputs and parameters by operator; every weight that could be "
+        "factored, with the rank below which that is smaller; every node that is left alone, with "
+        "the reason; and what data the model needs.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file")
+    add_library_option(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; its exit status."""
+    check_outputs([args.model], [args.report])
+    report = inspect(args.model, custom_op_libraries=args.custom_op_library)
+    emit(report.as_dict(), inspection_tables(report), as_json=args.json, file=args.report)
+    return 0
