@@ -1,7 +1,6 @@
 """`onnx-utilrank analyze`: which share of its space each weight uses."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -20,17 +19,15 @@ from onnx_utilrank.pipeline import analyze
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import utilization_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "analyze",
-        help="measure which share of its space each weight uses",
-        description="For every node with a constant weight: how many directions of its inputs "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "For every node with a constant weight: how many directions of its inputs "
         "(k_S) and outputs (k_T) hold the stated energy, the utilized rank min(k_S, k_T), the "
-        "utilization, and their mean over the layers, MLU (arXiv 2407.04797). Writes no model.",
+        "utilization, and their mean over the layers, MLU (arXiv 2407.04797). Writes no model."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
     add_data_options(parser)
@@ -45,7 +42,6 @@ def add_parser(verbs: Any) -> None:
     add_site_options(parser)
     add_provider_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """`onnx-utilrank benchmark`: time and memory of models beside each other."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.benchmarking.config import BenchmarkConfig
 from onnx_utilrank.benchmarking.run import benchmark
@@ -17,17 +16,15 @@ from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.report.benchmark_tables import benchmark_tables
 from onnx_utilrank.report.emit import emit
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "benchmark",
-        help="compare models in latency and memory",
-        description="Runs all models in turn on the same inputs, after warming up: median and "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "Runs all models in turn on the same inputs, after warming up: median and "
         "quartiles of the time of a run, and of its ratio to the reference in the same round; and "
-        "the peak memory of each model, in a process of its own.",
+        "the peak memory of each model, in a process of its own."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the .onnx file to compare with")
     parser.add_argument(
@@ -67,7 +64,6 @@ def add_parser(verbs: Any) -> None:
     )
     add_providers_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """`onnx-utilrank compress`: a smaller model, validated on samples that were held back."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -32,17 +31,15 @@ from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import compression_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "compress",
-        help="make a smaller model and validate it",
-        description="Measures on the samples what each product, Conv and embedding does to the "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "Measures on the samples what each product, Conv and embedding does to the "
         "outputs, chooses a rank for it, puts factors in the place of its weight, and compares the "
-        "result with the original on samples that were held back.",
+        "result with the original on samples that were held back."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
@@ -116,7 +113,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="stop at the plan; write no model")
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """`onnx-utilrank finetune`: train a compressed model after its original's outputs."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -22,17 +21,15 @@ from onnx_utilrank.report.training_tables import finetune_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 from onnx_utilrank.training.setting import DEFAULT_STEPS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "finetune",
-        help="recover what compression lost, without labels",
-        description="Trains the weights that compression changed until the outputs follow those "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "Trains the weights that compression changed until the outputs follow those "
         "of the original. The new weights are kept where outputs diverge less on samples held "
-        "back from the training; else OUT is the candidate as it was.",
+        "back from the training; else OUT is the candidate as it was."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the original .onnx file")
     parser.add_argument("candidate", metavar="CANDIDATE", help="the compressed .onnx file")
@@ -74,7 +71,6 @@ def add_parser(verbs: Any) -> None:
     add_provider_option(parser)
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,29 +1,25 @@
 """`onnx-utilrank inspect`: what is in a model, and what could be factored."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import add_library_option, add_output_options, check_outputs
 from onnx_utilrank.inspection.inspect import inspect
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.inspection_tables import inspection_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "inspect",
-        help="tell what is in a model and what could be factored, without data",
-        description="Inputs, outputs and parameters by operator; every weight that could be "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "Inputs, outputs and parameters by operator; every weight that could be "
         "factored, with the rank below which that is smaller; every node that is left alone, with "
-        "the reason; and what data the model needs.",
+        "the reason; and what data the model needs."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
     add_library_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,9 +3,9 @@
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from onnx_utilrank.cli.output import add_output_options, check_outputs
 from onnx_utilrank.cli.provider_options import (
     add_library_option,
     add_provider_option,
@@ -13,7 +13,6 @@ from onnx_utilrank.cli.provider_options import (
     providers_options,
 )
 from onnx_utilrank.config import DEFAULT_MEMORY
-from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
 from onnx_utilrank.sites.find import SITE_KINDS
@@ -253,14 +252,6 @@ def add_model_output_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """How results come out."""
-    parser.add_argument("--report", metavar="FILE", help="also write the results to FILE as JSON")
-    parser.add_argument(
-        "--json", action="store_true", help="print the results as JSON instead of tables"
-    )
-
-
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given of data, calibration and provider."""
     return {
@@ -281,21 +272,3 @@ def site_options(args: argparse.Namespace) -> dict[str, Any]:
         "exclude": tuple(args.exclude),
         "op_types": args.op_types,
     }
-
-
-def check_outputs(sources: list[str | None], targets: list[str | None]) -> None:
-    """Check before the work that every file to write can be written and overwrites no source.
-
-    Raises:
-        ConfigError: A folder does not exist, a target is a folder, is a source, or is named twice.
-    """
-    taken = {Path(s).resolve() for s in sources if s}
-    for target in filter(None, targets):
-        path = Path(target)
-        if not path.resolve().parent.is_dir():
-            raise ConfigError(f"{target}: its folder does not exist")
-        if path.is_dir():
-            raise ConfigError(f"{target}: is a folder, not a file")
-        if path.resolve() in taken:
-            raise ConfigError(f"{target}: would overwrite another file of this command")
-        taken.add(path.resolve())

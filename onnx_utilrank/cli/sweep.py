@@ -1,7 +1,6 @@
 """`onnx-utilrank sweep`: the whole trade-off between size and quality, from one calibration."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -25,17 +24,15 @@ from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.plot import check_plot, plot_sweep
 from onnx_utilrank.report.tables import sweep_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "sweep",
-        help="measure the trade-off between size and quality",
-        description="Calibrates once, makes a model of each size and measures size, FLOPs, "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "Calibrates once, makes a model of each size and measures size, FLOPs, "
         "latency and quality on samples that were held back. The report holds the plan of every "
-        "point: pick one with --pick here, or later with compress --plan REPORT --point R.",
+        "point: pick one with --pick here, or later with compress --plan REPORT --point R."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     add_data_options(parser)
@@ -57,7 +54,6 @@ def add_parser(verbs: Any) -> None:
     add_provider_option(parser)
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

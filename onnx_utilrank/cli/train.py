@@ -1,7 +1,6 @@
 """`onnx-utilrank train`: train a model with labels so that it comes out of low rank."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -21,17 +20,15 @@ from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.training_tables import train_tables
 from onnx_utilrank.training.setting import DEFAULT_STEPS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "train",
-        help="train a model with labels so that it comes out of low rank",
-        description="Trains a model, of drawn weights or trained ones, as OIALR does (Coquelin et "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.description = (
+        "Trains a model, of drawn weights or trained ones, as OIALR does (Coquelin et "
         "al., arXiv 2401.08505): after a delay weights go into orthonormal bases that are frozen, "
-        "what mixes them is trained, and directions that are worth little go.",
+        "what mixes them is trained, and directions that are worth little go."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     parser.add_argument(
@@ -61,7 +58,6 @@ def add_parser(verbs: Any) -> None:
     add_provider_option(parser)
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,11 +9,10 @@ import hashlib
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -22,6 +21,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.atomic import atomic_write
 from onnx_utilrank.model.check import model_fault, stored_bytes
 from onnx_utilrank.model.external import (
     SMALLEST_OUTSIDE,
@@ -320,25 +320,6 @@ def node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
             yield from graph_tensors(graph)
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; rename it to `path` if the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        # mkstemp makes files private; a result gets what the user's umask gives any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _data_files(store: ModelStore) -> set[str]:
     """Names of the files beside a model that hold its external data."""
     outside = (t for t in store.tensors() if uses_external_data(t))
@@ -377,6 +358,6 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    if dim.HasField("dim_value"):
+    if dim.HasField("dim_value") and dim.dim_value >= 0:  # some exporters write -1 where it is free
         return int(dim.dim_value)
     return dim.dim_param or None

@@ -8,7 +8,7 @@ from rich.text import Text
 from onnx_utilrank.errors import printable
 from onnx_utilrank.inspection.report import InspectedHidden, InspectedSite, InspectionReport
 from onnx_utilrank.model.store import TensorSpec
-from onnx_utilrank.report.tables import add_row, empty_table
+from onnx_utilrank.report.table import add_row, empty_table
 
 __all__ = ["inspection_tables"]
 
@@ -85,10 +85,10 @@ def _sites(report: InspectionReport) -> Iterator[RenderableType]:
         figures = (site.d, site.m, share, site.break_even_rank)
         add_row(table, site.site, site.op_type, *figures, moves, _remark(site))
     yield table
-    share = 100 * report.factorable / report.parameters
+    whole = 100 * report.factorable / report.parameters
     yield Text(
         f"{len(report.sites)} weights can be factored: {report.factorable:,} parameters, "
-        f"{share:.1f} % of all. Two factors are smaller at ranks up to break-even."
+        f"{whole:.1f} % of all. Two factors are smaller at ranks up to break-even."
     )
     alike: dict[tuple[str, int, int], list[InspectedHidden]] = {}
     for hidden in report.hidden or ():
