@@ -13,6 +13,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     site_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import DEFAULT_ENERGY, AnalyzeConfig
 from onnx_utilrank.pipeline import analyze
@@ -24,6 +25,8 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL --data DATA [option …]"
+    parser.epilog = "example:\n  onnx-utilrank analyze model.onnx --data calibration.npz"
     parser.description = (
         "For every node with a constant weight: how many directions of its inputs "
         "(k_S) and outputs (k_T) hold the stated energy, the utilized rank min(k_S, k_T), the "
@@ -31,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
     add_data_options(parser)
-    add_calibration_options(parser)
-    parser.add_argument(
+    group(parser, "measuring").add_argument(
         "--energy",
         type=number(float, 0, 1),
         default=DEFAULT_ENERGY,
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"share of the energy that a subspace has to hold (default: {DEFAULT_ENERGY})",
     )
     add_site_options(parser)
+    add_calibration_options(parser)
     add_provider_option(parser)
     add_output_options(parser)
 

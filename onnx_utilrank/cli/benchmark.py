@@ -12,6 +12,7 @@ from onnx_utilrank.cli.options import (
     number,
     providers_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.report.benchmark_tables import benchmark_tables
 from onnx_utilrank.report.emit import emit
@@ -21,6 +22,8 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
+    parser.usage = "%(prog)s REFERENCE CANDIDATE … [option …]"
+    parser.epilog = "example:\n  onnx-utilrank benchmark model.onnx small.onnx --batch 1 16"
     parser.description = (
         "Runs all models in turn on the same inputs, after warming up: median and "
         "quartiles of the time of a run, and of its ratio to the reference in the same round; and "
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "candidates", nargs="+", metavar="CANDIDATE", help=".onnx files with the same inputs"
     )
     add_data_options(parser, required=False)
-    parser.add_argument(
+    group(parser, "cases").add_argument(
         "--batch",
         type=number(int, 1),
         nargs="+",
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples of a run, each number a case, where the model leaves that free (default: 1)",
     )
-    parser.add_argument(
+    group(parser, "cases").add_argument(
         "--dim",
         action="append",
         type=_lengths,
@@ -48,14 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths of another free axis for inputs that are generated, such as a sequence; may "
         "be repeated, and each combination is a case",
     )
-    parser.add_argument(
+    group(parser, "where it runs").add_argument(
         "--threads",
         type=number(int, 0),
         default=0,
         metavar="N",
         help="threads within an operator (default: ONNX Runtime's choice)",
     )
-    parser.add_argument(
+    group(parser, "cases").add_argument(
         "--seconds",
         type=number(float, 0),
         default=5.0,

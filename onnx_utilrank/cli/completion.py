@@ -16,11 +16,16 @@ FOLDERS = {"DIR"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
+    parser.usage = "%(prog)s SHELL"
+    parser.epilog = (
+        "example:\n  onnx-utilrank completion bash \\\n"
+        "      > ~/.local/share/bash-completion/completions/onnx-utilrank"
+    )
     parser.description = (
         "Print the script that completes verbs, options and files in a shell. It is the same until "
         "the next version: store it where the shell looks for such scripts."
     )
-    parser.add_argument("shell", choices=SHELLS, help="the shell")
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or tcsh")
 
 
 def run(args: argparse.Namespace) -> int:

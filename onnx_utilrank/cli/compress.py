@@ -16,6 +16,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     site_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import (
     FINETUNE_METHODS,
@@ -36,16 +37,19 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL -o OUT --data DATA TARGET [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank compress model.onnx -o small.onnx --data calibration.npz \\\n"
+        "      --param-ratio 0.5 --report report.json"
+    )
     parser.description = (
         "Measures on the samples what each product, Conv and embedding does to the "
         "outputs, chooses a rank for it, puts factors in the place of its weight, and compares the "
         "result with the original on samples that were held back."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
     add_data_options(parser)
-    add_calibration_options(parser)
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = group(parser, "target (one of these)").add_mutually_exclusive_group(required=True)
     for name, what in (
         ("--param-ratio", "parameters to keep, as a share of all initializers and constants"),
         ("--size-ratio", "bytes of the file to keep, as a share"),
@@ -72,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--plan", metavar="FILE", help="replay the decisions of a plan, or of a point of a sweep"
     )
-    parser.add_argument(
+    group(parser, "target (one of these)").add_argument(
         "--point",
         type=number(float, 0, 1),
         metavar="R",
         help="which point, where --plan is a sweep",
     )
     add_method_options(parser)
-    parser.add_argument(
+    group(parser, "latency").add_argument(
         "--optimize-for",
         choices=OPTIMIZE_FOR,
         default="size",
@@ -87,16 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "provider, and let a quality target find the fastest model in place of the smallest; a "
         "result that is slower than the original ends in exit status 3 (default: size)",
     )
-    parser.add_argument(
+    group(parser, "latency").add_argument(
         "--latency-batch",
         type=number(int, 1),
         metavar="N",
         help="samples of a run that is timed (default: up to 32)",
     )
-    parser.add_argument(
+    group(parser, "method").add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--finetune",
         nargs="?",
         const=FINETUNE_METHODS[0],
@@ -104,13 +108,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the result after the original's outputs, as the verb finetune does with its "
         "defaults; the new weights are kept where outputs diverge less on the samples held back",
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--steps", type=number(int, 1), metavar="N", help="steps of that training (default: 500)"
     )
-    parser.add_argument("--plan-out", metavar="FILE", help="write the plan, to read or replay")
+    group(parser, "output").add_argument(
+        "--plan-out", metavar="FILE", help="write the plan, to read or replay"
+    )
     add_site_options(parser)
+    add_calibration_options(parser)
     add_provider_option(parser)
-    parser.add_argument("--dry-run", action="store_true", help="stop at the plan; write no model")
+    group(parser, "output").add_argument(
+        "--dry-run", action="store_true", help="stop at the plan; write no model"
+    )
+    group(parser, "output").add_argument(
+        "-o", "--output", metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
 

@@ -13,6 +13,8 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
+    parser.usage = "%(prog)s [option …]"
+    parser.epilog = "example:\n  onnx-utilrank doctor --provider cuda"
     parser.description = (
         "Versions beside those that are needed; every execution provider that the "
         "installed ONNX Runtime has, tried on a model of two nodes; processor and memory. Ends in "

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ConfigError
 
 __all__ = ["add_output_options", "check_outputs"]
@@ -10,8 +11,9 @@ __all__ = ["add_output_options", "check_outputs"]
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """How results come out."""
-    parser.add_argument("--report", metavar="FILE", help="also write the results to FILE as JSON")
-    parser.add_argument(
+    options = group(parser, "output")
+    options.add_argument("--report", metavar="FILE", help="also write the results to FILE as JSON")
+    options.add_argument(
         "--json", action="store_true", help="print the results as JSON instead of tables"
     )
 

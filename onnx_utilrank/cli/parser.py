@@ -6,9 +6,22 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser"]
+__all__ = ["Parser", "group"]
 
 _CHOICE = re.compile(r"^(?:argument (?P<argument>.*): )?invalid choice: '(?P<given>.*?)' \(")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps what is one paragraph, and leaves examples and lists as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # argparse forgets that verbs are indented, and breaks the line behind the longest.
+            self._action_max_length += self._indent_increment
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("formatter_class", _Formatter)
         super().__init__(**options)
 
     def parse_known_args(  # type: ignore[override]  # the base class overloads it by the namespace
@@ -44,6 +57,12 @@ class Parser(argparse.ArgumentParser):
             (verbs,) = (a.choices for a in self._actions if a.dest == "verb")
             message = f"there is no verb {choice['given']!r}{_meant(choice['given'], verbs or ())}"
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists what there is)\n")
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of options of that title, which is made where there is none yet."""
+    known = (each for each in parser._action_groups if each.title == title)
+    return next(known, None) or parser.add_argument_group(title)
 
 
 def _meant(word: str, known: Iterable[str]) -> str:

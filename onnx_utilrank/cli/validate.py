@@ -10,6 +10,7 @@ from onnx_utilrank.cli.options import (
     number,
     providers_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import ValidateConfig
 from onnx_utilrank.errors import TargetMissedError
@@ -22,6 +23,11 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
+    parser.usage = "%(prog)s REFERENCE CANDIDATE --data DATA [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank validate model.onnx small.onnx --data samples.npz \\\n"
+        "      --min-agreement 0.99"
+    )
     parser.description = (
         "Runs both models on the samples: output error, equal decisions, parameters, "
         "file size, FLOPs, and a paired latency ratio, on every provider asked for."
@@ -30,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", metavar="CANDIDATE", help="the .onnx file to compare with it")
     add_data_options(parser)
     add_providers_option(parser)
-    parser.add_argument(
+    group(parser, "tolerances").add_argument(
         "--max-error",
         type=number(float, 0),
         metavar="E",
         help="largest relative error of an output that passes; more ends in exit status 3",
     )
-    parser.add_argument(
+    group(parser, "tolerances").add_argument(
         "--min-agreement",
         type=number(float, 0, 1),
         metavar="A",

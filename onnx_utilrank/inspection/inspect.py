@@ -73,7 +73,7 @@ def inspect(model: ModelSource, *, custom_op_libraries: Sequence[str] = ()) -> I
         except ModelError as e:
             load_fault = str(e).removeprefix(f"{store.label}: ")
         else:
-            hidden = _hidden(index, sites, custom_op_libraries, notes)
+            hidden = _hidden(index, sites, custom_op_libraries, notes) if sites else ()
     tied = dict[str, str]()
     for table, head in find_tied(index, sites):
         tied |= {table.key: head.key, head.key: table.key}
@@ -125,7 +125,9 @@ def _hidden(
             break
         return find_hidden(index, sites, values)
     reason = str(failure).removeprefix(f"{store.label}: ")
-    notes.append(f"Hidden features were not looked for: a generated sample does not run ({reason})")
+    notes.append(
+        f"Hidden features were not looked for: a generated sample does not run ({reason})."
+    )
     return None
 
 
