@@ -3,6 +3,7 @@
 import argparse
 
 from onnx_utilrank.cli.output import add_output_options, check_outputs
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ProviderUnavailableError
 from onnx_utilrank.installation.doctor import doctor
 from onnx_utilrank.report.doctor_tables import doctor_tables
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "installed ONNX Runtime has, tried on a model of two nodes; processor and memory. Ends in "
         "status 4 where the provider that is asked for does not work."
     )
-    parser.add_argument(
+    group(parser, "where it runs").add_argument(
         "--provider",
         default="cpu",
         metavar="NAME",

@@ -29,8 +29,8 @@ VERBS = {
 }
 
 START = """\
-onnx-utilrank makes a trained ONNX model smaller and faster by the rank that your
-data really use, and compares it with the original on samples that it held back.
+onnx-utilrank makes a trained ONNX model smaller and faster by the rank that
+your data really use, and compares it with the original on samples held back.
 
   onnx-utilrank inspect MODEL
       what is in it, what could be made smaller, and what data that needs
@@ -97,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters of names and help
+            stream.reconfigure(errors="backslashreplace")
     if not words:
         print(START, file=sys.stderr)
         return USAGE
@@ -111,9 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return UtilrankError.exit_status
     args = parser.parse_args(words)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that names have
-            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("onnx-utilrank: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
