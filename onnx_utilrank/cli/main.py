@@ -39,13 +39,13 @@ your data really use, and compares it with the original on samples held back.
   onnx-utilrank validate MODEL OUT --data DATA
       compare any two models
 
-onnx-utilrank --help lists all verbs, onnx-utilrank VERB --help the options of one.
+onnx-utilrank --help lists all verbs, onnx-utilrank VERB --help its options.
 If something does not run, ask onnx-utilrank doctor."""
 
 EXIT_STATUS = """exit status:
   0  done
   1  anything not listed here
-  2  usage: options that are wrong or contradict each other, or none at all
+  2  usage: options that are wrong or contradict each other, or nothing to do
   3  the target or a tolerance was missed
   4  an execution provider was asked for and is not available
   5  the model, the plan or the data cannot be used

@@ -79,7 +79,9 @@ def _reader(index: GraphIndex, name: str) -> str:
                 values.append(node.output[0])
     if places:
         return _name(index.node(min(places)))
-    return "(in subgraphs)" if not index.pinned.isdisjoint(seen) else NOTHING
+    if not seen.isdisjoint(output.name for output in index.store.proto.graph.output):
+        return "(an output)"
+    return NOTHING if index.pinned.isdisjoint(seen) else "(read in subgraphs)"
 
 
 def _name(node: onnx.NodeProto) -> str:

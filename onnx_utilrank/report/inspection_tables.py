@@ -78,12 +78,16 @@ def _sites(report: InspectionReport) -> Iterator[RenderableType]:
     if not report.sites:
         yield Text("Nothing can be factored.")
         return
-    table = empty_table("weight", "op", "d_in", "d_out", "share", "break-even", "moves", "remark")
+    # Terminals are narrow, and most models have nothing to remark on.
+    remarks = ["remark"] if any(map(_remark, report.sites)) else []
+    columns = ("weight", "op", "d_in", "d_out", "share", "break-even", "moves", *remarks)
+    table = empty_table(*columns)
     for site in report.sites:
         moves = " ".join(site.moves) or "none is smaller"
         share = f"{100 * site.share:.2f} %"
         figures = (site.d, site.m, share, site.break_even_rank)
-        add_row(table, site.site, site.op_type, *figures, moves, _remark(site))
+        remark = [_remark(site)] if remarks else []
+        add_row(table, site.site, site.op_type, *figures, moves, *remark)
     yield table
     whole = 100 * report.factorable / report.parameters
     yield Text(
