@@ -40,7 +40,12 @@ if TYPE_CHECKING:
     from onnx_utilrank.installation.report import DoctorReport
     from onnx_utilrank.low_rank_training import train
     from onnx_utilrank.pipeline import analyze, compress, sweep, validate
+    from onnx_utilrank.plain_quantization import QuantizeResult, quantize
+    from onnx_utilrank.quantization.config import QuantizeConfig
     from onnx_utilrank.ranking.plan import RankPlan
+    from onnx_utilrank.repairing.config import RepairConfig
+    from onnx_utilrank.repairing.repair import repair
+    from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
     from onnx_utilrank.results import (
         CompressResult,
         FinetuneResult,
@@ -70,7 +75,12 @@ __all__ = [
     "ModelError",
     "ProviderUnavailableError",
     "QualityTarget",
+    "QuantizeConfig",
+    "QuantizeResult",
     "RankPlan",
+    "RepairConfig",
+    "RepairResult",
+    "RepairedLayer",
     "SweepPoint",
     "SweepResult",
     "TargetMissedError",
@@ -86,6 +96,8 @@ __all__ = [
     "doctor",
     "finetune",
     "inspect",
+    "quantize",
+    "repair",
     "sweep",
     "train",
     "validate",
@@ -120,7 +132,12 @@ _HOMES = {
     "installation.report": ("DoctorReport",),
     "low_rank_training": ("train",),
     "pipeline": ("analyze", "compress", "sweep", "validate"),
+    "plain_quantization": ("QuantizeResult", "quantize"),
+    "quantization.config": ("QuantizeConfig",),
     "ranking.plan": ("RankPlan",),
+    "repairing.config": ("RepairConfig",),
+    "repairing.repair": ("repair",),
+    "repairing.result": ("RepairResult", "RepairedLayer"),
     "results": (
         "CompressResult",
         "FinetuneResult",

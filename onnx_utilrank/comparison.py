@@ -1,10 +1,12 @@
 """Compare two models on samples of a data set: outputs, size, operations and latency."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.survey import linear_flops
 from onnx_utilrank.config import ValidateConfig
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.runtime.providers import Provider
@@ -12,7 +14,7 @@ from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.validation.report import ModelFigures, ValidationReport
 from onnx_utilrank.validation.report import validate as compare_models
 
-__all__ = ["compare"]
+__all__ = ["check_alike", "compare"]
 
 
 def compare(
@@ -25,6 +27,7 @@ def compare(
     config: ValidateConfig,
     *,
     timed: int | None = None,
+    counted: ModelStore | None = None,
 ) -> ValidationReport:
     """Compare two models on the given samples of a data set.
 
@@ -37,6 +40,8 @@ def compare(
         providers: Where they run.
         config: Tolerances.
         timed: Samples of a run that is timed; None for `batch`.
+        counted: The model that a quantized candidate was made of: its parameters and operations
+            are those of this one, as in fewer bits they are no longer to be seen.
     """
     single = next(data.feeds(samples, batch=1))
     feeds = list(data.feeds(samples, batch=batch))
@@ -49,11 +54,31 @@ def compare(
         providers=providers,
         figures=(
             _figures(reference, single, providers[0]),
-            _figures(candidate, single, providers[0]),
+            replace(
+                _figures(counted or candidate, single, providers[0]),
+                file_bytes=candidate.file_bytes,
+            ),
         ),
         max_error=config.max_error,
         min_agreement=config.min_agreement,
     )
+
+
+def check_alike(reference: ModelStore, candidate: ModelStore) -> None:
+    """Both models have to take and give the same.
+
+    Raises:
+        ModelError: They do not.
+    """
+    for what in ("inputs", "outputs"):
+        one, other = (
+            [(v.name, v.dtype) for v in getattr(store, what)] for store in (reference, candidate)
+        )
+        if one != other:
+            raise ModelError(
+                f"{candidate.label}: its {what} are not those of {reference.label}: no candidate "
+                "for it"
+            )
 
 
 def _figures(store: ModelStore, feed: Feed, provider: Provider) -> ModelFigures:

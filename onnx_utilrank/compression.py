@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import TargetMissedError
@@ -17,6 +16,7 @@ from onnx_utilrank.ranking.decide import unfactorable
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
+from onnx_utilrank.ranking.stamp import stamped
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
 from onnx_utilrank.refit.propagate import propagate
@@ -31,25 +31,12 @@ from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.validation.divergence import OutputRecorder
 
-__all__ = ["build", "is_better", "refit_note", "stamp"]
-
-# Metadata of a rewritten model: the plan it came from, so that no plan is applied twice.
-PLAN_KEY = "onnx_utilrank.plan_sha256"
+__all__ = ["build", "is_better"]
 
 # Samples, at most, that a refit has to prove itself on, and the parts that it takes at least, or
 # variations are left out.
 JUDGED = 32
 FEWEST_PARTS = 4
-
-
-def refit_note(plan: RankPlan, config: CompressConfig, found: Measurement) -> tuple[str, ...]:
-    """A sentence where a refit was tried and left out."""
-    if not config.refit or found.gradients is None or plan.refit or not plan.changes:
-        return ()
-    return (
-        "No layer was refitted to what it gets behind compressed ones: on calibration samples kept "
-        "apart for it that was no better, or there were too few to tell.",
-    )
 
 
 def build(
@@ -96,10 +83,8 @@ def build(
         _shrinking(job, hidden[entry.hidden], entry.kept or 0, sites, made) for entry in plan.shrunk
     ]
     job.progress("rewriting", 0, 0)
-    store = rewrite(job.index, replacements, shrinkings)
+    store = stamped(rewrite(job.index, replacements, shrinkings), plan)
     check_contract(job.store, store)
-    entry = stamp(store) or store.proto.metadata_props.add(key=PLAN_KEY)
-    entry.value = plan.fingerprint()
     before, after = job.source.file_bytes, store.file_bytes
     if after > before and not config.force:
         raise TargetMissedError(
@@ -309,8 +294,9 @@ def _shrinking(
 
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:
-    if plan.met:
-        return job.source
+    of_floats = {"param_ratio", "flop_ratio"} & plan.target.keys()
+    if plan.met or (plan.then is not None and not of_floats):
+        return job.source  # quantization alone may well do
     if not plan.entries:
         raise TargetMissedError(unfactorable(job.store.label, plan.skipped))
     raise TargetMissedError(
@@ -318,8 +304,3 @@ def _unchanged(job: Job, plan: RankPlan) -> ModelStore:
         f"({len(plan.entries)} weights looked at, {len(plan.skipped)} nodes left alone): the "
         "model uses its space"
     )
-
-
-def stamp(store: ModelStore) -> onnx.StringStringEntryProto | None:
-    """The metadata entry that says which plan made a model, if one did."""
-    return next((e for e in store.proto.metadata_props if e.key == PLAN_KEY), None)

@@ -8,7 +8,7 @@ import numpy as np
 from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.calibration.survey import survey
-from onnx_utilrank.comparison import compare
+from onnx_utilrank.comparison import check_alike, compare
 from onnx_utilrank.config import FinetuneConfig, FinetuneMethod, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.graph import GraphIndex
@@ -71,7 +71,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     original, small = ModelStore.load(reference), ModelStore.load(candidate)
-    _check_alike(original, small)
+    check_alike(original, small)
     setting = Setting.open(original, data, config)
     return finetuned(original, small, setting, config, progress)
 
@@ -163,22 +163,6 @@ def _rate(method: FinetuneMethod, divergence: float) -> float:
     """
     rate = RATES[method] * (math.sqrt(divergence / FAR) if divergence < FAR else 1.0)
     return float(f"{rate:.2g}")
-
-
-def _check_alike(original: ModelStore, small: ModelStore) -> None:
-    """Both models have to take and give the same.
-
-    Raises:
-        ModelError: They do not.
-    """
-    for what in ("inputs", "outputs"):
-        one, other = (
-            [(v.name, v.dtype) for v in getattr(store, what)] for store in (original, small)
-        )
-        if one != other:
-            raise ModelError(
-                f"{small.label}: its {what} are not those of {original.label}: no candidate for it"
-            )
 
 
 def _parts(graph: TorchGraph, original: ModelStore, config: FinetuneConfig) -> list[Part]:

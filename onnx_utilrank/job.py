@@ -191,7 +191,7 @@ class Job:
         config: CompressConfig,
         hidden: tuple[Hidden, ...] | None,
     ) -> Measurement:
-        gradients = self._gradients(samples, config)
+        gradients = self.gradients(samples, config)
         if hidden is None and (config.moves is None or SHRINK in config.moves):
             hidden = self._affordable(self.hidden(sites, samples), config.memory_budget)
         measured, passes = measure_sensitivity(
@@ -206,7 +206,7 @@ class Job:
             channels=config.moves is None or CHANNELS.key in config.moves,
             seed=config.seed,
             progress=self.progress,
-            cache=self._cache(gradients.data, gradients.samples, config),
+            cache=self.cache(gradients.data, gradients.samples, config),
         )
         seen = {m.site.key for m in measured}
         unread = "no output depends on it on the calibration data: its gradient is zero"
@@ -249,7 +249,8 @@ class Job:
             )
         return tuple(kept)
 
-    def _gradients(self, samples: Sequence[int], config: CompressConfig) -> Gradients:
+    def gradients(self, samples: Sequence[int], config: CompressConfig) -> Gradients:
+        """Prepare gradients on some samples; ModelError where they cannot be had."""
         session = open_session(self.store, self.provider)
         looked_at = self.feeds(samples[: max(SAMPLES_LOOKED_AT, self.data.run or 1)])
         losses = find_losses(self.store, session, looked_at, config.weighting)
@@ -320,7 +321,7 @@ class Job:
 
         found: list[Measured] = []
         skips: list[Skip] = []
-        cache = self._cache(self.data, samples, config)
+        cache = self.cache(self.data, samples, config)
         strides: dict[RowView, int] = {}
         passes = list(in_passes([[s] for s in sites], sums, config.memory_budget // 2))
         for group in passes:
@@ -353,7 +354,8 @@ class Job:
         notes = rows_notes(rows, strides, len(passes) if strides else 1)
         return Measurement(method=method, sites=found, skips=tuple(skips), notes=notes)
 
-    def _cache(self, data: Dataset, samples: Sequence[int], config: CalibrationConfig) -> Cache:
+    def cache(self, data: Dataset, samples: Sequence[int], config: CalibrationConfig) -> Cache:
+        """Where statistics of some samples are kept."""
         folder = None if config.cache is None else Path(config.cache)
         libraries = self.provider.custom_op_libraries
         return Cache.open(folder, self.store, data, samples, libraries=libraries)

@@ -6,21 +6,23 @@ from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
 from onnx_utilrank.calibration.data import DataSource, chosen_samples, hold_back, open_data
-from onnx_utilrank.calibration.own_code import import_function
 from onnx_utilrank.comparison import compare
-from onnx_utilrank.compression import build, refit_note, stamp
+from onnx_utilrank.compression import build
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
 from onnx_utilrank.errors import ConfigError, ModelError, TargetMissedError
 from onnx_utilrank.finetuning import finetuned
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelSource, ModelStore
-from onnx_utilrank.planning import check_latency, fit, fullness, make_offers
-from onnx_utilrank.quality import Judge, Quality
+from onnx_utilrank.planning import check_latency, fit, make_offers
+from onnx_utilrank.quality import Judge, Quality, with_metric
+from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.decide import skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
+from onnx_utilrank.ranking.stamp import stamp, stamped
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
+from onnx_utilrank.remarks import fullness, refit_note
 from onnx_utilrank.results import (
     CompressResult,
     FinetuneResult,
@@ -33,6 +35,7 @@ from onnx_utilrank.runtime.providers import find_providers
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.search import Candidate, search
 from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.stages import measure_stages
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.setting import Setting
 from onnx_utilrank.validation.report import ValidationReport
@@ -129,7 +132,9 @@ def compress(
         raise ConfigError("a target has to be given: a ratio, energy, a quality target or a plan")
     if plan is not None and config.target:
         raise ConfigError("a plan states its own target: ratios, energy and quality exclude it")
-    config = _with_metric(config)
+    if plan is not None and config.then is not None:
+        raise ConfigError("a plan states its own quantization: then excludes it")
+    config = with_metric(config)
     job = Job.open(model, data, config, progress, labels=config.labels)
     if config.finetune is not None:
         TorchGraph.build(job.source)  # what cannot be trained is told before the work
@@ -154,10 +159,12 @@ def compress(
             weighting=plan.weighting,
             augment=plan.augment,
             moves=None,
+            then=None if plan.then is None else plan.then.scheme,
         )
     searched: Sequence[int] = ()
     if config.quality is not None:
         calibration, searched = _part(job, calibration, config.seed)
+    quantizing = None if config.then is None else Quantizing(job, calibration, config)
     found = job.measure(config.method_key, sites, calibration, config, hidden)
     best: Candidate | None = None
     store: ModelStore | None = None
@@ -166,15 +173,15 @@ def compress(
         if not dry_run:
             plan, store = build(job, plan, found, config, settled=True)
     else:
-        offers = make_offers(job, found, calibration, config)
+        offers = make_offers(job, found, calibration, config, quantizing)
         if config.quality is not None:
             judge = Judge(job, searched, config, found.losses)
-            best = search(job, found, offers, judge, config.quality, config)
+            best = search(job, found, offers, judge, config.quality, config, quantizing)
             plan, store = best.plan, None if dry_run else best.store
         elif dry_run:
             plan = offers.plan(config.ratio)
         else:
-            plan, store = fit(job, found, offers, calibration, config)
+            plan, store = fit(job, found, offers, calibration, config, quantizing)
         notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
     if store is None:
         return CompressResult(
@@ -185,7 +192,18 @@ def compress(
         recovered = _recovered(job, store, (*calibration, *searched), held, config)
         store, notes = recovered.store, (*notes, *recovered.notes)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
-    report = job.validate(store, held, timed=config.latency_batch)
+    judge = Judge(job, held, config, found.losses)
+    quantized = None
+    if quantizing is not None:
+        assert plan.then is not None
+        made = quantizing(store, plan.then.in_float)
+        quantized = measure_stages(job, quantizing, store, made, held, judge, config.latency_batch)
+        plan = replace(plan, then=replace(plan.then, in_float=made.in_float))
+        store = stamped(made.store, plan) if plan.changes else made.store
+        notes = (*notes, *made.notes, *quantized.notes)
+        report, quality = quantized.stages[-1].validation, quantized.stages[-1].quality
+    else:
+        report, quality = job.validate(store, held, timed=config.latency_batch), judge(store)
     check_latency(job, config, report)
     compared = [o for p in report.providers for o in p.outputs]
     if all(o.kind == "skipped" for o in compared):
@@ -194,7 +212,6 @@ def compress(
             f"{job.store.label}: none of its outputs can be compared, so that no result could be "
             f"validated ({'; '.join(why)})"
         )
-    quality = Judge(job, held, config, found.losses)(store)
     if config.quality is not None and best is not None:
         _check_held(job, config.quality, best, quality)
     return CompressResult(
@@ -206,6 +223,7 @@ def compress(
         quality=quality,
         searched=None if best is None else best.quality,
         recovered=recovered,
+        quantized=quantized,
     )
 
 
@@ -237,11 +255,13 @@ def sweep(
     config = config or CompressConfig()
     if config.target:
         raise ConfigError("a sweep goes over all sizes: it takes no target")
+    if config.then is not None:
+        raise ConfigError("a sweep is of low-rank models: it quantizes none")
     if not ratios or not all(0 < r <= 1 for r in ratios):
         raise ConfigError("a sweep needs ratios, each in (0, 1]")
     if keep is not None and keep not in ratios:
         raise ConfigError(f"ratio {keep:g} is no point of the sweep")
-    config = _with_metric(config)
+    config = with_metric(config)
     job = Job.open(model, data, config, progress, labels=config.labels)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     found = job.measure(config.method_key, job.sites, calibration, config)
@@ -253,7 +273,7 @@ def sweep(
         try:
             plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
             plan, store = build(job, plan, found, config)
-            report = job.validate(store, held)
+            report = job.validate(store, held, timed=config.latency_batch)
             quality = judge(store)
         except (TargetMissedError, ModelError) as e:
             notes.append(f"{ratio:g}: {e}.")
@@ -288,13 +308,6 @@ def _recovered(
         job.data, sorted(rest), held, job.provider, job.batch, seed=config.seed
     )
     return finetuned(job.source, store, setting, options, job.progress)
-
-
-def _with_metric(config: CompressConfig) -> CompressConfig:
-    """The options with the user's function imported, so that a wrong name fails at once."""
-    if not isinstance(config.evaluate, str):
-        return config
-    return replace(config, evaluate=import_function(config.evaluate))
 
 
 def _part(job: Job, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:

@@ -1,7 +1,7 @@
 """From decompositions to a plan, in the unit of what was asked for; bytes and time are checked."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onnx_utilrank.latency.measure import measure_latency
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.shrink import SHRINK
+from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import NODE_BYTES, Ledger, Unit, count_parameters
 from onnx_utilrank.ranking.decide import Offers, kinds_offered
 from onnx_utilrank.ranking.plan import RankPlan
@@ -24,11 +25,7 @@ from onnx_utilrank.sites.site import Site
 from onnx_utilrank.validation.bench import compare_latency
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["check_latency", "fit", "fullness", "make_ledger", "make_offers"]
-
-# A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
-# in their metric: a model that comes to it has no more room.
-FULL = 0.05
+__all__ = ["check_latency", "fit", "make_ledger", "make_offers"]
 
 # Plans that are made, at most, for a file to have the bytes that were asked for.
 FITS = 8
@@ -42,15 +39,23 @@ NEAR = 0.03
 
 
 def make_offers(
-    job: Job, found: Measurement, samples: Sequence[int], config: CompressConfig
+    job: Job,
+    found: Measurement,
+    samples: Sequence[int],
+    config: CompressConfig,
+    quantizing: Quantizing | None = None,
 ) -> Offers:
     """What can be done to the sites of a model, in the unit of the ratio that was asked for.
+
+    Bytes are those of the final file: quantized, where it will be. Time is that of the layers in
+    floats all the same; a plan for a latency is then made by timing whole models.
 
     Args:
         job: The model.
         found: The decompositions of its sites.
         samples: Samples to learn shapes from, and to time the model on where latency counts.
         config: Options.
+        quantizing: What is done to the result.
 
     Raises:
         ConfigError: The options name a move that there is not, or none of the method's.
@@ -67,6 +72,9 @@ def make_offers(
     sites = [m.site for m in found.sites]
     latency = _latency(job, found, hidden, samples, config) if config.latency_aware else None
     ledger = make_ledger(job, unit, sites, samples, latency)
+    if quantizing is not None and unit == "bytes":
+        plain = float(quantizing.plain.store.file_bytes)
+        ledger = replace(ledger, storage=quantizing.scheme, dense_total=plain)
     skips = (*job.skips, *found.skips)
     return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)
 
@@ -116,23 +124,13 @@ def _latency(
     )
 
 
-def fullness(offers: Offers, plan: RankPlan) -> tuple[str, ...]:
-    """A sentence where a plan goes further than the model has room for, as far as is predicted."""
-    predicted = plan.predicted_divergence
-    if predicted is None or predicted <= FULL:
-        return ()
-    reach = offers.reach(FULL)
-    unit = offers.ledger.unit
-    until = "at any size" if reach is None else f"below {100 * reach:.0f} % of its {unit}"
-    return (
-        f"The model uses its space: {until} a divergence of more than {FULL:g} is predicted "
-        f"({predicted:.2g} at {100 * plan.param_ratio:.0f} % of the parameters); expect its "
-        "quality to suffer.",
-    )
-
-
 def fit(
-    job: Job, found: Measurement, offers: Offers, samples: Sequence[int], config: CompressConfig
+    job: Job,
+    found: Measurement,
+    offers: Offers,
+    samples: Sequence[int],
+    config: CompressConfig,
+    quantizing: Quantizing | None = None,
 ) -> tuple[RankPlan, ModelStore]:
     """Plan for the ratio or the energy that was asked for, and make the model.
 
@@ -142,35 +140,45 @@ def fit(
         offers: What can be done to them.
         samples: Samples to time models on, where latency was asked for.
         config: Options.
+        quantizing: What is done to the result: bytes and time are those of the final file.
 
     Raises:
         TargetMissedError: It cannot be reached.
     """
+
+    def final(store: ModelStore) -> ModelStore:
+        return store if quantizing is None else quantizing(store).store
+
     if config.latency_ratio is not None:
-        plan = _fit_latency(job, found, offers, samples, config, config.latency_ratio)
+        plan = _fit_latency(job, found, offers, samples, config, final)
         return build(job, plan, found, config)
     if config.size_ratio is not None:
-        return _fit_bytes(job, found, offers, config, config.size_ratio)
+        return _fit_bytes(job, found, offers, config, final)
     return build(job, offers.plan(config.ratio), found, config)
 
 
 def _fit_bytes(
-    job: Job, found: Measurement, offers: Offers, config: CompressConfig, wanted: float
+    job: Job,
+    found: Measurement,
+    offers: Offers,
+    config: CompressConfig,
+    final: Callable[[ModelStore], ModelStore],
 ) -> tuple[RankPlan, ModelStore]:
     """The bytes of a file are known when it is made: where the first plan misses them, the next
     ones aim lower by what was too much.
     """
-    ratio = wanted
+    assert config.size_ratio is not None
+    ratio = config.size_ratio
     for _ in range(FITS):
         plan, store = build(job, offers.plan(ratio), found, config)
-        excess = store.file_bytes - math.floor(wanted * job.source.file_bytes)
+        excess = final(store).file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
         if excess <= 0:
             return plan, store
         ratio -= (excess + NODE_BYTES) / job.source.file_bytes
         if ratio <= 0:
             break
     raise TargetMissedError(
-        f"{job.store.label}: a file of {wanted:g} of its bytes cannot be reached"
+        f"{job.store.label}: a file of {config.size_ratio:g} of its bytes cannot be reached"
     )
 
 
@@ -180,13 +188,15 @@ def _fit_latency(
     offers: Offers,
     samples: Sequence[int],
     config: CompressConfig,
-    wanted: float,
+    final: Callable[[ModelStore], ModelStore],
 ) -> RankPlan:
     """The mildest plan that was measured, on the whole model, to be as fast as was asked for.
 
     What layers take by themselves says which to change; how far to go is found by timing whole
     models. Those need no refit, as time does not depend on values.
     """
+    assert config.latency_ratio is not None
+    wanted = config.latency_ratio
     feeds = list(job.data.feeds(samples, batch=config.latency_batch or job.batch))
     reference = open_session(job.source, job.provider)
     # Planned against measured shares of the time: nothing changed takes all of it.
@@ -202,7 +212,7 @@ def _fit_latency(
             break
         _, store = build(job, replace(plan, refit=False), found, config)
         measured = compare_latency(
-            reference, open_session(store, job.provider), feeds, seconds=TRIAL_SECONDS
+            reference, open_session(final(store), job.provider), feeds, seconds=TRIAL_SECONDS
         ).ratio
         fastest = min(fastest, measured)
         if measured <= AIM * wanted:

@@ -1,9 +1,10 @@
 """How good a candidate is, in the terms that the user asked for."""
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnx_utilrank.runtime.sessions import Session, open_session
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.validation.divergence import Divergence, OutputRecorder, find_losses
 
-__all__ = ["Judge", "Quality"]
+__all__ = ["Judge", "Quality", "quality_dict", "strict", "with_metric"]
 
 # A metric that shows no loss at all at a divergence above this (nats a decision, or ½ of the
 # relative squared error) is saturated: it cannot tell how much more would be too much.
@@ -178,3 +179,28 @@ class Judge:
                 )
             right.append(scores.reshape(len(labels), -1).argmax(-1) == labels)
         return np.concatenate(right)
+
+
+def with_metric(config: CompressConfig) -> CompressConfig:
+    """The options with the user's function imported, so that a wrong name fails at once."""
+    if not isinstance(config.evaluate, str):
+        return config
+    return replace(config, evaluate=import_function(config.evaluate))
+
+
+def strict(value: dict[str, object]) -> dict[str, object]:
+    """Strict JSON has no infinity and no NaN: they become null."""
+
+    def each(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: each(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [each(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: each(v) for key, v in value.items()}
+
+
+def quality_dict(quality: Quality | None) -> dict[str, object] | None:
+    """A quality as JSON types."""
+    return None if quality is None else strict(dataclasses.asdict(quality))

@@ -1,7 +1,6 @@
 """What the public functions return."""
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ import onnx
 
 from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.quality import Quality
+from onnx_utilrank.quality import Quality, quality_dict, strict
 from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
+from onnx_utilrank.stages import QuantizationReport
 from onnx_utilrank.training.history import Look
 from onnx_utilrank.validation.divergence import Divergence
 from onnx_utilrank.validation.report import ValidationReport
@@ -245,6 +245,8 @@ class CompressResult:
             a dry run.
         searched: The same on the samples that a quality target was searched on.
         recovered: How fine-tuning went, where it was asked for.
+        quantized: The stages of quantization, where it was asked for; validation and quality are
+            those of the quantized model.
     """
 
     plan: RankPlan
@@ -255,6 +257,7 @@ class CompressResult:
     quality: Quality | None = None
     searched: Quality | None = None
     recovered: FinetuneResult | None = None
+    quantized: QuantizationReport | None = None
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -316,6 +319,7 @@ class CompressResult:
             "quality": quality_dict(self.quality),
             "searched": quality_dict(self.searched),
             "recovered": None if self.recovered is None else self.recovered.training,
+            "quantized": None if self.quantized is None else self.quantized.as_dict(),
             "validation": None if self.validation is None else self.validation.as_dict(),
         }
 
@@ -379,21 +383,3 @@ class SweepResult:
                 for point in self.points
             ],
         }
-
-
-def strict(value: dict[str, object]) -> dict[str, object]:
-    """Strict JSON has no infinity and no NaN: they become null."""
-
-    def each(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: each(v) for key, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [each(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: each(v) for key, v in value.items()}
-
-
-def quality_dict(quality: Quality | None) -> dict[str, object] | None:
-    """A quality as JSON types."""
-    return None if quality is None else strict(dataclasses.asdict(quality))

@@ -10,6 +10,7 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quality import Judge, Quality
+from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.decide import Offers
 from onnx_utilrank.ranking.plan import RankPlan
 
@@ -46,13 +47,15 @@ def search(
     judge: Judge,
     target: QualityTarget,
     config: CompressConfig,
+    quantizing: Quantizing | None = None,
 ) -> Candidate:
     """Bisect the size between what fails and what passes.
 
     All candidates come from one set of decompositions. Where the method predicts the loss, the
     next size is the one whose predicted loss lies in the middle (of the logarithms), or, once a
     divergence was measured and is what is asked for, the one where prediction times the ratio of
-    measured to predicted meets the limit.
+    measured to predicted meets the limit. What is to be quantized begins with the original,
+    quantized alone.
 
     Args:
         job: The model.
@@ -61,6 +64,7 @@ def search(
         judge: Measures candidates, on samples that those do not rest on.
         target: What is asked for.
         config: Options.
+        quantizing: What is done to each candidate before it is judged.
 
     Raises:
         TargetMissedError: Not even the largest candidate is good enough; the message says how
@@ -72,17 +76,25 @@ def search(
     factor = 1.0
     saturated = False
     refused = ""
+    floor = 0.0
+    if quantizing is not None:
+        # What quantization loses by itself comes on top of what is predicted.
+        plan, store = build(job, offers.plan(1.0), found, config)
+        quality = judge(quantizing(store).store)
+        alone = Candidate(ratio=1.0, plan=plan, store=store, quality=quality)
+        best, worst = (alone, None) if quality.meets(target) else (None, alone)
+        floor = 0.0 if quality.divergence is None else quality.divergence.mean
     for _ in range(EVALUATIONS):
         if high - low <= FINE and best is not None:
             break
-        ratio = _next_ratio(offers, low, high, target, factor)
+        ratio = _next_ratio(offers, low, high, target, factor, floor)
         plan = offers.plan(ratio)
         if not plan.changes:
             low = ratio
             break
         try:
             plan, store = build(job, plan, found, config)
-            quality = judge(store)
+            quality = judge(store if quantizing is None else quantizing(store).store)
         except (TargetMissedError, ModelError) as e:
             # One that cannot be made, or does not run, is not good enough.
             low, refused = max(low, ratio), f"a candidate was refused ({e})"
@@ -98,8 +110,8 @@ def search(
             saturated = saturated or quality.saturated
             worst = candidate if worst is None or ratio > worst.ratio else worst
         predicted = plan.predicted_divergence
-        if predicted and quality.divergence is not None and quality.divergence.mean > 0:
-            factor = quality.divergence.mean / predicted
+        if predicted and quality.divergence is not None and quality.divergence.mean > floor:
+            factor = (quality.divergence.mean - floor) / predicted
         if high - low <= FINE:
             break
     if best is not None:
@@ -119,13 +131,13 @@ def search(
 
 
 def _next_ratio(
-    offers: Offers, low: float, high: float, target: QualityTarget, factor: float
+    offers: Offers, low: float, high: float, target: QualityTarget, factor: float, floor: float
 ) -> float:
     """A ratio between the two, at least a twentieth of the way from either."""
     edge = (high - low) / 20
     wanted: float | None = None
     if target.key == "max_divergence":
-        wanted = target.limit / factor
+        wanted = max(target.limit - floor, 0.0) / factor
     else:
         at_low, at_high = (offers.predicted(r) for r in (low, high - edge))
         if at_low and at_high:

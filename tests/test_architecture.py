@@ -32,24 +32,33 @@ LAYERS = {
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "benchmarking": "calibration errors model runtime validation",
+    "quantization": ("calibration config errors model ranking runtime sites statistics validation"),
     "inspection": ("benchmarking calibration errors model moves ranking runtime sites torch_graph"),
     "measurement": "calibration ranking sensitivity sites statistics torch_graph",
-    "comparison": "calibration config model ranking runtime validation",
+    "comparison": "calibration config errors model ranking runtime validation",
     "job": (
         "calibration comparison config errors measurement model moves ranking runtime sensitivity"
         " sites statistics torch_graph validation"
     ),
+    "remarks": "config measurement ranking",
+    "quantizing": "config errors job model quantization runtime validation",
     "compression": (
-        "config errors job measurement model moves ranking refit runtime sensitivity sites"
-        " statistics surgery torch_graph validation"
+        "config errors job measurement model moves quantizing ranking refit runtime sensitivity"
+        " sites statistics surgery torch_graph validation"
     ),
     "planning": (
-        "calibration compression config errors job latency measurement model moves ranking"
-        " runtime sites validation"
+        "calibration compression config errors job latency measurement model moves quantizing"
+        " ranking runtime sites validation"
     ),
     "quality": "calibration config errors job model runtime statistics validation",
+    "stages": (
+        "comparison config job model quality quantization quantizing runtime sites validation"
+    ),
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
-    "results": "errors model quality ranking training validation",
+    "results": "errors model quality ranking stages training validation",
+    "plain_quantization": (
+        "calibration errors job model quality quantization quantizing results stages"
+    ),
     "finetuning": (
         "calibration comparison config errors model results runtime statistics surgery"
         " torch_graph training validation"
@@ -58,32 +67,41 @@ LAYERS = {
         "calibration config errors model ranking results runtime sites statistics surgery"
         " training validation"
     ),
-    "search": "compression config errors job measurement model quality ranking",
+    "search": "compression config errors job measurement model quality quantizing ranking",
     "pipeline": (
         "calibration comparison compression config errors finetuning job model planning quality"
-        " ranking results runtime search sites torch_graph training validation"
+        " quantizing ranking remarks results runtime search sites stages torch_graph training"
+        " validation"
+    ),
+    "repairing": (
+        "calibration comparison config errors job measurement model moves quality ranking results"
+        " runtime sensitivity sites statistics surgery validation"
     ),
     "installation": "errors runtime",
     "olive": "config errors pipeline",
     "__init__": (
         "benchmarking config errors finetuning inspection installation low_rank_training pipeline"
-        " ranking results validation"
+        " plain_quantization quantization ranking repairing results validation"
     ),
     "report": (
-        "benchmarking errors inspection installation model quality ranking results runtime training"
-        " validation"
+        "benchmarking errors inspection installation model plain_quantization quality ranking"
+        " repairing results runtime stages training validation"
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"
-        " moves pipeline ranking report runtime sites statistics training"
+        " moves pipeline plain_quantization quantization ranking repairing report runtime sites"
+        " statistics training"
     ),
     "__main__": "cli",
 }
 
 # Packages that only some modules may import; nothing may import those with no module.
 FENCES = {
-    "onnx_graphsurgeon": ("model/surgeon.py", "sites/", "moves/"),
-    "onnxruntime": ("runtime/",),
+    "onnx_graphsurgeon": (
+        *("model/surgeon.py", "sites/", "moves/"),
+        *("quantization/blockwise.py", "repairing/branch.py"),
+    ),
+    "onnxruntime": ("runtime/", "quantization/"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
     "packaging": ("installation/",),

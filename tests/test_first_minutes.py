@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from onnx_utilrank.cli.completion import FILES
 from onnx_utilrank.cli.main import START, VERBS, build_parser, main
 
 
@@ -26,6 +27,11 @@ def call(capsys):
         return status, streams.out, streams.err
 
     return run
+
+
+def verbs_of(parser):
+    (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return verbs.choices
 
 
 def test_nothing_is_answered_with_a_start(call):
@@ -72,10 +78,14 @@ def test_every_verb_is_listed_in_one_line(call, monkeypatch):
         assert re.search(rf"^    {verb} +{re.escape(summary)}$", out, re.MULTILINE)
 
 
+def test_files_are_known_to_completion():
+    for verb in verbs_of(build_parser()).values():
+        models = {a.metavar for a in verb._actions if not a.option_strings} - {"SHELL"}
+        assert models <= FILES
+
+
 def test_only_help_is_in_no_group():
-    parser = build_parser()
-    (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for verb in verbs.choices.values():
+    for verb in verbs_of(build_parser()).values():
         titles = [group.title for group in verb._action_groups]
         assert len(set(titles)) == len(titles)
         (loose,) = (g for g in verb._action_groups if g.title == "options")

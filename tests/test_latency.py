@@ -8,7 +8,14 @@ from builders import FORMS, activations, constants, index, model, noise, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_utilrank import CompressConfig, ConfigError, QualityTarget, TargetMissedError, compress
+from onnx_utilrank import (
+    CompressConfig,
+    ConfigError,
+    QualityTarget,
+    TargetMissedError,
+    compress,
+    sweep,
+)
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.config import FAST_MULTIPLE
@@ -363,3 +370,13 @@ def test_channels_are_timed_at_ranks_they_have():
     )
     (times_of,) = costs.sites.values()
     assert set(times_of.moves[CHANNELS.key].sizes) <= {8, 16}
+
+
+def test_a_sweep_makes_no_move_that_is_slower():
+    """Ranks, and hidden features that are kept, are multiples of 8 at every size."""
+    config = CompressConfig(optimize_for="latency", latency_batch=2, refit=False, augment=False)
+    found = sweep(two_layers(), DATA, config, ratios=(0.8, 0.5))
+    for point in found.points:
+        sizes = [e.rank for e in point.plan.entries] + [h.kept for h in point.plan.hidden]
+        assert any(sizes)
+        assert all(size is None or size % FAST_MULTIPLE == 0 for size in sizes)

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_utilrank.config import SCHEME_KEYS
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.moves import MOVES
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.ranking.replay import check_plan, planned_moves
+from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
@@ -73,6 +75,8 @@ def hidden_entries(draw: st.DrawFn) -> HiddenEntry:
     )
 
 
+SCHEMES = st.sampled_from(SCHEME_KEYS)
+STAYING = st.none() | st.lists(NAMES, max_size=2).map(tuple)
 SKIPPED = st.builds(SkippedNode, node=NAMES, op_type=NAMES, reason=NAMES)
 
 
@@ -92,6 +96,7 @@ def plans(draw: st.DrawFn) -> RankPlan:
         entries=tuple(draw(entries(key)) for key in keys),
         hidden=tuple(draw(st.lists(hidden_entries(), max_size=2))),
         skipped=tuple(draw(st.lists(SKIPPED, max_size=2))),
+        then=draw(st.none() | st.builds(ThenEntry, scheme=SCHEMES, in_float=STAYING)),
     )
 
 
@@ -164,12 +169,21 @@ def test_a_plan_survives_a_file(tmp_path):
 def test_the_file_is_json_with_every_field_in_its_place():
     raw = json.loads(PLAN.to_json())
     assert list(raw) == [f.name for f in dataclasses.fields(RankPlan)]
-    assert raw["schema"] == 3
+    assert raw["schema"] == 4
     assert raw["entries"][1]["rank"] == 2
     assert raw["entries"][1]["subspaces"] == [2, 3]
     assert raw["entries"][1]["nodes"] == ["fc", "fc again"]
     assert [h["kept"] for h in raw["hidden"]] == [None, 3]
     assert raw["hidden"][1]["sites"] == ["q.weight", "k.weight"]
+
+
+def test_quantization_makes_it_another_plan():
+    int8 = dataclasses.replace(PLAN, then=ThenEntry(scheme="int8", in_float=()))
+    others = [
+        dataclasses.replace(int8, then=ThenEntry(scheme="int4", in_float=())),
+        dataclasses.replace(int8, then=ThenEntry(scheme="int8", in_float=("h",))),
+    ]
+    assert len({plan.fingerprint() for plan in (PLAN, int8, *others)}) == 4
 
 
 def test_the_factored_entries_are_those_with_a_rank():
@@ -272,6 +286,7 @@ TAKES = {
         "entries": {"list"},
         "hidden": {"list"},
         "skipped": {"list"},
+        "then": {"null"},  # an object has to have its own keys: see below
         "schema": {"int"},
     },
     "entry": {
@@ -329,6 +344,22 @@ def test_a_missing_key_is_refused(place, field):
 @pytest.mark.parametrize("key", ["colour", "a\nb"])
 def test_an_unknown_key_is_refused(place, key):
     refuses(changed(place, {key: 1}), NAMED[place], f"unknown key {key!r}")
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        ({}, "'then' does not have the keys in_float, scheme"),
+        ({"scheme": "int8"}, "'then' does not have the keys in_float, scheme"),
+        ({"scheme": "int8", "in_float": [], "bits": 8}, "'then' does not have the keys"),
+        ({"scheme": "int3", "in_float": []}, "'then' names scheme 'int3', which is not known"),
+        ({"scheme": ["int8"], "in_float": []}, "'then' names scheme ['int8']"),
+        ({"scheme": "int8", "in_float": "x"}, "'in_float' of 'then' is not a list of names"),
+        ({"scheme": "int8", "in_float": [1]}, "'in_float' of 'then' is not a list of names"),
+    ],
+)
+def test_a_quantization_of_another_form_is_refused(then, reason):
+    refuses(changed("plan", {"then": then}), reason)
 
 
 @pytest.mark.parametrize("place", ["entries", "hidden", "skipped"])
@@ -432,9 +463,9 @@ def test_an_unknown_weighting_is_refused(value):
     refuses(changed("plan", {"weighting": value}), f"weighting {value!r} is not known")
 
 
-@pytest.mark.parametrize("schema", [0, 1, 2, 4, -1])
+@pytest.mark.parametrize("schema", [0, 1, 2, 3, -1])
 def test_another_schema_is_refused_whatever_its_keys(schema):
-    reason = f"plan schema {schema} is not 3"
+    reason = f"plan schema {schema} is not 4"
     refuses(changed("plan", {"schema": schema}), reason)
     refuses(changed("plan", {"schema": schema, "colour": 1}, without="method"), reason)
 

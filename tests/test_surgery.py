@@ -31,9 +31,9 @@ from onnx import helper, numpy_helper
 
 from onnx_utilrank import CompressConfig, ModelError, RankPlan, UtilrankError, compress
 from onnx_utilrank.calibration.data import open_data
-from onnx_utilrank.compression import PLAN_KEY
 from onnx_utilrank.model.graph import all_names, captured_names
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.ranking.stamp import PLAN_KEY
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.factorize import plain_svd
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite

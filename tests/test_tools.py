@@ -361,6 +361,26 @@ def test_recovery_table_runs_the_whole_chain(monkeypatch, fake_zoo, tmp_path, ca
     assert "absent" in capsys.readouterr().err
 
 
+def test_quantization_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    quantization_table = importlib.import_module("quantization_table")
+    words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ratio", "0.7", "--samples", "30"]
+    assert quantization_table.main([*words, "--schemes", "int4", "fp16"]) == 0
+    printed = capsys.readouterr()
+    assert str(fake_zoo) not in printed.out
+    head, *rows = cells(printed.out)
+    assert head == list(quantization_table.COLUMNS)
+    made = ["original", "low-rank (70 %)", "int4", "low-rank (70 %) + int4"]
+    made = [m.replace("low-rank (70 %) + int4", "low-rank + int4 (70 %)") for m in made]
+    assert [row[1] for row in rows] == [*made, "fp16", "low-rank + fp16 (70 %)"]
+    sizes = [int(row[2].replace(",", "")) for row in rows]
+    assert sizes[3] < min(sizes[:3])
+    assert [row[5] != "–" for row in rows] == [False, False, False, True, False, True]
+    assert all(row[7] == "score" for row in rows)
+    assert quantization_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1
+    assert "absent" in capsys.readouterr().err
+
+
 # tools/engine_cost.py and tools/move_costs.py
 
 
@@ -427,3 +447,20 @@ def test_large_model_is_made_and_compressed_beside_its_data(monkeypatch, capsys,
     assert float(row["anonymous memory, GiB"]) > 0
     assert large.main([*words, "--param-ratio", "0.0001"]) == 1
     assert "ended with status 3" in capsys.readouterr().err
+
+
+def test_repair_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    repair_table = importlib.import_module("repair_table")
+    words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ways", "dynamic", "--shares", "0.3"]
+    assert repair_table.main([*words, "--samples", "40"]) == 0
+    printed = capsys.readouterr()
+    assert str(fake_zoo) not in printed.out
+    assert "--models tiny --ways dynamic" in printed.out
+    head, plain, repaired = cells(printed.out)
+    assert head == list(repair_table.COLUMNS)
+    assert plain[:3] == ["tiny", "dynamic", repair_table.NOTHING]
+    assert repaired[2].startswith("30 %")
+    if "not kept" not in repaired[2]:
+        assert 0 < float(repaired[4]) <= 30
+    assert repair_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1

@@ -20,8 +20,8 @@ from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import (
     FINETUNE_METHODS,
-    OPTIMIZE_FOR,
     QUALITY_KEYS,
+    SCHEME_KEYS,
     CompressConfig,
     FinetuneConfig,
     QualityTarget,
@@ -83,20 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which point, where --plan is a sweep",
     )
     add_method_options(parser)
-    group(parser, "latency").add_argument(
-        "--optimize-for",
-        choices=OPTIMIZE_FOR,
-        default="size",
-        help="latency: make no move that was timed to be slower than the dense weight on the "
-        "provider, and let a quality target find the fastest model in place of the smallest; a "
-        "result that is slower than the original ends in exit status 3 (default: size)",
-    )
-    group(parser, "latency").add_argument(
-        "--latency-batch",
-        type=number(int, 1),
-        metavar="N",
-        help="samples of a run that is timed (default: up to 32)",
-    )
     group(parser, "method").add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
@@ -110,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group(parser, "training").add_argument(
         "--steps", type=number(int, 1), metavar="N", help="steps of that training (default: 500)"
+    )
+    group(parser, "quantization").add_argument(
+        "--then",
+        choices=SCHEME_KEYS,
+        help="quantize the result, as the verb quantize does; --size-ratio and quality targets are "
+        "then of the quantized model",
     )
     group(parser, "output").add_argument(
         "--plan-out", metavar="FILE", help="write the plan, to read or replay"
@@ -133,11 +125,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("-o OUT is needed, or --dry-run")
     own = (args.method, args.moves, args.output_weighting)
     flags = (args.force, args.no_refit, args.no_augment and not args.finetune)
-    if args.plan and (any(own) or any(flags) or args.rank_multiple):
+    if args.plan and (any(own) or any(flags) or args.then or args.rank_multiple):
         raise ConfigError(
-            "--plan states method, moves, weighting, refit, variations and ranks itself: --method, "
-            "--moves, --output-weighting, --no-refit, --no-augment, --rank-multiple and --force "
-            "exclude it"
+            "--plan states method, moves, weighting, refit, variations, ranks and quantization "
+            "itself: --method, --moves, --output-weighting, --no-refit, --no-augment, "
+            "--rank-multiple, --force and --then exclude it"
         )
     if args.point is not None and not args.plan:
         raise ConfigError("--point goes with --plan")
@@ -153,14 +145,13 @@ def run(args: argparse.Namespace) -> int:
         size_ratio=args.size_ratio,
         flop_ratio=args.flop_ratio,
         latency_ratio=args.latency_ratio,
-        optimize_for=args.optimize_for,
-        latency_batch=args.latency_batch,
         energy=args.energy,
         quality=quality,
         force=args.force,
         finetune=FinetuneConfig(method=args.finetune, steps=args.steps, augment=not args.no_augment)
         if args.finetune
         else None,
+        then=args.then,
         **method_options(args),
         **run_options(args),
         **site_options(args),

@@ -13,7 +13,7 @@ from onnx_utilrank.cli.provider_options import (
     add_providers_option,
     providers_options,
 )
-from onnx_utilrank.config import DEFAULT_MEMORY
+from onnx_utilrank.config import DEFAULT_MEMORY, OPTIMIZE_FOR
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
 from onnx_utilrank.sites.find import SITE_KINDS
@@ -24,6 +24,7 @@ __all__ = [
     "add_data_options",
     "add_library_option",
     "add_method_options",
+    "add_metric_options",
     "add_model_output_option",
     "add_output_options",
     "add_provider_option",
@@ -168,6 +169,25 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="ranks are multiples of K (default: 1, or 8 where latency counts)",
     )
+    group(parser, "latency").add_argument(
+        "--optimize-for",
+        choices=OPTIMIZE_FOR,
+        default="size",
+        help="latency: make no move that was timed to be slower than the dense weight on the "
+        "provider, and let a quality target find the fastest model in place of the smallest; a "
+        "result that is slower than the original ends in exit status 3 (default: size)",
+    )
+    group(parser, "latency").add_argument(
+        "--latency-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="samples of a run that is timed (default: up to 32)",
+    )
+    add_metric_options(parser)
+
+
+def add_metric_options(parser: argparse.ArgumentParser) -> None:
+    """The user's own metric."""
     metric = group(parser, "metric").add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",
@@ -234,6 +254,8 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         "refit": not args.no_refit,
         "augment": not args.no_augment,
         "rank_multiple": args.rank_multiple,
+        "optimize_for": args.optimize_for,
+        "latency_batch": args.latency_batch,
         "evaluate": args.evaluate,
         "labels": args.labels,
     }

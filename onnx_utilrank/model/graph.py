@@ -32,6 +32,10 @@ LAYOUT_OPS = frozenset(
     {"Identity", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten"}
 )
 
+# Operators that round data and scale them back. A model in which they count as layout is seen with
+# the weights that it really applies.
+ROUNDING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
 # Layout operators in a row, at most, that a constant is followed through. Exporters write two or
 # three; each that is followed may take as much memory as the constant.
 DEEPEST = 32
@@ -83,7 +87,12 @@ class GraphIndex:
 
     @classmethod
     def build(
-        cls, store: ModelStore, *, source: ModelStore | None = None, spans: tuple[Span, ...] = ()
+        cls,
+        store: ModelStore,
+        *,
+        source: ModelStore | None = None,
+        spans: tuple[Span, ...] = (),
+        dequantize: bool = False,
     ) -> "GraphIndex":
         """Index the main graph of `store`.
 
@@ -91,7 +100,9 @@ class GraphIndex:
             store: The model.
             source: What it is the plain form of, if it is.
             spans: What was taken apart for it.
+            dequantize: Whether constants that are quantized, or dequantized, are constants still.
         """
+        followed = LAYOUT_OPS | ROUNDING_OPS if dequantize else LAYOUT_OPS
         graph = store.proto.graph
         producers: dict[str, int] = {}
         consumers: defaultdict[str, list[int]] = defaultdict(list)
@@ -104,7 +115,7 @@ class GraphIndex:
             for name in filter(None, node.input):
                 consumers[name].append(k)
             pinned |= captured_names(node)
-            depth = _constant_depth(node, depths)
+            depth = _constant_depth(node, depths, followed)
             if depth <= DEEPEST:
                 depths.update(dict.fromkeys(node.output, depth))
         return cls(
@@ -258,14 +269,16 @@ class GraphIndex:
         return kind is None or not np.issubdtype(kind[1], np.integer)
 
 
-def _constant_depth(node: onnx.NodeProto, depths: Mapping[str, int]) -> float:
+def _constant_depth(
+    node: onnx.NodeProto, depths: Mapping[str, int], followed: Collection[str]
+) -> float:
     """How many operators lie between a node's outputs and data; infinity where they compute."""
     if node.domain not in ("", "ai.onnx"):
         return math.inf
     if node.op_type == "Constant":
         return 0 if any(a.name == "value" and a.HasField("t") for a in node.attribute) else math.inf
     inputs = list(filter(None, node.input))
-    if node.op_type not in LAYOUT_OPS or not inputs:
+    if node.op_type not in followed or not inputs:
         return math.inf
     return 1 + max(depths.get(name, math.inf) for name in inputs)
 

@@ -1,6 +1,6 @@
 """The plain nodes of one node that does several things at once, in the making."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnx_utilrank.model.graph import GraphIndex, new_name
+from onnx_utilrank.model.graph import GraphIndex, Span, new_name
+from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["MICROSOFT", "Parts", "text"]
+__all__ = ["MICROSOFT", "Parts", "text", "with_parts"]
 
 MICROSOFT = "com.microsoft"
 # Where Clip took its limits, and Split its sizes, from attributes to inputs.
@@ -96,3 +97,31 @@ def text(given: dict[str, object], name: str) -> str:
     value = given.get(name, b"")
     assert isinstance(value, bytes)
     return value.decode()
+
+
+def with_parts(
+    index: GraphIndex, parts: Mapping[int, Sequence[onnx.NodeProto]], *, dequantize: bool = False
+) -> GraphIndex:
+    """The index of a model in which some nodes are seen as the nodes they stand for.
+
+    Args:
+        index: The model.
+        parts: By place of each such node, what it stands for.
+        dequantize: See `GraphIndex.build`.
+    """
+    store = index.store
+    proto = onnx.ModelProto()
+    proto.CopyFrom(store.proto)
+    del proto.graph.node[:]
+    spans = []
+    for k, node in enumerate(store.proto.graph.node):
+        if k in parts:
+            start = len(proto.graph.node)
+            spans.append(Span(nodes=range(start, start + len(parts[k])), origin=node))
+        proto.graph.node.extend(parts.get(k, [node]))
+    return GraphIndex.build(
+        ModelStore(proto=proto, folder=store.folder, name=store.label),
+        source=store,
+        spans=tuple(spans),
+        dequantize=dequantize,
+    )

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 
 from onnx_utilrank.model.einsum import matrix_product
-from onnx_utilrank.model.graph import GraphIndex, Span, all_names, attributes, qualified
-from onnx_utilrank.model.parts import MICROSOFT, Parts, text
+from onnx_utilrank.model.graph import GraphIndex, all_names, attributes, qualified
+from onnx_utilrank.model.parts import MICROSOFT, Parts, text, with_parts
 from onnx_utilrank.model.plain_attention import attention, multi_head
 from onnx_utilrank.model.store import ModelStore
 
@@ -56,20 +56,7 @@ def index_model(store: ModelStore) -> GraphIndex:
             plain[k] = parts.nodes
     if not plain:
         return index
-    proto = onnx.ModelProto()
-    proto.CopyFrom(store.proto)
-    del proto.graph.node[:]
-    spans = []
-    for k, node in enumerate(store.proto.graph.node):
-        if k in plain:
-            start = len(proto.graph.node)
-            spans.append(Span(nodes=range(start, start + len(plain[k])), origin=node))
-        proto.graph.node.extend(plain.get(k, [node]))
-    return GraphIndex.build(
-        ModelStore(proto=proto, folder=store.folder, name=store.label),
-        source=store,
-        spans=tuple(spans),
-    )
+    return with_parts(index, plain)
 
 
 def is_fused(node: onnx.NodeProto) -> bool:

@@ -55,6 +55,7 @@ class Surgeon:
         self._forgotten: set[str] = set()
         self._restated: dict[int, dict[str, int | float]] = {}
         self._before: dict[int, list[gs.Node]] = {}
+        self._after: dict[int, list[gs.Node]] = {}
         self._new: dict[str, onnx.TensorProto] = {}
         # A model with weights outside may be too large for memory: new ones go outside at once.
         self._scratch = Scratch() if index.store.has_external_data else None
@@ -99,6 +100,20 @@ class Surgeon:
         """Put a node before node `k` of the source."""
         self._before.setdefault(k, []).append(node)
 
+    def append(self, k: int, old: str, new: str, nodes: list[gs.Node]) -> None:
+        """Put nodes behind node `k` of the source, which make `old` of its output, now `new`.
+
+        Args:
+            k: The node.
+            old: One of its outputs; the last of `nodes` makes it from now on.
+            new: What the node's own output is called now, for `nodes` to read.
+            nodes: In order.
+        """
+        node = self._nodes[k]
+        slot = next(i for i, tensor in enumerate(node.outputs) if tensor.name == old)
+        node.outputs[slot] = self.tensor(new)
+        self._after.setdefault(k, []).extend(nodes)
+
     def forget(self, names: Iterable[str]) -> None:
         """Drop what the model declares of inner values: their shapes change."""
         self._forgotten.update(names)
@@ -138,6 +153,7 @@ class Surgeon:
                 continue
             else:
                 nodes.append(self._kept(k, node))
+            nodes.extend(OnnxExporter.export_node(new) for new in self._after.get(k, ()))
         result = onnx.ModelProto()
         result.CopyFrom(source)  # keeps even fields that this version of onnx does not know
         graph = result.graph
@@ -169,19 +185,22 @@ class Surgeon:
 
     def _touched(self, k: int) -> bool:
         """Whether anything of node `k` was changed."""
-        if k in self._chains or k in self._before or k in self._restated:
+        changed = (self._chains, self._before, self._after, self._restated)
+        if any(k in of for of in changed):
             return True
         return [t.name for t in self._nodes[k].inputs] != list(self.index.node(k).input)
 
     def _kept(self, k: int, node: gs.Node) -> onnx.NodeProto:
         proto = self.index.node(k)
         names = [t.name for t in node.inputs]
+        made = [t.name for t in node.outputs]
         restated = self._restated.get(k, {})
-        if names == list(proto.input) and not restated:
+        if names == list(proto.input) and made == list(proto.output) and not restated:
             return proto
         rewired = onnx.NodeProto()
         rewired.CopyFrom(proto)
         rewired.input[:] = names
+        rewired.output[:] = made
         for name, value in restated.items():
             held = next((a for a in rewired.attribute if a.name == name), None)
             stated = rewired.attribute.add() if held is None else held
@@ -203,7 +222,8 @@ class Surgeon:
         for k, node in enumerate(self._nodes):
             if k in parts:
                 continue
-            for each in (*self._before.get(k, ()), *self._chains.get(k, [node])):
+            added = (*self._before.get(k, ()), *self._after.get(k, ()))
+            for each in (*added, *self._chains.get(k, [node])):
                 now.update(t.name for t in each.inputs if t.name)
         dead: set[str] = set()
         suspects = [name for name in before if not now[name]]

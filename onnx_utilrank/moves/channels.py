@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex, attributes
 from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.moves.move import Matrix
 from onnx_utilrank.moves.stored import corrected_bias, store
 from onnx_utilrank.sites.site import Patches, Site
 from onnx_utilrank.statistics.factorize import Factors
@@ -52,6 +53,13 @@ class Channels:
         patches = channel_patches(site)
         assert patches is not None
         return rank * (patches.channels + site.m * math.prod(patches.kernel))
+
+    def matrices(self, site: Site, rank: int) -> tuple[Matrix, ...]:
+        """See `MoveKind.matrices`."""
+        patches = channel_patches(site)
+        assert patches is not None
+        taps = math.prod(patches.kernel)
+        return (site.op_type, rank, patches.channels), (site.op_type, site.m, rank * taps)
 
     def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`; each output has as many inputs as the strides skip."""

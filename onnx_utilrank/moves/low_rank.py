@@ -4,6 +4,7 @@ import numpy as np
 
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.moves.move import Matrix
 from onnx_utilrank.moves.stored import corrected_bias, store
 from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.site import Site
@@ -34,6 +35,11 @@ class LowRank:
     def parameters(self, site: Site, rank: int) -> int:
         """See `MoveKind.parameters`."""
         return rank * (site.m + site.d)
+
+    def matrices(self, site: Site, rank: int) -> tuple[Matrix, ...]:
+        """See `MoveKind.matrices`; rows of a smaller table are made large by a product."""
+        second = "MatMul" if site.one_hot else site.op_type
+        return (site.op_type, rank, site.d), (second, site.m, rank)
 
     def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`."""

@@ -9,7 +9,10 @@ from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import Factors
 
-__all__ = ["MoveKind"]
+__all__ = ["Matrix", "MoveKind"]
+
+# Operator, output features and input features of a weight.
+Matrix = tuple[str, int, int]
 
 
 class MoveKind(Protocol):
@@ -37,6 +40,10 @@ class MoveKind(Protocol):
 
     def parameters(self, site: Site, rank: int) -> int:
         """Elements of all it stores, a bias correction apart."""
+        ...
+
+    def matrices(self, site: Site, rank: int) -> tuple[Matrix, ...]:
+        """The weights that it stores; what `parameters` counts beside them are other constants."""
         ...
 
     def multiplications(self, site: Site, rank: int) -> float:

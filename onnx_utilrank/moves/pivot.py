@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.surgeon import Surgeon
+from onnx_utilrank.moves.move import Matrix
 from onnx_utilrank.moves.stored import corrected_bias, store
 from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.site import Site, Use
@@ -61,6 +62,10 @@ class Pivot:
     def parameters(self, site: Site, rank: int) -> int:
         """See `MoveKind.parameters`; the permutation counts too."""
         return rank * (site.m + site.d - rank) + site.m
+
+    def matrices(self, site: Site, rank: int) -> tuple[Matrix, ...]:
+        """See `MoveKind.matrices`."""
+        return (site.op_type, rank, site.d), (site.op_type, site.m - rank, rank)
 
     def multiplications(self, site: Site, rank: int) -> float:
         """See `MoveKind.multiplications`."""

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from onnx_utilrank.latency.costs import LatencyCosts
 from onnx_utilrank.model.graph import GraphIndex
@@ -12,13 +14,37 @@ from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["Ledger", "Unit", "bias_cost", "count_parameters", "hidden_cost"]
+__all__ = ["Ledger", "Storage", "Unit", "bias_cost", "count_parameters", "hidden_cost"]
 
 Unit = Literal["parameters", "bytes", "operations", "latency"]
 
 # Bytes that a node with its names takes in a file, about: the plan is made with it and corrected
 # by what the file then has.
 NODE_BYTES = 160
+
+
+class Storage(Protocol):
+    """How the file holds weights."""
+
+    def matrix_bytes(
+        self, op_type: str, outputs: int, inputs: int, dtype: np.dtype[np.generic]
+    ) -> float:
+        """Bytes of a weight of an operator that has an element type in the model."""
+        ...
+
+
+class _AsTheyAre:
+    """Weights in their own element type."""
+
+    def matrix_bytes(
+        self, op_type: str, outputs: int, inputs: int, dtype: np.dtype[np.generic]
+    ) -> float:
+        """See `Storage.matrix_bytes`."""
+        del op_type
+        return float(outputs * inputs * dtype.itemsize)
+
+
+_AS_THEY_ARE = _AsTheyAre()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +58,17 @@ class Ledger:
         total: Of the model as it is.
         rows: Rows of output that one sample has at each site, by key.
         latency: What was timed, where moves have to be faster.
+        storage: How the final file holds weights, where the model is quantized afterwards.
+        dense_total: What the model costs with every site as it is, where that is another figure:
+            of the file that quantization alone makes.
     """
 
     unit: Unit
     total: float
     rows: Mapping[str, float]
     latency: LatencyCosts | None = None
+    storage: Storage = _AS_THEY_ARE
+    dense_total: float | None = None
 
     def dense(self, site: Site) -> float:
         """What the site costs as it is: what goes when it is factored."""
@@ -46,8 +77,11 @@ class Ledger:
         if self.unit == "operations":
             return self.rows[site.key] * site.multiplications
         # A weight that stays whatever happens to this site is none of its cost.
-        kept = site.parameters if site.freed else 0
-        return float(kept * site.stored.itemsize) if self.unit == "bytes" else float(kept)
+        if not site.freed:
+            return 0.0
+        if self.unit == "bytes":
+            return self.storage.matrix_bytes(site.op_type, site.m, site.d, site.stored)
+        return float(site.parameters)
 
     def shrunk(self, site: Site, rows: int, columns: int, extra: int) -> float:
         """What it costs with fewer rows and columns, and so many elements elsewhere.
@@ -58,10 +92,10 @@ class Ledger:
             return self._timed.shrunk(site, rows, columns)
         if self.unit == "operations":
             return self.rows[site.key] * rows * columns * site.density
-        parameters = rows * columns + extra
         if self.unit == "bytes":
-            return float(parameters * site.dtype.itemsize + NODE_BYTES)
-        return float(parameters)
+            held = self.storage.matrix_bytes(site.op_type, rows, columns, site.dtype)
+            return held + extra * site.dtype.itemsize + NODE_BYTES
+        return float(rows * columns + extra)
 
     def factored(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> float:
         """What it costs after a move that stores so many parameters."""
@@ -70,7 +104,12 @@ class Ledger:
         if self.unit == "operations":
             return self.rows[site.key] * kind.multiplications(site, rank)
         if self.unit == "bytes":
-            return float(parameters * site.dtype.itemsize + 2 * NODE_BYTES * len(site.uses))
+            parts = kind.matrices(site, rank)
+            rest = parameters - sum(outputs * inputs for _, outputs, inputs in parts)
+            if rest < 0:  # its factors are those of the weight that it is tied to
+                parts, rest = (), parameters
+            held = sum(self.storage.matrix_bytes(*part, site.dtype) for part in parts)
+            return held + rest * site.dtype.itemsize + 2 * NODE_BYTES * len(site.uses)
         return float(parameters)
 
     def pays(self, site: Site, kind: MoveKind, rank: int) -> bool:

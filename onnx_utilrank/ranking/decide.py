@@ -17,6 +17,7 @@ from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
 from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.ranking.utilized_rank import at_energy
 from onnx_utilrank.sites.find import SITE_KINDS, site_matrix
@@ -126,7 +127,8 @@ class Offers:
     @property
     def rest(self) -> float:
         """What the model costs without the weights of its sites."""
-        return self.ledger.total - sum(self.ledger.dense(c.measured.site) for c in self.choices)
+        whole = self.ledger.total if self.ledger.dense_total is None else self.ledger.dense_total
+        return whole - sum(self.ledger.dense(c.measured.site) for c in self.choices)
 
     @property
     def least(self) -> float:
@@ -228,6 +230,7 @@ class Offers:
                 if b.hidden is not None
             ),
             skipped=skipped_nodes(self.skips),
+            then=None if self.config.then is None else ThenEntry(scheme=self.config.then),
         )
 
 

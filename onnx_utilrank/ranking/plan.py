@@ -14,11 +14,12 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import atomic_write
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.moves import MOVES
+from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
 __all__ = ["HiddenEntry", "PlanEntry", "RankPlan", "SkippedNode"]
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,7 @@ class RankPlan:
         entries: One a site, in graph order.
         hidden: Features between sites that could shrink.
         skipped: Nodes that are not sites.
+        then: How the model is quantized afterwards; None where it is not.
         schema: Version of this format.
     """
 
@@ -127,6 +129,7 @@ class RankPlan:
     entries: tuple[PlanEntry, ...]
     hidden: tuple[HiddenEntry, ...]
     skipped: tuple[SkippedNode, ...]
+    then: ThenEntry | None = None
     schema: int = SCHEMA
 
     @property
@@ -163,9 +166,10 @@ class RankPlan:
         """SHA-256 of what is decided, for which model; predictions and reasons do not count."""
         decided = [(e.site, e.rank, e.bias, e.subspaces, e.move) for e in self.factored]
         shrunk = [(h.hidden, h.kept) for h in self.shrunk]
-        text = json.dumps(
-            [self.model_sha256, self.method, self.refit, self.augment, decided, shrunk]
-        )
+        parts = [self.model_sha256, self.method, self.refit, self.augment, decided, shrunk]
+        if self.then is not None:
+            parts.append(dataclasses.astuple(self.then))
+        text = json.dumps(parts)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -251,7 +255,8 @@ class RankPlan:
         for k, each in enumerate(hidden):
             _check_hidden(each, f"{label}: hidden {k} ({each.hidden!r})")
         parts = {"entries": tuple(entries), "hidden": tuple(hidden), "skipped": tuple(skipped)}
-        return cls(**top | parts)
+        then = ThenEntry.from_json(top["then"], label)
+        return cls(**top | parts | {"then": then})
 
 
 def _of_point(text: str, point: float, label: str) -> str:
@@ -283,6 +288,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "tuple[HiddenEntry, ...]": (list,),
     "tuple[SkippedNode, ...]": (list,),
     "dict[str, float]": (dict,),
+    str(ThenEntry | None): (dict, type(None)),
 }
 
 

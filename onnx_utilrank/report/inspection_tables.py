@@ -131,7 +131,7 @@ def _sentences(report: InspectionReport) -> Iterator[str]:
     if report.quantized_nodes:
         yield (
             f"{report.quantized_nodes} nodes quantize or hold quantized weights: compress a model "
-            "first and quantize it then."
+            "first and quantize it then; repair mends a quantized one."
         )
     if report.gradients:
         reasons = "; ".join(report.gradients)

@@ -6,9 +6,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onnx_utilrank.errors import printable
+from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.report.table import add_row, empty_table, sentences
 from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
+from onnx_utilrank.stages import QuantizationReport
 from onnx_utilrank.validation.compare import OutputComparison
 from onnx_utilrank.validation.report import ValidationReport
 
@@ -18,6 +21,7 @@ __all__ = [
     "compression_tables",
     "empty_table",
     "sentences",
+    "stages_table",
     "sweep_tables",
     "utilization_tables",
     "validation_tables",
@@ -76,8 +80,13 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
         f"parameters kept: {100 * plan.param_ratio:.2f} %"
     )
     yield from _recovered(result)
+    if result.quantized is not None:
+        yield stages_table(result.quantized)
     yield from _quality(result)
     yield from sentences(result.notes, result.left_alone)
+    if result.quantized is not None:
+        for reason, count in result.quantized.left_alone.items():
+            yield Text(printable(f"Left by {result.quantized.scheme}: {count} x {reason}"))
     written = f" Written to {output}." if output and result.store is not None else ""
     yield Text(f"{VERDICTS[result.verdict]}{written}")
 
@@ -92,7 +101,7 @@ def sweep_tables(
     )
     for point in result.points:
         before, after = point.validation.reference, point.validation.candidate
-        found, time = point.quality.divergence, point.validation.providers[0].latency
+        time = point.validation.providers[0].latency
         expected = point.plan.predicted_divergence
         flops = "-" if not before.flops or after.flops is None else after.flops / before.flops
         add_row(
@@ -103,10 +112,7 @@ def sweep_tables(
             flops if isinstance(flops, str) else f"{flops:.3f}",
             f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})",
             "-" if expected is None else f"{expected:.2e}",
-            "-" if found is None else f"{found.mean:.2e} ± {found.standard_error:.1e}",
-            "-" if found is None or found.agreement is None else f"{100 * found.agreement:.2f} %",
-            "-" if found is None or found.snr_db is None else f"{found.snr_db:.1f} dB",
-            "-" if point.quality.drop is None else f"{point.quality.drop:.3g}",
+            *_quality_cells(point.quality),
         )
     yield table
     yield from sentences(result.notes, {})
@@ -118,6 +124,39 @@ def validation_tables(report: ValidationReport) -> Iterator[RenderableType]:
     """The comparison of both models and whether it passed."""
     yield from comparison(report)
     yield Text("Passed." if report.passed else "FAILED.")
+
+
+def stages_table(report: QuantizationReport) -> Table:
+    """The original, and each model on the way beside it."""
+    table = empty_table(
+        *("model", "file bytes", "of original", "latency ratio"),
+        *("divergence", "agreement", "SNR", "drop"),
+    )
+    add_row(
+        *(table, "original", f"{report.stages[0].validation.reference.file_bytes:,}", "1.000", "1"),
+        *("-",) * 4,
+    )
+    for stage in report.stages:
+        before, after = stage.validation.reference, stage.validation.candidate
+        time, quality = stage.validation.providers[0].latency, stage.quality
+        add_row(
+            *(table, stage.name, f"{after.file_bytes:,}"),
+            f"{after.file_bytes / max(before.file_bytes, 1):.3f}",
+            f"{time.ratio:.3f} ({time.ratio_low:.3f} to {time.ratio_high:.3f})",
+            *_quality_cells(quality),
+        )
+    return table
+
+
+def _quality_cells(quality: Quality) -> tuple[str, ...]:
+    """Divergence, agreement, SNR, and the drop of the user's metric."""
+    found = quality.divergence
+    return (
+        "-" if found is None else f"{found.mean:.2e} ± {found.standard_error:.1e}",
+        "-" if found is None or found.agreement is None else f"{100 * found.agreement:.2f} %",
+        "-" if found is None or found.snr_db is None else f"{found.snr_db:.1f} dB",
+        "-" if quality.drop is None else f"{quality.drop:.3g}",
+    )
 
 
 def _recovered(result: CompressResult) -> Iterator[Text]:
@@ -139,7 +178,8 @@ def _quality(result: CompressResult) -> Iterator[Text]:
         return
     found, predicted = quality.divergence, result.plan.predicted_divergence
     if found is not None:
-        expected = "" if predicted is None else f" (predicted {predicted:.3g})"
+        unknown = predicted is None or result.quantized is not None  # of factors, not of bits
+        expected = "" if unknown else f" (predicted {predicted:.3g})"
         yield Text(
             f"Divergence on {found.samples} samples held back: {found.mean:.3g} ± "
             f"{found.standard_error:.2g}{expected}"

@@ -28,7 +28,7 @@ from onnx_utilrank.sensitivity.collect import Collector, Seen, collect_sensitivi
 from onnx_utilrank.sensitivity.effort import Effort
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
-from onnx_utilrank.sensitivity.side import SmallerSide
+from onnx_utilrank.sensitivity.side import Changes, SmallerSide
 from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Hidden
@@ -61,6 +61,7 @@ def measure_sensitivity(
     seed: int,
     progress: Progress,
     cache: Cache | None = None,
+    changes: Changes | None = None,
 ) -> tuple[list[TwoSidedSite], int]:
     """Decompose every site that the outputs depend on.
 
@@ -71,6 +72,8 @@ def measure_sensitivity(
 
     Sites whose sums do not fit the memory budget together are taken in groups, with a pass over
     the samples for each.
+
+    With `changes`, those are decomposed, in the place of the weights.
 
     Returns:
         The sites, and how many passes there were.
@@ -94,6 +97,7 @@ def measure_sensitivity(
         added={s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites},
         readers=frozenset(g.met.site for h in basis for g in h.groups if g.met.side == "columns"),
         readers_of_units=of_units,
+        changes=changes,
         tied={table.key: head.key for table, head in find_tied(index, sites)},
         kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
     )
@@ -137,6 +141,7 @@ class _Measuring:
         cache: Where what was collected is kept.
         readers: Keys of the sites that read such features.
         readers_of_units: Keys of those that read units.
+        changes: What is decomposed in the place of the weights, if anything is.
         tied: Keys of tables and of the layers that share their weight.
         kernels: Kernels of Convs whose input channels are looked at, by node.
     """
@@ -154,6 +159,7 @@ class _Measuring:
     added: Mapping[str, np.ndarray]
     readers: frozenset[str]
     readers_of_units: frozenset[str]
+    changes: Changes | None
     tied: Mapping[str, str]
     kernels: Mapping[int, np.ndarray]
 
@@ -220,7 +226,8 @@ class _Measuring:
             )
             for s in sites
         ]
-        return self.losses, self.effort.draws, self.effort.batch, self.seed, of_sites
+        changes = () if self.changes is None else (self.changes.fingerprint,)
+        return self.losses, self.effort.draws, self.effort.batch, self.seed, of_sites, *changes
 
     def _resumed(
         self, what: tuple[object, ...], collectors: Mapping[str, Collector], backward: GradientPass
@@ -295,7 +302,12 @@ class _Measuring:
         ]
 
     def _sides(self, sites: Sequence[Site]) -> dict[str, SmallerSide]:
-        return {s.key: SmallerSide(s, site_weight(self.index, s), self.biases) for s in sites}
+        own = self.changes is None
+        return {s.key: SmallerSide(s, self._weight(s), self.biases, applied=own) for s in sites}
+
+    def _weight(self, site: Site) -> np.ndarray:
+        """What is decomposed, [m, d]."""
+        return site_weight(self.index, site) if self.changes is None else self.changes.of(site)
 
     def _backward(
         self, sites: Sequence[Site], draws: int, *, smooth: bool, seed: int
@@ -325,7 +337,7 @@ class _Measuring:
         )
 
     def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
-        weight = site_matrix(self.index, site)
+        weight = self._weight(site).astype(np.float64)
         cost = bias_cost(self.index, site)
         side = seen.side
         if seen.tokens is not None:

@@ -106,7 +106,7 @@ class Conv:
                 op=self.op_type,
                 name=surgeon.unique(f"{name}/low_rank"),
                 attrs=attributes(node),
-                inputs=[surgeon.tensor(node.input[0]), surgeon.tensor(first)],
+                inputs=[surgeon.tensor(use.inputs.tensor), surgeon.tensor(first)],
                 outputs=[hidden],
             ),
             gs.Node(

@@ -5,7 +5,7 @@ import onnx
 from onnx_utilrank.model.graph import LAYOUT_OPS, GraphIndex, node_label, qualified
 from onnx_utilrank.sites.site import Skip
 
-__all__ = ["REASONS", "left_alone", "quantized_operand"]
+__all__ = ["QUANTIZED", "REASONS", "is_quantized", "left_alone", "quantized_operand"]
 
 FIRST = "compress the model before it is quantized"
 QUANTIZED = f"its weight is quantized: {FIRST}"
@@ -73,19 +73,19 @@ def left_alone(index: GraphIndex, node: onnx.NodeProto) -> Skip | None:
 
 def quantized_operand(index: GraphIndex, node: onnx.NodeProto) -> Skip | None:
     """Why a node whose weight is a constant behind a DequantizeLinear is left; None elsewhere."""
-    if not any(_is_quantized(index, name) for name in node.input):
+    if not any(is_quantized(index, name) for name in node.input):
         return None
     return Skip(node=node_label(node), op_type=node.op_type, reason=QUANTIZED)
 
 
 def _is_matrix(index: GraphIndex, name: str) -> bool:
     if name not in index.constants:
-        return _is_quantized(index, name)
+        return is_quantized(index, name)
     kind = index.constant_type(name)
     return kind is not None and len(kind[0]) >= 2
 
 
-def _is_quantized(index: GraphIndex, name: str) -> bool:
+def is_quantized(index: GraphIndex, name: str) -> bool:
     """Whether a value is a constant matrix in integers with a scale."""
     while name in index.producers:
         node = index.node(index.producers[name])

@@ -1,0 +1,1 @@
+"""Weights in fewer bits: one module a family of schemes."""

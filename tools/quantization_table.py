@@ -1,0 +1,150 @@
+"""Low-rank factors, quantization, and both: size, time and the real metrics of a zoo's models.
+
+For each model of a zoo (see `zoo_table.py`), ratio of parameters and scheme: `onnx-utilrank
+compress` without and with `--then`, `onnx-utilrank quantize`, and `zoo.py eval` of what each made.
+Size, latency and divergence are those of the report of the second: every stage is timed in turns
+with the original, on the samples that are held back. The table is printed in Markdown.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option, read_json
+
+__all__ = ["COLUMNS", "RATIOS", "SCHEMES", "main"]
+
+# What each model bears without a loss, about.
+RATIOS = {"vit_cifar10": 0.5, "kwt1": 0.5, "minilm_l6": 0.8, "mobilenet_v2": 0.8}
+OTHER_RATIO = 0.8
+SCHEMES = ("int8", "int8-dynamic", "int4")
+
+COLUMNS = (
+    *("model", "made", "bytes", "of original", "latency ratio", "to plain", "divergence"),
+    *("metric", "value", "drop"),
+)
+WORDS = ("model", "made", "metric")
+
+# Exit status of a target that was missed, and of a model that has nothing for a scheme: answers.
+ANSWERS = (3, 5)
+
+
+def rows_of(zoo: Zoo, name: str, ratio: float, schemes: Sequence[str]) -> Iterator[list[str]]:
+    """Measure one model.
+
+    Raises:
+        StepError: A command failed.
+    """
+    common = ("--data", f"{name}.npz")
+    factors = ("--param-ratio", str(ratio), "--cache", f"{name}.cache")
+    compress = (zoo.program, "compress", zoo.model(name), *common, *factors)
+    low = f"{name}.low.onnx"
+    zoo.must("compress", *compress, "-o", low)
+    shown = False
+    for scheme in schemes:
+        made, plain = (f"{name}.{kind}.{scheme}.onnx" for kind in ("both", "plain"))
+        report = zoo.work / f"{name}.{scheme}.json"
+        words = ("-o", made, "--then", scheme, "--report", str(report))
+        done = zoo.run(*compress, *words)
+        if done.returncode in ANSWERS:
+            reason = zoo.error_line(done.stderr).partition(f"{scheme}: ")[2] or "not reached"
+            yield [name, f"{scheme}: {reason}", *[NOTHING] * (len(COLUMNS) - 2)]
+            continue
+        if done.returncode:
+            raise StepError(f"compress --then {scheme}: {zoo.error_line(done.stderr)}")
+        zoo.must(
+            "quantize",
+            *(zoo.program, "quantize", zoo.model(name), *common, "-o", plain, "--to", scheme),
+        )
+        found = read_json(report.read_text(encoding="utf8"), "compress")["quantized"]
+        whole = found["stages"][0]["validation"]["reference"]["file_bytes"]
+        files = {"low-rank": low, scheme: plain, f"low-rank + {scheme}": made}
+        if not shown:
+            measured = zoo.metric(name, zoo.model(name))
+            yield [
+                *(name, "original", f"{whole:,}", "1.000", "1.00", NOTHING, NOTHING),
+                *(str(measured["metric"]), f"{measured['before']:.2f}", NOTHING),
+            ]
+        for stage in found["stages"]:
+            label = stage["name"]
+            if label == "low-rank" and shown:
+                continue
+            size = stage["validation"]["candidate"]["file_bytes"]
+            time = stage["validation"]["providers"][0]["latency"]
+            lost = stage["quality"]["divergence"]
+            beside = found["beside_plain"] if label == f"low-rank + {scheme}" else None
+            measured = zoo.metric(name, files[label])
+            drop = measured["drop"]
+            yield [
+                name,
+                f"{label} ({100 * ratio:g} %)" if "low-rank" in label else label,
+                f"{size:,}",
+                f"{size / whole:.3f}",
+                _spread(time),
+                NOTHING if beside is None else _spread(beside),
+                NOTHING if lost is None else f"{lost['mean']:.2g} ± {lost['standard_error']:.1g}",
+                str(measured["metric"]),
+                NOTHING if measured["after"] is None else f"{measured['after']:.2f}",
+                NOTHING if drop is None else f"{drop:.2f}",
+            ]
+        shown = True
+
+
+def _spread(time: Mapping[str, float]) -> str:
+    """The median of paired ratios and their quartiles."""
+    return f"{time['ratio']:.2f} ({time['ratio_low']:.2f}-{time['ratio_high']:.2f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill the table and print it; 0 where all went as it should, 1 where not, 2 for usage."""
+    parser = argparse.ArgumentParser(
+        prog="quantization_table.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_zoo_option(parser)
+    parser.add_argument("--models", nargs="+", default=list(RATIOS), metavar="NAME")
+    parser.add_argument(
+        "--ratio", type=float, metavar="R", help="parameters to keep (default: by model)"
+    )
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument(
+        "--samples", type=int, default=256, metavar="N", help="calibration samples (default: 256)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="measure metrics on N samples")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    if options.zoo is None or not (options.zoo / "zoo.py").is_file():
+        parser.error(f"which zoo? Give --zoo DIR with a zoo.py in it, or set {ENVIRONMENT}")
+    rows: list[list[str]] = []
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        zoo = Zoo(
+            folder=options.zoo.resolve(),
+            program="onnx-utilrank",
+            work=Path(folder),
+            samples=options.samples,
+            limit=options.limit,
+        )
+        for name in options.models:
+            ratio = options.ratio or RATIOS.get(name, OTHER_RATIO)
+            words = (sys.executable, zoo.script, "calib", name, "-o", f"{name}.npz")
+            try:
+                zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
+                rows += rows_of(zoo, name, ratio, options.schemes)
+            except StepError as e:
+                problems.append(f"{parser.prog}: {name}: {e}")
+                print(problems[-1], file=sys.stderr)
+    own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
+    print(f"    {ENVIRONMENT}=ZOO python tools/{shlex.join([parser.prog, *own])}\n")
+    lines = [list(COLUMNS), ["---" if c in WORDS else "---:" for c in COLUMNS], *rows]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
