@@ -9,46 +9,53 @@ result = onnx_utilrank.compress(
 result.save("smaller.onnx")
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from onnx_utilrank.benchmarking.config import BenchmarkConfig
-from onnx_utilrank.benchmarking.report import BenchmarkReport
-from onnx_utilrank.benchmarking.run import benchmark
-from onnx_utilrank.config import (
-    AnalyzeConfig,
-    CompressConfig,
-    FinetuneConfig,
-    QualityTarget,
-    TrainConfig,
-    ValidateConfig,
-)
-from onnx_utilrank.errors import (
-    ConfigError,
-    DataError,
-    ModelError,
-    ProviderUnavailableError,
-    TargetMissedError,
-    UtilrankError,
-)
-from onnx_utilrank.finetuning import finetune
-from onnx_utilrank.low_rank_training import train
-from onnx_utilrank.pipeline import analyze, compress, sweep, validate
-from onnx_utilrank.plain_quantization import QuantizeResult, quantize
-from onnx_utilrank.quantization.config import QuantizeConfig
-from onnx_utilrank.ranking.plan import RankPlan
-from onnx_utilrank.repairing.config import RepairConfig
-from onnx_utilrank.repairing.repair import repair
-from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
-from onnx_utilrank.results import (
-    CompressResult,
-    FinetuneResult,
-    LayerUtilization,
-    SweepPoint,
-    SweepResult,
-    TrainResult,
-    UtilizationReport,
-)
-from onnx_utilrank.validation.report import ValidationReport
+if TYPE_CHECKING:
+    from onnx_utilrank.benchmarking.config import BenchmarkConfig
+    from onnx_utilrank.benchmarking.report import BenchmarkReport
+    from onnx_utilrank.benchmarking.run import benchmark
+    from onnx_utilrank.config import (
+        AnalyzeConfig,
+        CompressConfig,
+        FinetuneConfig,
+        QualityTarget,
+        TrainConfig,
+        ValidateConfig,
+    )
+    from onnx_utilrank.errors import (
+        ConfigError,
+        DataError,
+        ModelError,
+        ProviderUnavailableError,
+        TargetMissedError,
+        UtilrankError,
+    )
+    from onnx_utilrank.finetuning import finetune
+    from onnx_utilrank.inspection.inspect import inspect
+    from onnx_utilrank.inspection.report import InspectionReport
+    from onnx_utilrank.installation.doctor import doctor
+    from onnx_utilrank.installation.report import DoctorReport
+    from onnx_utilrank.low_rank_training import train
+    from onnx_utilrank.pipeline import analyze, compress, sweep, validate
+    from onnx_utilrank.plain_quantization import QuantizeResult, quantize
+    from onnx_utilrank.quantization.config import QuantizeConfig
+    from onnx_utilrank.ranking.plan import RankPlan
+    from onnx_utilrank.repairing.config import RepairConfig
+    from onnx_utilrank.repairing.repair import repair
+    from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
+    from onnx_utilrank.results import (
+        CompressResult,
+        FinetuneResult,
+        LayerUtilization,
+        SweepPoint,
+        SweepResult,
+        TrainResult,
+        UtilizationReport,
+    )
+    from onnx_utilrank.validation.report import ValidationReport
 
 __version__ = version("onnx-utilrank")
 
@@ -60,8 +67,10 @@ __all__ = [
     "CompressResult",
     "ConfigError",
     "DataError",
+    "DoctorReport",
     "FinetuneConfig",
     "FinetuneResult",
+    "InspectionReport",
     "LayerUtilization",
     "ModelError",
     "ProviderUnavailableError",
@@ -84,10 +93,71 @@ __all__ = [
     "analyze",
     "benchmark",
     "compress",
+    "doctor",
     "finetune",
+    "inspect",
     "quantize",
     "repair",
     "sweep",
     "train",
     "validate",
 ]
+
+# Where the names come from. They are imported when they are asked for: torch takes seconds, and a
+# broken package must not keep `doctor` from saying so.
+_HOMES = {
+    "benchmarking.config": ("BenchmarkConfig",),
+    "benchmarking.report": ("BenchmarkReport",),
+    "benchmarking.run": ("benchmark",),
+    "config": (
+        "AnalyzeConfig",
+        "CompressConfig",
+        "FinetuneConfig",
+        "QualityTarget",
+        "TrainConfig",
+        "ValidateConfig",
+    ),
+    "errors": (
+        "ConfigError",
+        "DataError",
+        "ModelError",
+        "ProviderUnavailableError",
+        "TargetMissedError",
+        "UtilrankError",
+    ),
+    "finetuning": ("finetune",),
+    "inspection.inspect": ("inspect",),
+    "inspection.report": ("InspectionReport",),
+    "installation.doctor": ("doctor",),
+    "installation.report": ("DoctorReport",),
+    "low_rank_training": ("train",),
+    "pipeline": ("analyze", "compress", "sweep", "validate"),
+    "plain_quantization": ("QuantizeResult", "quantize"),
+    "quantization.config": ("QuantizeConfig",),
+    "ranking.plan": ("RankPlan",),
+    "repairing.config": ("RepairConfig",),
+    "repairing.repair": ("repair",),
+    "repairing.result": ("RepairResult", "RepairedLayer"),
+    "results": (
+        "CompressResult",
+        "FinetuneResult",
+        "LayerUtilization",
+        "SweepPoint",
+        "SweepResult",
+        "TrainResult",
+        "UtilizationReport",
+    ),
+    "validation.report": ("ValidationReport",),
+}
+
+
+def __getattr__(name: str) -> object:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,8 @@ SCHEMA = Path(onnx_utilrank.__file__).parent / "report" / "schema.json"
 
 # What each verb is given, beside `--json`.
 CALLS = {
+    "inspect": ["m.onnx"],
+    "doctor": [],
     "analyze": ["m.onnx", "--data", "d.npz"],
     "compress": ["m.onnx", "--data", "d.npz", "-o", "s.onnx", "--param-ratio", "0.7"],
     "sweep": ["m.onnx", "--data", "d.npz", "--ratios", "0.8,0.6"],
@@ -72,8 +74,7 @@ def test_the_schema_is_one_and_is_what_the_types_say(monkeypatch):
 
 
 def test_every_verb_that_prints_json_is_called_here():
-    names = {verb.__name__.rpartition(".")[2] for verb in VERBS}
-    assert names == set(CALLS)
+    assert set(VERBS) - {"completion"} == set(CALLS)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxruntime")

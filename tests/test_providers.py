@@ -20,7 +20,8 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.report.tables import validation_tables
 from onnx_utilrank.runtime.creation import create_session, session_options
 from onnx_utilrank.runtime.cuda_driver import device_fault
-from onnx_utilrank.runtime.diagnosis import diagnose, missing_libraries, runtime_packages
+from onnx_utilrank.runtime.diagnosis import diagnose, missing_libraries
+from onnx_utilrank.runtime.packages import runtime_packages
 from onnx_utilrank.runtime.placement import read_placement
 from onnx_utilrank.runtime.providers import CPU, PROVIDERS, find_provider, find_providers
 from onnx_utilrank.runtime.sessions import InferenceError, open_session

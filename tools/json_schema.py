@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from onnx_utilrank.benchmarking.report import BenchmarkReport
+from onnx_utilrank.inspection.report import InspectionReport
+from onnx_utilrank.installation.report import DoctorReport
 from onnx_utilrank.plain_quantization import QuantizeResult
 from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
@@ -250,6 +252,24 @@ def schema() -> Schema:
         latency=_or_null(latency),
     )
     known.made["benchmark"] = _benchmark()
+    spec: Schema = {
+        "type": "object",
+        "properties": {
+            "name": TEXT,
+            "dtype": _or_null(TEXT),
+            "shape": _or_null(_listed({"type": ["integer", "string", "null"]})),
+        },
+        "required": ["name", "dtype", "shape"],
+        "additionalProperties": False,
+    }
+    known.ref(
+        InspectionReport,
+        name="inspect",
+        inputs=_listed(spec),
+        outputs=_listed(spec),
+        factorable=WHOLE,
+    )
+    known.ref(DoctorReport, name="doctor", works=TRUTH)
     known.ref(ModelFigures)
     for name in ("Divergence", "Look", "Quality"):
         _nullable(known.made[name])

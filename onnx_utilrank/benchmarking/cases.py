@@ -15,7 +15,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore, TensorSpec
 from onnx_utilrank.runtime.sessions import Feed
 
-__all__ = ["Inputs", "cases_of_data", "synthetic_cases"]
+__all__ = ["Inputs", "cases_of_data", "free_axes", "synthetic_cases"]
 
 # Feeds of data that a case goes round over; more of them take memory and tell no more.
 MOST_FEEDS = 8
@@ -90,7 +90,7 @@ def synthetic_cases(model: ModelStore, config: BenchmarkConfig) -> tuple[list[In
         ConfigError: A length is given to what is no free axis, or none to one that is.
         DataError: An input has no known rank, or is of a type that cannot be made up.
     """
-    free = _free_axes(model)
+    free = free_axes(model)
     unknown = [name for name in config.dims if name not in free]
     if unknown:
         has = ", ".join(map(repr, free)) or "none"
@@ -135,8 +135,12 @@ def _batches(config: BenchmarkConfig, fixed: int | None) -> tuple[list[int], lis
     return [fixed], [f"The batch is fixed at {fixed} by the model; not run: {others}."]
 
 
-def _free_axes(model: ModelStore) -> dict[str, bool]:
-    """Names of all free axes, and whether they are the batch."""
+def free_axes(model: ModelStore) -> dict[str, bool]:
+    """Names of all free axes of a model's inputs, and whether they are the batch.
+
+    Raises:
+        DataError: An input has no known rank.
+    """
     free: dict[str, bool] = {}
     for spec in model.inputs:
         if spec.shape is None:

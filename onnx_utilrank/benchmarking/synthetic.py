@@ -1,5 +1,6 @@
 """Inputs made from what a model says of them, where there are no data."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +15,9 @@ __all__ = ["looked_up_rows", "synthetic_feed"]
 _PASSING = frozenset(
     {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
+
+# Elements of an input that is made up, at most: as much as fills 2 GiB.
+LARGEST = 2**28
 
 # Inputs that look up rows, and the table of each, by domain and operator.
 _LOOKUPS: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
@@ -71,7 +75,7 @@ def synthetic_feed(
         seed: Of what is drawn.
 
     Raises:
-        DataError: An input is of a type that cannot be made up.
+        DataError: An input is of a type that cannot be made up, or too large.
     """
     rng = np.random.default_rng(seed)
     return {s.name: _values(model, s, shapes[s.name], rows, rng) for s in model.inputs}
@@ -84,6 +88,8 @@ def _values(
     rows: Mapping[str, int],
     rng: np.random.Generator,
 ) -> np.ndarray:
+    if math.prod(shape) > LARGEST:
+        raise DataError(f"{model.label}: input {spec} is too large to be made up at {shape}")
     if spec.dtype is not None and spec.dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape), dtype=spec.dtype)
     if spec.dtype is not None and spec.dtype.kind in "iub":

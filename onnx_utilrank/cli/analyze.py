@@ -1,7 +1,6 @@
 """`onnx-utilrank analyze`: which share of its space each weight uses."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -14,28 +13,28 @@ from onnx_utilrank.cli.options import (
     run_options,
     site_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import DEFAULT_ENERGY, AnalyzeConfig
 from onnx_utilrank.pipeline import analyze
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import utilization_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "analyze",
-        help="measure which share of its space each weight uses",
-        description="For every node with a constant weight: how many directions of its inputs "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL --data DATA [option …]"
+    parser.epilog = "example:\n  onnx-utilrank analyze model.onnx --data calibration.npz"
+    parser.description = (
+        "For every node with a constant weight: how many directions of its inputs "
         "(k_S) and outputs (k_T) hold the stated energy, the utilized rank min(k_S, k_T), the "
-        "utilization, and their mean over the layers, MLU (arXiv 2407.04797). Writes no model.",
+        "utilization, and their mean over the layers, MLU (arXiv 2407.04797). Writes no model."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
     add_data_options(parser)
-    add_calibration_options(parser)
-    parser.add_argument(
+    group(parser, "measuring").add_argument(
         "--energy",
         type=number(float, 0, 1),
         default=DEFAULT_ENERGY,
@@ -43,9 +42,9 @@ def add_parser(verbs: Any) -> None:
         help=f"share of the energy that a subspace has to hold (default: {DEFAULT_ENERGY})",
     )
     add_site_options(parser)
+    add_calibration_options(parser)
     add_provider_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """`onnx-utilrank benchmark`: time and memory of models beside each other."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.benchmarking.config import BenchmarkConfig
 from onnx_utilrank.benchmarking.run import benchmark
@@ -13,28 +12,29 @@ from onnx_utilrank.cli.options import (
     number,
     providers_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.report.benchmark_tables import benchmark_tables
 from onnx_utilrank.report.emit import emit
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "benchmark",
-        help="compare models in latency and memory",
-        description="Runs all models in turn on the same inputs, after warming up: median and "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s REFERENCE CANDIDATE … [option …]"
+    parser.epilog = "example:\n  onnx-utilrank benchmark model.onnx small.onnx --batch 1 16"
+    parser.description = (
+        "Runs all models in turn on the same inputs, after warming up: median and "
         "quartiles of the time of a run, and of its ratio to the reference in the same round; and "
-        "the peak memory of each model, in a process of its own.",
+        "the peak memory of each model, in a process of its own."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the .onnx file to compare with")
     parser.add_argument(
         "candidates", nargs="+", metavar="CANDIDATE", help=".onnx files with the same inputs"
     )
     add_data_options(parser, required=False)
-    parser.add_argument(
+    group(parser, "cases").add_argument(
         "--batch",
         type=number(int, 1),
         nargs="+",
@@ -42,7 +42,7 @@ def add_parser(verbs: Any) -> None:
         metavar="N",
         help="samples of a run, each number a case, where the model leaves that free (default: 1)",
     )
-    parser.add_argument(
+    group(parser, "cases").add_argument(
         "--dim",
         action="append",
         type=_lengths,
@@ -51,14 +51,14 @@ def add_parser(verbs: Any) -> None:
         help="lengths of another free axis for inputs that are generated, such as a sequence; may "
         "be repeated, and each combination is a case",
     )
-    parser.add_argument(
+    group(parser, "where it runs").add_argument(
         "--threads",
         type=number(int, 0),
         default=0,
         metavar="N",
         help="threads within an operator (default: ONNX Runtime's choice)",
     )
-    parser.add_argument(
+    group(parser, "cases").add_argument(
         "--seconds",
         type=number(float, 0),
         default=5.0,
@@ -67,7 +67,6 @@ def add_parser(verbs: Any) -> None:
     )
     add_providers_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

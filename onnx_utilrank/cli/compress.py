@@ -1,7 +1,6 @@
 """`onnx-utilrank compress`: a smaller model, validated on samples that were held back."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -17,6 +16,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     site_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import (
     FINETUNE_METHODS,
@@ -32,23 +32,24 @@ from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import compression_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "compress",
-        help="make a smaller model and validate it",
-        description="Measures on the samples what each product, Conv and embedding does to the "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL -o OUT --data DATA TARGET [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank compress model.onnx -o small.onnx --data calibration.npz \\\n"
+        "      --param-ratio 0.5 --report report.json"
+    )
+    parser.description = (
+        "Measures on the samples what each product, Conv and embedding does to the "
         "outputs, chooses a rank for it, puts factors in the place of its weight, and compares the "
-        "result with the original on samples that were held back.",
+        "result with the original on samples that were held back."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
     add_data_options(parser)
-    add_calibration_options(parser)
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = group(parser, "target (one of these)").add_mutually_exclusive_group(required=True)
     for name, what in (
         ("--param-ratio", "parameters to keep, as a share of all initializers and constants"),
         ("--size-ratio", "bytes of the file to keep, as a share"),
@@ -75,17 +76,17 @@ def add_parser(verbs: Any) -> None:
     target.add_argument(
         "--plan", metavar="FILE", help="replay the decisions of a plan, or of a point of a sweep"
     )
-    parser.add_argument(
+    group(parser, "target (one of these)").add_argument(
         "--point",
         type=number(float, 0, 1),
         metavar="R",
         help="which point, where --plan is a sweep",
     )
     add_method_options(parser)
-    parser.add_argument(
+    group(parser, "method").add_argument(
         "--force", action="store_true", help="factor every weight, also where that saves nothing"
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--finetune",
         nargs="?",
         const=FINETUNE_METHODS[0],
@@ -93,16 +94,16 @@ def add_parser(verbs: Any) -> None:
         help="train the result after the original's outputs, as the verb finetune does with its "
         "defaults; the new weights are kept where outputs diverge less on the samples held back",
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--steps", type=number(int, 1), metavar="N", help="steps of that training (default: 500)"
     )
-    parser.add_argument(
+    group(parser, "quantization").add_argument(
         "--then",
         choices=SCHEME_KEYS,
         help="quantize the result, as the verb quantize does; --size-ratio and quality targets are "
         "then of the quantized model",
     )
-    parser.add_argument(
+    group(parser, "quantization").add_argument(
         "--repair-rank",
         type=number(int, 0),
         default=0,
@@ -110,13 +111,20 @@ def add_parser(verbs: Any) -> None:
         help="with --then int8, int8-dynamic or int4: low-rank branches of this rank beside what "
         "is quantized, kept where they help on the samples held back (default: 0, none)",
     )
-    parser.add_argument("--plan-out", metavar="FILE", help="write the plan, to read or replay")
+    group(parser, "output").add_argument(
+        "--plan-out", metavar="FILE", help="write the plan, to read or replay"
+    )
     add_site_options(parser)
+    add_calibration_options(parser)
     add_provider_option(parser)
-    parser.add_argument("--dry-run", action="store_true", help="stop at the plan; write no model")
+    group(parser, "output").add_argument(
+        "--dry-run", action="store_true", help="stop at the plan; write no model"
+    )
+    group(parser, "output").add_argument(
+        "-o", "--output", metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,9 +134,7 @@ def run(args: argparse.Namespace) -> int:
     own = [args.method, args.moves, args.output_weighting]
     own += [args.then, args.repair_rank, args.rank_multiple]
     flags = (args.force, args.no_refit, args.no_augment and not args.finetune)
-    if args.plan and (
-        any(own) or any(flags) or args.then or args.rank_multiple or args.repair_rank
-    ):
+    if args.plan and (any(own) or any(flags)):
         raise ConfigError(
             "--plan states method, moves, weighting, refit, variations, ranks and quantization "
             "itself: --method, --moves, --output-weighting, --no-refit, --no-augment, "

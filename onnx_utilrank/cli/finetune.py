@@ -1,7 +1,6 @@
 """`onnx-utilrank finetune`: train a compressed model after its original's outputs."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -14,6 +13,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     training_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import FINETUNE_METHODS, FinetuneConfig
 from onnx_utilrank.finetuning import finetune
@@ -22,26 +22,25 @@ from onnx_utilrank.report.training_tables import finetune_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 from onnx_utilrank.training.setting import DEFAULT_STEPS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "finetune",
-        help="recover what compression lost, without labels",
-        description="Trains the weights that compression changed until the outputs follow those "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s REFERENCE CANDIDATE -o OUT --data DATA [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank finetune model.onnx small.onnx -o tuned.onnx \\\n"
+        "      --data calibration.npz"
+    )
+    parser.description = (
+        "Trains the weights that compression changed until the outputs follow those "
         "of the original. The new weights are kept where outputs diverge less on samples held "
-        "back from the training; else OUT is the candidate as it was.",
+        "back from the training; else OUT is the candidate as it was."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the original .onnx file")
     parser.add_argument("candidate", metavar="CANDIDATE", help="the compressed .onnx file")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
-    )
     add_data_options(parser)
-    add_calibration_options(parser)
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--method",
         choices=FINETUNE_METHODS,
         default=FINETUNE_METHODS[0],
@@ -50,31 +49,34 @@ def add_parser(verbs: Any) -> None:
         "directions on the way (OIALR)",
     )
     add_training_options(parser, steps=DEFAULT_STEPS)
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--no-augment",
         action="store_true",
         help="train on the samples as they are (default: also on variations of them: images and "
         "signals moved and with noise, texts with some tokens exchanged)",
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--labels",
         metavar="KEY",
         help="array of the data with the right class of each sample, int64, to train on as well",
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--blocks",
         action="store_true",
         help="values between blocks are to be as in the original too",
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--output-weighting",
         choices=WEIGHTINGS,
         help="what counts at the outputs (default: told from the model and the values)",
     )
+    add_calibration_options(parser)
     add_provider_option(parser)
+    group(parser, "output").add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

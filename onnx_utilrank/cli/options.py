@@ -3,9 +3,10 @@
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from onnx_utilrank.cli.output import add_output_options, check_outputs
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.provider_options import (
     add_library_option,
     add_provider_option,
@@ -13,7 +14,6 @@ from onnx_utilrank.cli.provider_options import (
     providers_options,
 )
 from onnx_utilrank.config import DEFAULT_MEMORY, OPTIMIZE_FOR
-from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.ranking.methods import METHODS
 from onnx_utilrank.sites.find import SITE_KINDS
@@ -66,12 +66,15 @@ def number(
 
 def add_data_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What to run on."""
+    options = group(parser, "data")
     otherwise = "" if required else " (default: inputs are generated)"
-    parser.add_argument("--data", required=required, metavar="DATA", help=f"{DATA_HELP}{otherwise}")
-    parser.add_argument(
+    options.add_argument(
+        "--data", required=required, metavar="DATA", help=f"{DATA_HELP}{otherwise}"
+    )
+    options.add_argument(
         "--samples", type=number(int, 1), metavar="N", help="use N samples at most (default: all)"
     )
-    parser.add_argument(
+    options.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -82,14 +85,15 @@ def add_data_options(parser: argparse.ArgumentParser, *, required: bool = True) 
 
 def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     """How statistics are collected."""
-    parser.add_argument(
+    options = group(parser, "measuring")
+    options.add_argument(
         "--memory-budget",
         type=size,
         default=DEFAULT_MEMORY,
         metavar="BYTES",
         help="what running sums and activations may take, such as 500M or 4G (default: 4G)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--cache",
         metavar="DIR",
         help="keep statistics in this folder, and take those of the same model and data from it; "
@@ -99,22 +103,23 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
 
 def add_site_options(parser: argparse.ArgumentParser) -> None:
     """Which nodes count."""
-    parser.add_argument(
+    options = group(parser, "what is looked at")
+    options.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="PATTERN",
         help="only nodes whose name, weight or output matches this shell pattern; may be repeated",
     )
-    parser.add_argument(
+    options.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
         help="leave nodes that match alone; wins over --include; may be repeated",
     )
-    known = ",".join(kind.op_type for kind in SITE_KINDS)
-    parser.add_argument(
+    known = ", ".join(kind.op_type for kind in SITE_KINDS)
+    options.add_argument(
         "--op-types",
         type=_words,
         metavar="OPS",
@@ -124,46 +129,47 @@ def add_site_options(parser: argparse.ArgumentParser) -> None:
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """How factors are made."""
-    parser.add_argument(
+    options = group(parser, "method")
+    options.add_argument(
         "--method",
         choices=[m.key for m in METHODS],
         help="two-sided factors, which weigh each output of a layer by what it does to the "
         "outputs of the model (default; one-sided where gradients cannot be had), one-sided ones, "
         "the paper's rule, or plain SVD without data",
     )
-    parser.add_argument(
+    options.add_argument(
         "--output-weighting",
         choices=WEIGHTINGS,
         help="what counts at the outputs: the softmax of classes, their logits, or plain values "
         "(default: told from the model and the values)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--moves",
         type=_words,
         metavar="MOVES",
-        help=f"what may be done to weights, comma-separated: {','.join(MOVE_KEYS)}; those named "
+        help=f"what may be done to weights, comma-separated: {', '.join(MOVE_KEYS)}; those named "
         "are made wherever that is smaller (default: all; pivot and channels only where they "
         "should be faster too, and channels between Convs in multiples that are fast)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--no-refit",
         action="store_true",
         help="do not fit layers anew to what they get behind compressed ones (default: do, where "
         "that is better on samples kept apart for it)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--no-augment",
         action="store_true",
         help="use the samples as they are (default: variations of them too, of a model that is "
         "cheap to run: images and signals moved, mixed and with noise)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--rank-multiple",
         type=number(int, 1),
         metavar="K",
         help="ranks are multiples of K (default: 1, or 8 where latency counts)",
     )
-    parser.add_argument(
+    group(parser, "latency").add_argument(
         "--optimize-for",
         choices=OPTIMIZE_FOR,
         default="size",
@@ -171,7 +177,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "provider, and let a quality target find the fastest model in place of the smallest; a "
         "result that is slower than the original ends in exit status 3 (default: size)",
     )
-    parser.add_argument(
+    group(parser, "latency").add_argument(
         "--latency-batch",
         type=number(int, 1),
         metavar="N",
@@ -182,7 +188,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def add_metric_options(parser: argparse.ArgumentParser) -> None:
     """The user's own metric."""
-    metric = parser.add_mutually_exclusive_group()
+    metric = group(parser, "metric").add_mutually_exclusive_group()
     metric.add_argument(
         "--evaluate",
         metavar="MODULE:FUNCTION",
@@ -198,7 +204,8 @@ def add_metric_options(parser: argparse.ArgumentParser) -> None:
 
 def add_training_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
     """How weights are trained."""
-    length = parser.add_mutually_exclusive_group()
+    options = group(parser, "training")
+    length = options.add_mutually_exclusive_group()
     length.add_argument(
         "--steps",
         type=number(int, 1),
@@ -211,13 +218,13 @@ def add_training_options(parser: argparse.ArgumentParser, *, steps: int) -> None
         metavar="M",
         help="or how long it may take: a few steps are timed, and their number is then fixed",
     )
-    parser.add_argument(
+    options.add_argument(
         "--batch",
         type=number(int, 1),
         metavar="N",
         help="samples of a step (default: 32, fewer of a model that is dear to run)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--learning-rate",
         type=number(float, 0),
         metavar="R",
@@ -229,7 +236,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, steps: int) -> None
         ("--interval", number(int, 1), "steps between two looks at them (ν)"),
         ("--delay", number(int, 0), "steps before the first of them"),
     ):
-        parser.add_argument(name, type=kind, metavar="X", help=f"of OIALR: {what}")
+        options.add_argument(name, type=kind, metavar="X", help=f"of OIALR: {what}")
 
 
 def training_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -267,19 +274,12 @@ def _words(text: str) -> tuple[str, ...]:
 
 def add_model_output_option(parser: argparse.ArgumentParser) -> None:
     """How the model that is made comes out."""
-    parser.add_argument(
+    options = group(parser, "output")
+    options.add_argument(
         "--save-as-external-data",
         action="store_true",
         help="put weights into OUT.data beside OUT, as models with external data and those beyond "
         "2 GiB have them anyway",
-    )
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """How results come out."""
-    parser.add_argument("--report", metavar="FILE", help="also write the results to FILE as JSON")
-    parser.add_argument(
-        "--json", action="store_true", help="print the results as JSON instead of tables"
     )
 
 
@@ -303,21 +303,3 @@ def site_options(args: argparse.Namespace) -> dict[str, Any]:
         "exclude": tuple(args.exclude),
         "op_types": args.op_types,
     }
-
-
-def check_outputs(sources: list[str | None], targets: list[str | None]) -> None:
-    """Check before the work that every file to write can be written and overwrites no source.
-
-    Raises:
-        ConfigError: A folder does not exist, a target is a folder, is a source, or is named twice.
-    """
-    taken = {Path(s).resolve() for s in sources if s}
-    for target in filter(None, targets):
-        path = Path(target)
-        if not path.resolve().parent.is_dir():
-            raise ConfigError(f"{target}: its folder does not exist")
-        if path.is_dir():
-            raise ConfigError(f"{target}: is a folder, not a file")
-        if path.resolve() in taken:
-            raise ConfigError(f"{target}: would overwrite another file of this command")
-        taken.add(path.resolve())

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ConfigError
 
 __all__ = [
@@ -20,10 +21,11 @@ PROVIDER_HELP = (
 
 def add_provider_option(parser: argparse.ArgumentParser) -> None:
     """Where to run."""
-    parser.add_argument(
+    options = group(parser, "where it runs")
+    options.add_argument(
         "--provider", default="cpu", metavar="NAME", help=f"{PROVIDER_HELP} (default: cpu)"
     )
-    parser.add_argument(
+    options.add_argument(
         "--provider-option",
         action="append",
         type=_assignment,
@@ -36,13 +38,14 @@ def add_provider_option(parser: argparse.ArgumentParser) -> None:
 
 def add_providers_option(parser: argparse.ArgumentParser) -> None:
     """Where to run, in several places one after another."""
-    parser.add_argument(
+    options = group(parser, "where it runs")
+    options.add_argument(
         "--provider",
         action="append",
         metavar="NAME",
         help=f"{PROVIDER_HELP}; may be repeated (default: cpu)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--provider-option",
         action="append",
         type=_assignment,
@@ -56,7 +59,8 @@ def add_providers_option(parser: argparse.ArgumentParser) -> None:
 
 def add_library_option(parser: argparse.ArgumentParser) -> None:
     """Operators of the user's own."""
-    parser.add_argument(
+    options = group(parser, "where it runs")
+    options.add_argument(
         "--custom-op-library",
         action="append",
         default=[],

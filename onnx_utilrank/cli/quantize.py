@@ -1,7 +1,6 @@
 """`onnx-utilrank quantize`: the weights of a model in fewer bits."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_data_options,
@@ -11,6 +10,7 @@ from onnx_utilrank.cli.options import (
     add_provider_option,
     check_outputs,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import SCHEME_KEYS
 from onnx_utilrank.plain_quantization import quantize
@@ -19,23 +19,23 @@ from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.quantization_tables import quantization_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "quantize",
-        help="store weights in fewer bits and validate the result",
-        description="Stores the weights of a model in fewer bits, calibrated on the samples where "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL -o OUT --to SCHEME --data DATA [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank quantize model.onnx -o small.onnx --to int8 \\\n"
+        "      --data calibration.npz"
+    )
+    parser.description = (
+        "Stores the weights of a model in fewer bits, calibrated on the samples where "
         "the scheme takes that, and compares the result with the original on samples that were "
-        "held back. compress --then does the same to what it makes.",
+        "held back. compress --then does the same to what it makes."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
-    )
-    parser.add_argument(
+    group(parser, "method").add_argument(
         "--to",
         required=True,
         choices=SCHEME_KEYS,
@@ -44,15 +44,17 @@ def add_parser(verbs: Any) -> None:
     )
     add_data_options(parser)
     add_metric_options(parser)
-    parser.add_argument(
+    group(parser, "method").add_argument(
         "--output-weighting",
         choices=WEIGHTINGS,
         help="what counts at the outputs (default: told from the model and the values)",
     )
     add_provider_option(parser)
+    group(parser, "output").add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """`onnx-utilrank repair`: low-rank branches that bring back what quantization lost."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -16,6 +15,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     site_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import QUALITY_KEYS, QualityTarget
 from onnx_utilrank.repairing.config import RepairConfig
@@ -24,26 +24,25 @@ from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.repair_tables import repair_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "repair",
-        help="bring back what quantization lost",
-        description="Puts a low-rank branch beside quantized layers, y = Q(W) x + B (A x), of the "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s REFERENCE QUANTIZED -o OUT --data DATA TARGET [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank repair model.onnx int4.onnx -o repaired.onnx \\\n"
+        "      --data calibration.npz --extra-bytes 0.1"
+    )
+    parser.description = (
+        "Puts a low-rank branch beside quantized layers, y = Q(W) x + B (A x), of the "
         "error W - Q(W) in the directions that the data use. The branches are kept where outputs "
-        "diverge less on samples held back; else OUT is the quantized model as it was.",
+        "diverge less on samples held back; else OUT is the quantized model as it was."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the original .onnx file")
     parser.add_argument("quantized", metavar="QUANTIZED", help="the same, quantized")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
-    )
     add_data_options(parser)
-    add_calibration_options(parser)
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = group(parser, "target (one of these)").add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--rank",
         type=number(int, 0),
@@ -69,22 +68,25 @@ def add_parser(verbs: Any) -> None:
     ):
         target.add_argument(name, type=float, metavar="D", help=f"the smallest branches {what}")
     add_metric_options(parser)
-    parser.add_argument(
+    group(parser, "method").add_argument(
         "--output-weighting",
         choices=WEIGHTINGS,
         help="what counts at the outputs (default: told from the model and the values)",
     )
-    parser.add_argument(
+    group(parser, "method").add_argument(
         "--no-augment",
         action="store_true",
         help="use the samples as they are (default: variations of them too, of a model that is "
         "cheap to run)",
     )
     add_site_options(parser)
+    add_calibration_options(parser)
     add_provider_option(parser)
+    group(parser, "output").add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

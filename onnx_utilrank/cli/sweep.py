@@ -1,7 +1,6 @@
 """`onnx-utilrank sweep`: the whole trade-off between size and quality, from one calibration."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -17,6 +16,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     site_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError
@@ -25,39 +25,44 @@ from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.plot import check_plot, plot_sweep
 from onnx_utilrank.report.tables import sweep_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "sweep",
-        help="measure the trade-off between size and quality",
-        description="Calibrates once, makes a model of each size and measures size, FLOPs, "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL --data DATA [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank sweep model.onnx --data calibration.npz --plot curve.svg"
+    )
+    parser.description = (
+        "Calibrates once, makes a model of each size and measures size, FLOPs, "
         "latency and quality on samples that were held back. The report holds the plan of every "
-        "point: pick one with --pick here, or later with compress --plan REPORT --point R.",
+        "point: pick one with --pick here, or later with compress --plan REPORT --point R."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
     add_data_options(parser)
-    add_calibration_options(parser)
-    parser.add_argument(
+    group(parser, "sizes").add_argument(
         "--ratios",
         type=_ratios,
         default=SWEEP_RATIOS,
         metavar="R,R,…",
         help="parameters to keep at each point (default: 0.9 to 0.1 in steps of 0.1)",
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw the curve: .svg, .png or .pdf")
-    parser.add_argument(
+    group(parser, "output").add_argument(
+        "--plot", metavar="FILE", help="draw the curve: .svg, .png or .pdf"
+    )
+    group(parser, "output").add_argument(
         "--pick", type=number(float, 0, 1), metavar="R", help="write the model of this point to OUT"
     )
-    parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write")
     add_method_options(parser)
     add_site_options(parser)
+    add_calibration_options(parser)
     add_provider_option(parser)
+    group(parser, "output").add_argument(
+        "-o", "--output", metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """`onnx-utilrank train`: train a model with labels so that it comes out of low rank."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_calibration_options,
@@ -14,6 +13,7 @@ from onnx_utilrank.cli.options import (
     run_options,
     training_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import TRAIN_METHODS, TrainConfig
 from onnx_utilrank.low_rank_training import train
@@ -21,47 +21,48 @@ from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.training_tables import train_tables
 from onnx_utilrank.training.setting import DEFAULT_STEPS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "train",
-        help="train a model with labels so that it comes out of low rank",
-        description="Trains a model, of drawn weights or trained ones, as OIALR does (Coquelin et "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL -o OUT --data DATA --labels KEY [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank train model.onnx -o low.onnx --data train.npz --labels label"
+    )
+    parser.description = (
+        "Trains a model, of drawn weights or trained ones, as OIALR does (Coquelin et "
         "al., arXiv 2401.08505): after a delay weights go into orthonormal bases that are frozen, "
-        "what mixes them is trained, and directions that are worth little go.",
+        "what mixes them is trained, and directions that are worth little go."
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx file; it is not changed")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
-    )
     add_data_options(parser)
-    add_calibration_options(parser)
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--labels",
         required=True,
         metavar="KEY",
         help="array of the data with the right class of each sample, int64",
     )
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--method",
         choices=TRAIN_METHODS,
         default=TRAIN_METHODS[0],
         help="OIALR (default), or dense weights to compare with",
     )
     add_training_options(parser, steps=DEFAULT_STEPS)
-    parser.add_argument(
+    group(parser, "training").add_argument(
         "--augment",
         action="store_true",
         help="also train on variations of the samples, which keep their labels: images and "
         "signals moved and with noise",
     )
+    add_calibration_options(parser)
     add_provider_option(parser)
+    group(parser, "output").add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .onnx file to write"
+    )
     add_model_output_option(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

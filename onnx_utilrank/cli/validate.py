@@ -1,7 +1,6 @@
 """`onnx-utilrank validate`: compare a candidate with its reference."""
 
 import argparse
-from typing import Any
 
 from onnx_utilrank.cli.options import (
     add_data_options,
@@ -11,6 +10,7 @@ from onnx_utilrank.cli.options import (
     number,
     providers_options,
 )
+from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import ValidateConfig
 from onnx_utilrank.errors import TargetMissedError
@@ -18,35 +18,37 @@ from onnx_utilrank.pipeline import validate
 from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import validation_tables
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "validate",
-        help="compare a model with its reference",
-        description="Runs both models on the samples: output error, equal decisions, parameters, "
-        "file size, FLOPs, and a paired latency ratio, on every provider asked for.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s REFERENCE CANDIDATE --data DATA [option …]"
+    parser.epilog = (
+        "example:\n  onnx-utilrank validate model.onnx small.onnx --data samples.npz \\\n"
+        "      --min-agreement 0.99"
+    )
+    parser.description = (
+        "Runs both models on the samples: output error, equal decisions, parameters, "
+        "file size, FLOPs, and a paired latency ratio, on every provider asked for."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the .onnx file that is right")
     parser.add_argument("candidate", metavar="CANDIDATE", help="the .onnx file to compare with it")
     add_data_options(parser)
     add_providers_option(parser)
-    parser.add_argument(
+    group(parser, "tolerances").add_argument(
         "--max-error",
         type=number(float, 0),
         metavar="E",
         help="largest relative error of an output that passes; more ends in exit status 3",
     )
-    parser.add_argument(
+    group(parser, "tolerances").add_argument(
         "--min-agreement",
         type=number(float, 0, 1),
         metavar="A",
         help="least share of equal decisions that passes; less ends in exit status 3",
     )
     add_output_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -40,6 +40,9 @@ ROUNDING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 # three; each that is followed may take as much memory as the constant.
 DEEPEST = 32
 
+# Elements of a constant that are looked at in one go, about.
+PART = 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
@@ -220,7 +223,7 @@ class GraphIndex:
             self._finite[name] = (
                 held is None
                 or not (held.dtype.kind == "f" or held.dtype.name == "bfloat16")
-                or bool(np.isfinite(held).all())
+                or all(np.isfinite(part).all() for part in _parts(held))
             )
         return self._finite[name]
 
@@ -278,6 +281,12 @@ def _constant_depth(
     if node.op_type not in followed or not inputs:
         return math.inf
     return 1 + max(depths.get(name, math.inf) for name in inputs)
+
+
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    """An array in parts of its first axis, so that what is told of each takes little memory."""
+    count = min(len(array), -(-array.size // PART)) if array.ndim else 0
+    return np.array_split(array, count) if count > 1 else [array]
 
 
 def tensor_type(tensor: onnx.TensorProto) -> tuple[tuple[int, ...], np.dtype[np.generic]]:

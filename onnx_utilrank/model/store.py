@@ -9,11 +9,10 @@ import hashlib
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -22,6 +21,7 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.model.atomic import atomic_write
 from onnx_utilrank.model.check import model_fault, stored_bytes
 from onnx_utilrank.model.external import (
     SMALLEST_OUTSIDE,
@@ -31,7 +31,14 @@ from onnx_utilrank.model.external import (
     mapped_array,
 )
 
-__all__ = ["INLINE_LIMIT", "ModelSource", "ModelStore", "TensorSpec", "atomic_write"]
+__all__ = [
+    "INLINE_LIMIT",
+    "ModelSource",
+    "ModelStore",
+    "TensorSpec",
+    "atomic_write",
+    "node_tensors",
+]
 
 # Protobuf refuses messages of 2 GiB and more; the margin is for everything that is not a weight.
 INLINE_LIMIT = 2**31 - 2**24
@@ -149,7 +156,7 @@ class ModelStore:
         yield from graph_tensors(self.proto.graph)
         for function in self.proto.functions:
             for node in function.node:
-                yield from _node_tensors(node)
+                yield from node_tensors(node)
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """Values of one tensor of this model, mapped to memory where they lie in a file outside.
@@ -298,10 +305,11 @@ def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
         yield sparse.values
         yield sparse.indices
     for node in graph.node:
-        yield from _node_tensors(node)
+        yield from node_tensors(node)
 
 
-def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+def node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    """Tensor attributes of a node, and all tensors of the graphs inside it."""
     for attribute in node.attribute:
         if attribute.HasField("t"):
             yield attribute.t
@@ -310,25 +318,6 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
             yield from graph_tensors(attribute.g)
         for graph in attribute.graphs:
             yield from graph_tensors(graph)
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; rename it to `path` if the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        # mkstemp makes files private; a result gets what the user's umask gives any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _data_files(store: ModelStore) -> set[str]:
@@ -369,6 +358,6 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    if dim.HasField("dim_value"):
+    if dim.HasField("dim_value") and dim.dim_value >= 0:  # some exporters write -1 where it is free
         return int(dim.dim_value)
     return dim.dim_param or None

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 
 from onnx_utilrank.errors import ModelError
-from onnx_utilrank.model.store import atomic_write
+from onnx_utilrank.model.atomic import atomic_write
 
 __all__ = ["emit"]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -10,6 +9,7 @@ from rich.text import Text
 from onnx_utilrank.errors import printable
 from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.report.table import add_row, empty_table, sentences
 from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
 from onnx_utilrank.stages import QuantizationReport
 from onnx_utilrank.validation.compare import OutputComparison
@@ -26,9 +26,6 @@ __all__ = [
     "utilization_tables",
     "validation_tables",
 ]
-
-# Columns of words, which are flush left; so is the first of any table.
-WORDS = ("op", "reason", "provider", "model", "asked for", "ran on", "size", "in time")
 
 # Nodes that ran elsewhere than asked for, on a terminal.
 NODES_SHOWN = 20
@@ -279,25 +276,3 @@ def _providers(report: ValidationReport) -> Iterator[RenderableType]:
     yield table
     if len(fallen) > NODES_SHOWN:
         yield Text(f"... and {len(fallen) - NODES_SHOWN} more nodes: the report (--report) has all")
-
-
-def sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
-    """Notes, and reasons with how often each holds."""
-    for note in notes:
-        yield Text(printable(f"Note: {note}"))
-    for reason, count in reasons.items():
-        yield Text(printable(f"Left alone: {count} x {reason}"))
-
-
-def empty_table(*columns: str) -> Table:
-    """A table without rows; columns of numbers are flush right."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for k, column in enumerate(columns):
-        words = k == 0 or column in WORDS
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    return table
-
-
-def add_row(table: Table, *cells: object) -> None:
-    """A row of cells as they are, without markup."""
-    table.add_row(*(Text(printable(str(cell))) for cell in cells))

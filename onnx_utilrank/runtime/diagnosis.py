@@ -1,7 +1,6 @@
 """Why an execution provider cannot be had here, and what to install."""
 
 import ctypes
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 import onnxruntime as ort
 
 from onnx_utilrank.runtime.cuda_driver import device_fault, driver_version
+from onnx_utilrank.runtime.packages import runtime_packages
 from onnx_utilrank.runtime.provider import Provider
 
-__all__ = ["Diagnosis", "diagnose", "missing_libraries", "runtime_packages"]
+__all__ = ["Diagnosis", "diagnose", "missing_libraries"]
 
 REQUIREMENTS = "https://onnxruntime.ai/docs/execution-providers/"
 
@@ -73,12 +73,6 @@ def diagnose(provider: Provider, reason: str = "") -> Diagnosis:
     if not remedies:
         remedies.append(f"see {REQUIREMENTS}")
     return Diagnosis(faults=tuple(faults), remedies=tuple(remedies))
-
-
-def runtime_packages() -> tuple[str, ...]:
-    """Installed packages that bring the module `onnxruntime`; there must not be two of them."""
-    owners = importlib.metadata.packages_distributions().get("onnxruntime", [])
-    return tuple(sorted(set(owners)))
 
 
 def missing_libraries(provider: Provider) -> tuple[str, ...]:

@@ -17,12 +17,12 @@ from onnx_utilrank.torch_graph.block import Block, Settings, UnsupportedOperator
 from onnx_utilrank.torch_graph.prepare import prepared
 from onnx_utilrank.torch_graph.tensors import as_tensor
 
-__all__ = ["TorchGraph", "UnsupportedOperatorError"]
+__all__ = ["OLDEST_OPSET", "TorchGraph", "UnsupportedOperatorError"]
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
 
 # Before it, operators broadcast by attributes.
-_OLDEST = 7
+OLDEST_OPSET = 7
 
 
 class TorchGraph:
@@ -62,9 +62,10 @@ class TorchGraph:
             ModelError: The model's tensors cannot be read, or its opset is older than 7.
         """
         store = prepared(store)
-        if 0 < store.opset < _OLDEST:
+        if 0 < store.opset < OLDEST_OPSET:
             raise ModelError(
-                f"{store.label}: opset {store.opset} is older than {_OLDEST}, the first to run here"
+                f"{store.label}: opset {store.opset} is older than {OLDEST_OPSET}, the first to "
+                "run here"
             )
         settings = Settings(
             store=store,
