@@ -59,6 +59,7 @@ class VitShape:
 SHAPES = {
     "vit-s": VitShape(width=384, layers=12, heads=6),
     "vit-b": VitShape(width=768, layers=12, heads=12),
+    "vit-l": VitShape(width=1024, layers=24, heads=16),
 }
 
 
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Write a vision transformer with seeded random weights, for benchmarks of time."
     )
-    parser.add_argument("shape", choices=SHAPES, help="which one; both take 224x224 images")
+    parser.add_argument("shape", choices=SHAPES, help="which one; all take 224x224 images")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="the .onnx file to write"
     )

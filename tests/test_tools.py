@@ -92,6 +92,7 @@ def test_synthetic_vit_standard_shapes():
     assert {key: shape.tokens for key, shape in synthetic_vit.SHAPES.items()} == {
         "vit-s": 197,
         "vit-b": 197,
+        "vit-l": 197,
     }
     with pytest.raises(ValueError, match="heads have to divide"):
         synthetic_vit.build(synthetic_vit.VitShape(width=10, layers=1, heads=3))

@@ -26,11 +26,14 @@ from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
 from onnx_utilrank import CompressConfig, CompressResult, TargetMissedError, compress
 from onnx_utilrank.errors import UtilrankError
 
-__all__ = ["main"]
+__all__ = ["SHAPES", "main", "make_shape", "row"]
 
 RECIPES = Path(__file__).resolve().parent.parent / "models"
 # Which recipe makes a shape.
-SHAPES = {"vit-s": "synthetic_vit", "vit-b": "synthetic_vit", "bert-base": "synthetic_bert"}
+SHAPES = {
+    **dict.fromkeys(("vit-s", "vit-b", "vit-l"), "synthetic_vit"),
+    "bert-base": "synthetic_bert",
+}
 TOKENS = 128
 COLUMNS = (
     *("model", "batch", "asked", "parameters", "operations", "time", "quartiles", "pairs"),
@@ -68,7 +71,7 @@ def _made(model: Any, data: Any, **options: Any) -> CompressResult | None:
         return None
 
 
-def _shape(label: str, samples: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def make_shape(label: str, samples: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """A transformer with random weights, and samples of noise."""
     sys.path.insert(0, str(RECIPES))
     recipe = importlib.import_module(SHAPES[label])
@@ -126,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             for label in options.shapes:
                 # A fifth is held back to be timed on: one run of the largest batch.
-                model, data = _shape(label, 5 * max(options.batch))
+                model, data = make_shape(label, 5 * max(options.batch))
                 for batch in options.batch:
                     add(label, batch, model, data, method="svd")
             if options.models:
