@@ -25,7 +25,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL --data DATA [option …]"
+    parser.usage = "%(prog)s MODEL --data DATA […]"
     parser.epilog = "example:\n  onnx-utilrank analyze model.onnx --data calibration.npz"
     parser.description = (
         "For every node with a constant weight: how many directions of its inputs "

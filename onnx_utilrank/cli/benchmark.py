@@ -22,7 +22,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s REFERENCE CANDIDATE … [option …]"
+    parser.usage = "%(prog)s REFERENCE CANDIDATE … […]"
     parser.epilog = "example:\n  onnx-utilrank benchmark model.onnx small.onnx --batch 1 16"
     parser.description = (
         "Runs all models in turn on the same inputs, after warming up: median and "

@@ -37,7 +37,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL -o OUT --data DATA TARGET [option …]"
+    parser.usage = "%(prog)s MODEL -o OUT --data DATA TARGET […]"
     parser.epilog = (
         "example:\n  onnx-utilrank compress model.onnx -o small.onnx --data calibration.npz \\\n"
         "      --param-ratio 0.5 --report report.json"

@@ -14,7 +14,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s [option …]"
+    parser.usage = "%(prog)s […]"
     parser.epilog = "example:\n  onnx-utilrank doctor --provider cuda"
     parser.description = (
         "Versions beside those that are needed; every execution provider that the "

@@ -27,7 +27,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s REFERENCE CANDIDATE -o OUT --data DATA [option …]"
+    parser.usage = "%(prog)s REFERENCE CANDIDATE -o OUT --data DATA […]"
     parser.epilog = (
         "example:\n  onnx-utilrank finetune model.onnx small.onnx -o tuned.onnx \\\n"
         "      --data calibration.npz"

@@ -12,7 +12,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL [option …]"
+    parser.usage = "%(prog)s MODEL […]"
     parser.epilog = "example:\n  onnx-utilrank inspect model.onnx"
     parser.description = (
         "Inputs, outputs and parameters by operator; every weight that could be "

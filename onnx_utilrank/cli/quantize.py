@@ -24,7 +24,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL -o OUT --to SCHEME --data DATA [option …]"
+    parser.usage = "%(prog)s MODEL -o OUT --to SCHEME --data DATA […]"
     parser.epilog = (
         "example:\n  onnx-utilrank quantize model.onnx -o small.onnx --to int8 \\\n"
         "      --data calibration.npz"

@@ -29,7 +29,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s REFERENCE QUANTIZED -o OUT --data DATA TARGET [option …]"
+    parser.usage = "%(prog)s REFERENCE QUANTIZED -o OUT --data DATA TARGET […]"
     parser.epilog = (
         "example:\n  onnx-utilrank repair model.onnx int4.onnx -o repaired.onnx \\\n"
         "      --data calibration.npz --extra-bytes 0.1"

@@ -30,7 +30,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL --data DATA [option …]"
+    parser.usage = "%(prog)s MODEL --data DATA […]"
     parser.epilog = (
         "example:\n  onnx-utilrank sweep model.onnx --data calibration.npz --plot curve.svg"
     )

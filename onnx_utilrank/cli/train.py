@@ -26,7 +26,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL -o OUT --data DATA --labels KEY [option …]"
+    parser.usage = "%(prog)s MODEL -o OUT --data DATA --labels KEY […]"
     parser.epilog = (
         "example:\n  onnx-utilrank train model.onnx -o low.onnx --data train.npz --labels label"
     )

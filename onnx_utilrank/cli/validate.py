@@ -23,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s REFERENCE CANDIDATE --data DATA [option …]"
+    parser.usage = "%(prog)s REFERENCE CANDIDATE --data DATA […]"
     parser.epilog = (
         "example:\n  onnx-utilrank validate model.onnx small.onnx --data samples.npz \\\n"
         "      --min-agreement 0.99"
