@@ -25,6 +25,7 @@ from onnx_utilrank import (
     repair,
 )
 from onnx_utilrank.calibration.collect import silent
+from onnx_utilrank.calibration.data import hold_back
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.plain import index_model
@@ -205,13 +206,17 @@ def test_rank_0_gives_the_file_to_the_byte(tmp_path: Path, capsys):
     assert not out.exists()
 
 
-def test_bytes_that_are_added_stay_below_what_may_be():
-    reference = perceptron()
-    small = nbits(reference)
+@pytest.mark.parametrize("letters", [0, 400])
+def test_bytes_that_are_added_stay_below_what_may_be(letters: int):
+    """Also where names take more than factors, which no plan foresees."""
+    reference, small = perceptron(), nbits(perceptron())
+    for k, node in enumerate(small.graph.node):
+        node.name = f"node_{k}" + letters * "n"
     size = small.ByteSize()
-    for share in (0.0, 0.05, 0.2, 3.0):
-        made = repair(reference, small, ROWS, RepairConfig(extra_bytes=share)).model
-        assert made.ByteSize() <= (1 + share) * size
+    for share in (0.0, 0.05, 0.5, 3.0):
+        result = repair(reference, small, ROWS, RepairConfig(extra_bytes=share))
+        assert result.model.ByteSize() <= (1 + share) * size
+        assert result.kept or share < 0.5
 
 
 def test_more_rank_brings_more_back():
@@ -255,21 +260,107 @@ def test_labels_are_judged():
     assert result.after.drop <= 0.0 + 2 * result.after.drop_error
 
 
-def test_a_model_that_lost_nothing_stays_as_it_is():
-    """Weights that 4 bits hold exactly leave no error to bring back."""
-    reference = perceptron()
-    for tensor in reference.graph.initializer:
-        if tensor.name in "AB":
+def on_the_grid(proto: onnx.ModelProto) -> None:
+    """Give A and B weights that 4 bits in blocks of 32 hold exactly."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("A", "B"):
             steps = np.random.default_rng(1).integers(-8, 8, tuple(tensor.dims)) / 8
-            steps[0] = -1.0  # the end of the range, which sets the scale
-            steps[32:33] = -1.0
+            steps[::32] = -1.0  # the end of the range, which sets the scale of each block
             tensor.CopyFrom(onnx.numpy_helper.from_array(steps.astype(np.float32), tensor.name))
+
+
+def test_a_model_that_lost_nothing_stays_as_it_is():
+    reference = perceptron()
+    on_the_grid(reference)
     small = nbits(reference)
     result = repair(reference, small, ROWS, RepairConfig(rank=4))
-    assert max(layer.distance for layer in result.layers) < 1e-6
-    assert not result.kept
+    assert not result.layers
+    assert result.left_alone == {"it holds the reference's weight without an error": 2}
     assert result.verdict == "unchanged"
     assert result.store.proto is small
+
+
+def test_an_error_that_the_data_never_meet_gets_no_branch():
+    """The last input is always 0: what is wrong with its weights is no loss."""
+    reference = perceptron()
+    on_the_grid(reference)
+    for tensor in reference.graph.initializer:
+        if tensor.name == "A":
+            weight = onnx.numpy_helper.to_array(tensor).copy()
+            weight[-1] = noise(1, 64) / 9
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weight, "A"))
+    rows = correlated(3, 800, WIDTH)
+    rows[:, -1] = 0
+    small = nbits(reference)
+    result = repair(reference, small, {"x": rows}, RepairConfig(rank=4, augment=False))
+    (layer,) = result.layers
+    assert layer.distance > 1e-3
+    assert layer.predicted_before < 1e-6
+    assert layer.rank is None
+    assert result.store.proto is small
+    assert any("none is kept" in note or "No branch" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("fused", ["DynamicQuantizeMatMul", "MatMulNBits"])
+def test_a_bias_within_the_node_takes_the_mean(fused: str):
+    """With no room for a branch the mean of what was lost comes back, for the bytes of a name."""
+    reference = model(
+        f"(float[n,{WIDTH}] x) => (float[n,32] y)",
+        "h = MatMul(x, A) y = Add(h, a)",
+        A=rough(1, 32, WIDTH),
+        a=noise(2, 32).astype(np.float32),
+    )
+    weight = rough(1, 32, WIDTH)
+    if fused == "MatMulNBits":
+        small = nbits(reference)
+        node, add = small.graph.node
+        node.input.extend(["", "", "a"])
+        node.output[0] = add.output[0]
+        del small.graph.node[1]
+    else:
+        scale = np.abs(weight).max() / 7
+        small = model(
+            f"(float[n,{WIDTH}] x) => (float[n,32] y)",
+            "y = com.microsoft.DynamicQuantizeMatMul(x, B, s, z, a)",
+            domains=', "com.microsoft" : 1',
+            B=np.rint(weight / scale).astype(np.int8),
+            s=scale.astype(np.float32),
+            z=np.int8(0),
+            a=noise(2, 32).astype(np.float32),
+        )
+    result = repair(reference, small, ROWS, RepairConfig(extra_bytes=0.02, augment=False))
+    made = checked(reference, small, ROWS, result)
+    assert result.kept
+    assert [layer.rank for layer in result.layers] == [0]
+    assert ops(made) == ops(small)
+    expected, now, then = (run(m, ROWS)["y"].mean(0) for m in (reference, made, small))
+    assert np.linalg.norm(now - expected) < 0.3 * np.linalg.norm(then - expected)
+
+
+def test_statistics_of_one_quantization_are_not_those_of_another(tmp_path: Path):
+    reference = perceptron()
+    config = RepairConfig(rank=3, cache=tmp_path / "cache")
+    made = {
+        block: [
+            repair(reference, nbits(reference, block=block), ROWS, each).model.SerializeToString()
+            for each in (config, config, RepairConfig(rank=3))
+        ]
+        for block in (16, 64)
+    }
+    assert all(len(set(models)) == 1 for models in made.values())
+
+
+def test_a_quality_has_to_hold_on_samples_held_back():
+    """Those that are searched on hardly differ from each other, and tell little."""
+    reference, small = perceptron(), nbits(perceptron())
+    _, held = hold_back(SAMPLES, samples=None, seed=0)
+    rows = ROWS["x"] / 20
+    rows[held] *= 20
+    config = RepairConfig(rank=1, augment=False)
+    left = repair(reference, small, {"x": rows}, config).after.divergence.mean
+    target = QualityTarget(key="max_divergence", limit=left / 8)
+    with pytest.raises(TargetMissedError, match="not on samples held back"):
+        repair(reference, small, {"x": rows}, RepairConfig(quality=target, augment=False))
 
 
 # --- what belongs together ----------------------------------------------------------------------

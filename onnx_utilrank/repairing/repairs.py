@@ -1,6 +1,6 @@
 """All that can be repaired in one model: ranks are chosen for its layers, and the model is made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_utilrank.calibration.survey import survey
@@ -14,7 +14,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.cost import NODE_BYTES
 from onnx_utilrank.repairing.branch import Branch, with_branches
-from onnx_utilrank.repairing.match import match_layers, with_inputs
+from onnx_utilrank.repairing.match import Pair, match_layers, with_inputs
 from onnx_utilrank.repairing.measure import Lost, Residual, measure_residuals
 from onnx_utilrank.repairing.readers import read_layers
 from onnx_utilrank.sites.find import find_sites
@@ -95,17 +95,18 @@ class Repairs:
         sources = {name for pair in pairs for layer in pair.layers for name in layer.sources}
         values = survey(index.store, sources, feed, job.provider)
         pairs, unlike = with_inputs(pairs, expected, values)
+        exact = [pair for pair in pairs if not pair.distance]
+        pairs = [pair for pair in pairs if pair.distance]
         lost = measure_residuals(job, index, pairs, samples, config, gradients)
-        unread_by_output = (
-            Skip(
-                node=layer.use.label,
-                op_type=layer.use.op_type,
-                reason="no output depends on it on the calibration data",
-            )
-            for pair in lost.unmeasured
-            for layer in pair.layers
+        return cls(
+            index=index,
+            lost=lost,
+            skips=(
+                *(*unread, *unmatched, *unlike),
+                *_skipped(exact, "it holds the reference's weight without an error"),
+                *_skipped(lost.unmeasured, "no output depends on it on the calibration data"),
+            ),
         )
-        return cls(index=index, lost=lost, skips=(*unread, *unmatched, *unlike, *unread_by_output))
 
     @property
     def quantized(self) -> ModelStore:
@@ -176,6 +177,13 @@ class Repairs:
                 return choices, made
             aim -= excess + NODE_BYTES
         return self.nothing, self.quantized
+
+
+def _skipped(pairs: Iterable[Pair], reason: str) -> Iterator[Skip]:
+    """Every node of some pairs, left alone for one reason."""
+    for pair in pairs:
+        for layer in pair.layers:
+            yield Skip(node=layer.use.label, op_type=layer.use.op_type, reason=reason)
 
 
 def _choices(residual: Residual) -> tuple[Choice, ...]:
