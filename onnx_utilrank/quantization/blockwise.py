@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
 from onnx_utilrank.model.graph import GraphIndex, attributes
 from onnx_utilrank.model.store import ModelStore
@@ -48,6 +47,9 @@ def blocks_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         Packed values uint8 [outputs, blocks, 16], two a byte, the first in the lower half; scales
         float32 [outputs, blocks]; packed zero points uint8 [outputs, ⌈blocks / 2⌉].
     """
+    # Some builds of ONNX Runtime lack it, and need not for anything else.
+    from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+
     inputs, outputs = matrix.shape
     count = -(-inputs // BLOCK)
     padded = np.zeros((count * BLOCK, outputs), np.float32)
@@ -63,7 +65,6 @@ class Blocks:
     """Int4 weights of matrix products and embedding tables; Convs stay as they are."""
 
     key = "int4"
-    calibrated = False
     op_types = ("MatMul", "Gemm", "Gather")
 
     def check(self, provider: Provider) -> None:

@@ -41,8 +41,6 @@ NO_KIND = "its operator has no form for {}"
 class Floating:
     """Weights and activations in a floating type of two bytes."""
 
-    calibrated = True
-
     def __init__(self, key: str, kind: int) -> None:
         self.key = key
         self._kind = kind

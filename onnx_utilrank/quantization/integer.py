@@ -57,7 +57,6 @@ class Static:
     """
 
     key = "int8"
-    calibrated = True
     op_types = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather")
 
     def check(self, provider: Provider) -> None:
@@ -109,7 +108,6 @@ class Dynamic:
     """Int8 weights; activations are quantized at run time by the range they then have."""
 
     key = "int8-dynamic"
-    calibrated = False
     op_types = ("MatMul", "Gemm", "Gather")
 
     def check(self, provider: Provider) -> None:
@@ -222,16 +220,16 @@ def _qdq(
     with calling(prepared.source.label, INT8.key):
         kit: Any = tools()
         data = {
-            name: kit.TensorData(lowest=np.float32(low), highest=np.float32(high))
+            name: kit.calibrate.TensorData(lowest=np.float32(low), highest=np.float32(high))
             for name, (low, high) in found.items()
         }
-        quantizer = kit.QDQQuantizer(
+        quantizer = kit.qdq_quantizer.QDQQuantizer(
             proto,
             per_channel=True,
             reduce_range=False,
             weight_qType=kit.QuantType.QInt8,
             activation_qType=kit.QuantType.QUInt8,
-            tensors_range=kit.TensorsData(kit.CalibrationMethod.MinMax, data),
+            tensors_range=kit.calibrate.TensorsData(kit.CalibrationMethod.MinMax, data),
             nodes_to_quantize=list(names),
             nodes_to_exclude=[],
             op_types_to_quantize=list(op_types),

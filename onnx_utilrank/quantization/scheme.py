@@ -76,8 +76,6 @@ class Scheme(Protocol):
     """A way to store weights in fewer bits: a class in this folder, and an entry in `SCHEMES`."""
 
     key: str
-    calibrated: bool
-    """Whether it looks at samples."""
 
     def check(self, provider: Provider) -> None:
         """Check that what it writes can be run.
