@@ -122,6 +122,19 @@ def test_what_is_left_alone_and_what_is_missing_has_a_reason():
     assert report.gradients == ("torch does not run test.Thing (1 x, first Thing 'y')",)
 
 
+def test_parameters_count_for_who_computes_with_them():
+    proto = model(
+        "(float[n,6] x) => (float[n,4] y, float[4,6] t, float[2] o)",
+        "k = Constant<value = float[2] {1, 2}>() o = Identity(k) "
+        "t = Transpose<perm=[1,0]>(S) c = Cast<to=1>(W) y = MatMul(x, c)",
+        S=single(1, 6, 4),
+        W=noise(2, 6, 4),
+        unread=single(3, 5),
+    )
+    counts = {o.op_type: o.parameters for o in inspect(proto).operators if o.parameters}
+    assert counts == {"MatMul": 24, "(an output)": 26, "(read by nothing)": 5}
+
+
 def test_parameters_in_subgraphs_and_functions_count_once():
     inner = helper.make_graph(
         [helper.make_node("Add", ["x", "c"], ["i"])],
