@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
-from onnx_utilrank.calibration.data import DataSource, chosen_samples, hold_back, open_data
+from onnx_utilrank.calibration.data import DataSource, chosen_samples, open_data, parted
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
@@ -164,7 +164,7 @@ def compress(
         )
     searched: Sequence[int] = ()
     if config.quality is not None:
-        calibration, searched = _part(job, calibration, config.seed)
+        calibration, searched = parted(job.data, calibration, config.seed)
     quantizing = None if config.then is None else Quantizing(job, calibration, config)
     found = job.measure(config.method_key, sites, calibration, config, hidden)
     best: Candidate | None = None
@@ -320,14 +320,6 @@ def _recovered(
         job.data, sorted(rest), held, job.provider, job.batch, seed=config.seed
     )
     return finetuned(job.source, store, setting, options, job.progress)
-
-
-def _part(job: Job, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Samples to fit to, and samples to search on."""
-    fitted, searched = hold_back(
-        len(samples), samples=None, seed=seed, run=job.data.run or 1, label=job.data.label
-    )
-    return [samples[k] for k in fitted], [samples[k] for k in searched]
 
 
 def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quality) -> None:

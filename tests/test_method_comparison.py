@@ -196,7 +196,7 @@ def test_without_gradients_only_the_default_goes_on(comparison, zoo, tmp_path, m
     def refuse(*_):
         raise ModelError("an operator is not known")
 
-    monkeypatch.setattr(Job, "_gradients", refuse)
+    monkeypatch.setattr(Job, "gradients", refuse)
     out = tmp_path / "rows.json"
     methods = ["--methods", "one-sided", "two-sided", "two-sided + moves", "default"]
     assert comparison.main(words(zoo, f"--out={out}", *methods, ratios=["0.7"])) == 0

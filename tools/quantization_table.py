@@ -13,7 +13,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option, read_json
+from zoo_table import (
+    ENVIRONMENT,
+    NOTHING,
+    StepError,
+    Zoo,
+    add_zoo_option,
+    find_program,
+    read_json,
+)
 
 __all__ = ["COLUMNS", "RATIOS", "SCHEMES", "main"]
 
@@ -120,12 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.zoo is None or not (options.zoo / "zoo.py").is_file():
         parser.error(f"which zoo? Give --zoo DIR with a zoo.py in it, or set {ENVIRONMENT}")
+    program = find_program()
+    if program is None:
+        parser.error(f"onnx-utilrank is not installed beside {sys.executable}")
     rows: list[list[str]] = []
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(
             folder=options.zoo.resolve(),
-            program="onnx-utilrank",
+            program=program,
             work=Path(folder),
             samples=options.samples,
             limit=options.limit,

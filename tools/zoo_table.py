@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "Results", "StepError", "Zoo", "main", "table"]
+__all__ = ["Entry", "Results", "StepError", "Zoo", "find_program", "main", "table"]
 
 ENVIRONMENT = "ONNX_UTILRANK_ZOO"
 DEFAULT_METHOD = "two-sided"
@@ -437,7 +437,8 @@ def _caption(options: argparse.Namespace, given: Sequence[str], version: str) ->
     )
 
 
-def _find_program() -> str | None:
+def find_program() -> str | None:
+    """The command line tool of the environment that runs this, or else of the path."""
     # The environment that runs this need not be activated: its programs lie beside its interpreter.
     beside = shutil.which("onnx-utilrank", path=Path(sys.executable).parent)
     return beside or shutil.which("onnx-utilrank")
@@ -474,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"which zoo? Give --zoo DIR, or set {ENVIRONMENT}")
     if not (options.zoo / "zoo.py").is_file():
         parser.error(f"{options.zoo}: not a zoo, for there is no zoo.py in it")
-    program = _find_program()
+    program = find_program()
     if program is None:
         parser.error(f"onnx-utilrank is not installed beside {sys.executable}")
     wanted = [

@@ -32,6 +32,7 @@ __all__ = [
     "chosen_samples",
     "hold_back",
     "open_data",
+    "parted",
 ]
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,14 @@ def hold_back(
     held = min(max(len(chosen) // _HELD_SHARE, 1), _HELD_MOST)
     held = -(-held // run) * run
     return sorted(chosen[held:]), sorted(chosen[:held])
+
+
+def parted(data: Dataset, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Samples to fit to, and samples to search on: a fifth of them, see `hold_back`."""
+    fitted, searched = hold_back(
+        len(samples), samples=None, seed=seed, run=data.run or 1, label=data.label
+    )
+    return [samples[k] for k in fitted], [samples[k] for k in searched]
 
 
 def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent
-from onnx_utilrank.calibration.data import DataSource, hold_back
+from onnx_utilrank.calibration.data import DataSource, parted
 from onnx_utilrank.calibration.own_code import import_function
 from onnx_utilrank.comparison import check_alike
 from onnx_utilrank.config import QualityTarget
@@ -63,7 +63,7 @@ def repair(
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     searched: Sequence[int] = ()
     if config.quality is not None:
-        calibration, searched = _parted(job, calibration, config.seed)
+        calibration, searched = parted(job.data, calibration, config.seed)
     repairs = Repairs.measure(job, small, calibration, options)
     if not repairs.lost.residuals and not repairs.skips:
         raise ModelError(f"{small.label}: no quantized weight was found in it")
@@ -113,14 +113,6 @@ def _latency(
     """Time of the repaired model against the quantized one."""
     sessions = open_session(quantized, job.provider), open_session(repaired, job.provider)
     return compare_latency(*sessions, job.feeds(samples))
-
-
-def _parted(job: Job, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Samples to measure with, and samples to search on."""
-    fitted, searched = hold_back(
-        len(samples), samples=None, seed=seed, run=job.data.run or 1, label=job.data.label
-    )
-    return [samples[k] for k in fitted], [samples[k] for k in searched]
 
 
 def _helps(before: Quality, after: Quality) -> bool:
