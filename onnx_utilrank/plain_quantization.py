@@ -82,4 +82,5 @@ def quantize(
     made = quantizing(job.source)
     judge = Judge(job, held, options)
     store, report = measure_stages(job, quantizing, job.source, made, held, judge)
-    return QuantizeResult(store=store, report=report, samples=len(calibration), notes=made.notes)
+    notes = (*made.notes, *report.notes)
+    return QuantizeResult(store=store, report=report, samples=len(calibration), notes=notes)

@@ -5,7 +5,7 @@ from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.ranking.decide import Offers
 from onnx_utilrank.ranking.plan import RankPlan
 
-__all__ = ["fullness", "refit_note"]
+__all__ = ["FULL", "fullness", "refit_note"]
 
 # A predicted divergence (nats a decision, or ½ of the relative squared error) that users will see
 # in their metric: a model that comes to it has no more room.

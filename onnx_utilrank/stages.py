@@ -12,6 +12,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quality import Judge, Quality, quality_dict
 from onnx_utilrank.quantization.scheme import Quantized
 from onnx_utilrank.quantizing import Quantizing
+from onnx_utilrank.remarks import FULL
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.site import Skip
 from onnx_utilrank.validation.bench import LatencyComparison, compare_latency
@@ -65,7 +66,17 @@ class QuantizationReport:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the factors gain over quantization alone, in words."""
+        """How far the outputs are off, and what the factors gain over quantization alone."""
+        found = self.stages[-1].quality.divergence
+        far: tuple[str, ...] = ()
+        if found is not None and found.mean > FULL:
+            far = (
+                f"THE OUTPUTS ARE FAR FROM THE ORIGINAL'S: a divergence of {found.mean:.3g}, where "
+                f"more than {FULL:g} shows; expect its quality to suffer.",
+            )
+        return (*far, *self._beside_plain())
+
+    def _beside_plain(self) -> tuple[str, ...]:
         if self.beside_plain is None:
             return ()
         plain = next(stage for stage in self.stages if stage.name == self.scheme)

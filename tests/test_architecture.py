@@ -48,7 +48,8 @@ LAYERS = {
     ),
     "quality": "calibration config errors job model runtime statistics validation",
     "stages": (
-        "comparison config job model quality quantization quantizing runtime sites validation"
+        "comparison config job model quality quantization quantizing remarks runtime sites"
+        " validation"
     ),
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
     "results": "errors model quality ranking stages training validation",

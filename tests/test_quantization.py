@@ -705,6 +705,19 @@ def test_quantize_reports_the_stage():
     assert result.samples == ROWS - ROWS // 5
 
 
+def test_outputs_that_are_far_off_are_called_that():
+    """A weight that is large where the data are small leaves no bits for the others."""
+    x, w = X.copy(), W.copy()
+    x[:, ::2] *= 1e-3
+    w[::2] *= 1e3
+    proto = graph("y = MatMul(x, W)", W=w)
+    result = onnx_utilrank.quantize(proto, {"x": x}, QuantizeConfig(scheme="int4"))
+    assert result.stage.quality.divergence.mean > 0.05
+    assert any("FAR FROM THE ORIGINAL" in note for note in result.notes)
+    fine = onnx_utilrank.quantize(MLP, {"x": X}, QuantizeConfig(scheme="int8"))
+    assert not fine.notes
+
+
 def test_what_would_be_larger_is_refused():
     name = "h" * 2000  # the nodes that come along repeat it
     small = graph(f"{name} = MatMul(x, W) y = Relu({name})", W=noise(1, D, 6).astype(np.float32))

@@ -146,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words = (sys.executable, zoo.script, "calib", name, "-o", f"{name}.npz")
             try:
                 zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
-                rows += rows_of(zoo, name, ratio, options.schemes)
+                for row in rows_of(zoo, name, ratio, options.schemes):
+                    rows.append(row)
+                    print(*row, sep=" | ", file=sys.stderr, flush=True)
             except StepError as e:
                 problems.append(f"{parser.prog}: {name}: {e}")
                 print(problems[-1], file=sys.stderr)
