@@ -42,7 +42,7 @@ from onnx2torch.node_converters.matmul import OnnxMatMul
 
 # Samples that each candidate of its search is scored on.
 SCORED = 8
-# Ratios that the search tries at each layer. AIMET's own default is 10; each takes a copy and an SVD.
+# Ratios that the search tries at each layer; AIMET tries 10 by itself.
 CANDIDATES = 5
 
 
