@@ -140,7 +140,6 @@ def rows_of(
         StepError: The zoo failed, or the original itself cannot be measured.
     """
     calibration, held = _split(zoo, name)
-    made = [_make(zoo, name, peer, keep, calibration, environments) for peer in peers]
     original = Path(zoo.model(name))
     try:
         store = ModelStore.load(original)
@@ -149,6 +148,7 @@ def rows_of(
         recorder = OutputRecorder(session, find_losses(store, session, feeds), feeds)
     except UtilrankError as e:
         raise StepError(str(e)) from e
+    made = [_make(zoo, name, peer, keep, calibration, environments) for peer in peers]
     rows = [_quality(zoo, row, recorder) for row in made]
     good = [row for row in rows if row.file is not None and row.reason is None]
     if good:
