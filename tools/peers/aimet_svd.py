@@ -73,7 +73,8 @@ def with_linear_layers(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         weight = getattr(graph.get_submodule(owner), leaf)
         if weight.ndim != 2:
             continue
-        layer = torch.nn.Linear(*weight.shape, bias=False)
+        d, m = weight.shape
+        layer: Any = torch.nn.Linear(d, m, bias=False)
         layer.weight.data = weight.detach().T.contiguous()
         layer.onnx_mapping = modules[node.target].onnx_mapping
         graph.set_submodule(node.target, layer)
@@ -84,25 +85,25 @@ def with_linear_layers(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return copy.deepcopy(graph)
 
 
-def pairs(twin: Twin, made: Twin) -> dict[str, tuple[torch.nn.Module, torch.nn.Module]]:
+def pairs(twin: Twin, made: Twin) -> dict[str, tuple[Any, Any]]:
     """The two layers that AIMET put in the place of one, by the output of its node."""
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for node in twin.graph.graph.nodes:
         if node.op == "call_module":
-            output = twin.graph.get_submodule(node.target).onnx_mapping.outputs[0]
+            layer: Any = twin.graph.get_submodule(node.target)
             for module in made.graph.get_submodule(node.target).modules():
                 if isinstance(module, torch.nn.Sequential) and len(module) == 2:
                     first, second = module
                     if isinstance(second, torch.nn.Linear | torch.nn.Conv2d) and isinstance(
                         first, type(second)
                     ):
-                        found[output] = (first, second)
+                        found[layer.onnx_mapping.outputs[0]] = (first, second)
     return found
 
 
 def with_pairs(
     model: onnx.ModelProto,
-    found: Mapping[str, tuple[torch.nn.Module, torch.nn.Module]],
+    found: Mapping[str, tuple[Any, Any]],
     spatial: bool,
 ) -> onnx.ModelProto:
     """The model with two nodes in the place of each that was split."""
@@ -112,14 +113,15 @@ def with_pairs(
         if node.output[0] not in found:
             nodes.append(node)
             continue
-        first, second = found[node.output[0]]
         out = node.output[0]
+        first, second = found[out]
+        inner: list[dict[str, Any]]
         tensors = {f"{out}/first": first.weight, f"{out}/second": second.weight}
         if isinstance(second, torch.nn.Linear):
             tensors = {name: weight.T for name, weight in tensors.items()}
-            inner = ("MatMul", {}), ("MatMul", {})
+            kind, inner = "MatMul", [{}, {}]
         else:
-            inner = tuple(("Conv", given) for given in convolutions_of(node, spatial))
+            kind, inner = "Conv", list(convolutions_of(node, spatial))
         last = [f"{out}/second"]
         if second.bias is not None:
             tensors[f"{out}/bias"] = second.bias
@@ -131,9 +133,8 @@ def with_pairs(
             held[name] = onnx.numpy_helper.from_array(values, name)
         product = f"{out}/product" if sums else out
         make = onnx.helper.make_node
-        (kind, given), (_, others) = inner
-        nodes.append(make(kind, [node.input[0], f"{out}/first"], [f"{out}/hidden"], **given))
-        nodes.append(make(kind, [f"{out}/hidden", *last], [product], **others))
+        nodes.append(make(kind, [node.input[0], f"{out}/first"], [f"{out}/hidden"], **inner[0]))
+        nodes.append(make(kind, [f"{out}/hidden", *last], [product], **inner[1]))
         if sums:
             nodes.append(make("Add", [product, f"{out}/bias"], [out]))
     read = {name for node in nodes for name in node.input}
