@@ -8,7 +8,7 @@ __all__ = ["NOTHING", "command", "markdown"]
 # A cell where nothing was measured.
 NOTHING = "–"
 # Options that name files of whoever runs a tool, which are nobody else's business.
-PLACES = ("--zoo", "--out", "--plot")
+PLACES = ("--zoo", "--out", "--plot", "--environments")
 
 
 def command(program: str, given: Sequence[str], before: str = "") -> str:
