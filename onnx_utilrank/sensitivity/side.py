@@ -27,7 +27,12 @@ class Changes:
 
 
 class SmallerSide:
-    """Rows z [p] of the smaller side of a site, p = min(m, d), and the gradients there."""
+    """Rows z [p] of the smaller side of a site, p = min(m, d), and the gradients there.
+
+    Attributes:
+        width: p.
+        nodes: Those of the site's uses.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class SmallerSide:
             applied: Whether W is what the nodes apply, so that their outputs tell W x.
         """
         self.width = site.full_rank
+        self.nodes = tuple(use.node for use in site.uses)
         self._outputs = site.wide
         self._biases = biases
         # The outputs are there already, unless something else is in them.
