@@ -85,15 +85,17 @@ class RayEngine:
         """
         self._ours = not ray.is_initialized()  # one that the caller has is used, and left running
         if self._ours:
-            # Nothing is told to anybody.
+            # Nothing is told to anybody; what matters of what Ray logs comes as an error.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            # A Ray of our own cannot be reached from other machines.
+            own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             try:
                 ray.init(
                     address=self._address or "local",
-                    include_dashboard=None if self._address else False,
                     log_to_driver=False,
                     configure_logging=False,
-                    logging_level=logging.ERROR,
+                    **({} if self._address else own),
                 )
             except (OSError, RuntimeError, ValueError, RayError) as e:
                 raise EngineUnavailableError(f"engine ray: {_first_line(e)}") from e
