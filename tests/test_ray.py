@@ -1,20 +1,24 @@
-"""Work that is shared: cut into parts, done in any order, twice where a worker dies, counted once."""
+"""Work that is shared: in parts, in any order, twice where a worker dies, and counted once."""
 
+import json
+import logging
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from builders import Feed, activations, index, model, noise
+from builders import Feed, activations, model, noise
 
 import synthetic_vit
 from onnx_utilrank import CompressConfig, ModelError
-from onnx_utilrank.calibration.collect import silent
+from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.config import CalibrationConfig
 from onnx_utilrank.engine.engine import IN_PLACE, Engine, EngineUse, shards
@@ -43,10 +47,10 @@ def images(count: int) -> list[Feed]:
 
 
 class Apart:
-    """Does tasks in this process as if it were many: all is sent, and what is asked last comes first.
+    """Does tasks in this process as if in many: all is sent, and the last task is done first.
 
     Attributes:
-        twice: How many tasks were done and then asked for again.
+        tasks: Names of the functions whose results were taken.
     """
 
     in_place = False
@@ -90,12 +94,12 @@ def measured(
     data: list[Feed],
     engine: Engine,
     method: str = "two-sided",
+    progress: Progress = silent,
     **options: Any,
 ) -> Measurement:
     """Every site, decomposed."""
     config = CompressConfig(param_ratio=0.5, method=method, **options)
-    job = Job.open(proto, data, config, silent)
-    object.__setattr__(job, "engine", engine)
+    job = replace(Job.open(proto, data, config, progress), engine=engine)
     return job.measure(method, job.sites, range(len(job.data)), config)
 
 
@@ -216,8 +220,6 @@ def test_a_checkpoint_of_one_engine_serves_the_other(tmp_path, monkeypatch):
 def test_weights_beside_a_model_have_to_be_where_a_worker_looks(tmp_path):
     proto = synthetic_vit.build(TINY)
     ModelStore.load(proto).save(tmp_path / "m.onnx", save_as_external_data=True)
-    sent = pickle.dumps(index(onnx.load(tmp_path / "m.onnx", load_external_data=False)))
-    del sent
     store = ModelStore.load(tmp_path / "m.onnx")
     there = pickle.dumps(store)
     tensor = store.proto.graph.initializer[0]
@@ -257,3 +259,79 @@ def test_a_cluster_that_is_not_there_is_told_at_once(address, status, said, caps
     assert main(given) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+# --- Ray ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Any]:
+    """A Ray of two nodes of one core each, and what ends the second one as a crash would."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # A node that is gone is missed within some seconds; one that is slow is waited for.
+    watch = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
+    watch |= {"health_check_timeout_ms": 5000, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": watch}
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    try:
+        second = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        yield lambda: cluster.remove_node(second, allow_graceful=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@needs_ray
+@of_ray
+def test_a_node_that_dies_on_the_way_changes_nothing(two_nodes):
+    from onnx_utilrank.engine.ray import RayEngine
+
+    proto, data = synthetic_vit.build(TINY), images(30)
+    engine = RayEngine(None, gpus=False)
+    killed: list[str] = []
+
+    def kill(stage: str, done: int, total: int, detail: str = "") -> None:
+        del detail
+        # Both nodes have done something, and have more to do.
+        if not killed and stage == "calibrating" and done < total and engine.use.nodes == 2:
+            killed.append(stage)
+            two_nodes()
+
+    found = measured(proto, data, engine, progress=kill)
+    assert killed
+    assert engine.use.nodes == 2
+    # To the last bit what comes of the same parts in one process, and up to the order of sums what
+    # comes of all at once.
+    assert_alike(found, measured(proto, data, Apart()), exactly=True)
+    assert_alike(found, measured(proto, data, IN_PLACE))
+    # The node that is left does the rest, and an error comes as what it is.
+    data[20]["image"][:] = 1e25
+    with pytest.raises(ModelError) as here:
+        measured(proto, data, IN_PLACE, "one-sided")
+    with pytest.raises(ModelError, match=re.escape(str(here.value))):
+        measured(proto, data, engine, "one-sided")
+
+
+@needs_ray
+@of_ray
+def test_a_ray_of_our_own_lives_as_long_as_the_work(tmp_path, capsys):
+    import ray
+
+    onnx.save(synthetic_vit.build(TINY), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", image=np.concatenate([feed["image"] for feed in images(20)]))
+    given = ["analyze", str(tmp_path / "m.onnx"), "--data", str(tmp_path / "d.npz"), "--json"]
+    assert main([*given, "--engine", "ray"]) == 0
+    assert not ray.is_initialized()
+    shared, said = capsys.readouterr()
+    assert not said
+    assert main(given) == 0
+    found, wanted = json.loads(shared), json.loads(capsys.readouterr().out)
+    engine = found.pop("engine")
+    assert wanted.pop("engine") is None
+    assert found == wanted
+    assert (engine["name"], engine["nodes"]) == ("ray", 1)
+    assert engine["tasks"] > engine["workers"] > 0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, node_label
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, InferenceError, Session, open_session
-from onnx_utilrank.sites.site import RowView, Site
+from onnx_utilrank.sites.site import RowView
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.tokens import TokenCounts
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Bytes of an entry of a moment while it is collected: the running sum, and what one run adds to it.
 SUM_BYTES = 12
+
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -67,8 +70,8 @@ class Collected:
 
 
 def in_passes(
-    sites: Sequence[Sequence[Site]], sums: Callable[[Site], dict[Hashable, int]], budget: int
-) -> Iterator[list[Site]]:
+    sites: Sequence[Sequence[T]], sums: Callable[[T], dict[Hashable, int]], budget: int
+) -> Iterator[list[T]]:
     """Sites in order, cut where their running sums would take more than the budget.
 
     Args:
@@ -76,7 +79,7 @@ def in_passes(
         sums: Bytes of the sums of a site by what they are of, which sites may share.
         budget: Bytes. What needs more gets a pass for itself.
     """
-    group: list[Site] = []
+    group: list[T] = []
     held: dict[Hashable, int] = {}
     for joined in sites:
         more = {of: needed for site in joined for of, needed in sums(site).items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
-__all__ = ["IN_PLACE", "Engine", "EngineUse", "shards"]
+__all__ = ["IN_PLACE", "SHARDS", "Engine", "EngineUse", "shards"]
 
 # Parts that the runs of a pass are cut into, however many workers there are: so that the order of
 # sums, and with it the last bits of a result, does not hang on their number. More parts keep more
