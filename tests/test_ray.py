@@ -17,7 +17,14 @@ import pytest
 from builders import Feed, activations, model, noise
 
 import synthetic_vit
-from onnx_utilrank import CompressConfig, ModelError
+from onnx_utilrank import (
+    CompressConfig,
+    ModelError,
+    QuantizeConfig,
+    RepairConfig,
+    quantize,
+    repair,
+)
 from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.config import CalibrationConfig
@@ -217,6 +224,19 @@ def test_a_checkpoint_of_one_engine_serves_the_other(tmp_path, monkeypatch):
     assert_alike(measured(proto, data, IN_PLACE, **kept), wanted)
 
 
+def test_a_repair_is_shared_too(monkeypatch):
+    proto, data = synthetic_vit.build(TINY), images(12)
+    small = quantize(proto, data, QuantizeConfig(scheme="int4")).model
+    wanted = repair(proto, small, data, RepairConfig(rank=2))
+    apart = Apart()
+    monkeypatch.setattr("onnx_utilrank.job.find_engine", lambda *_: apart)
+    found = repair(proto, small, data, RepairConfig(rank=2))
+    assert {"_collected", "_predicted", "_decomposed"} <= set(apart.tasks)
+    for one, other in zip(found.layers, wanted.layers, strict=True):
+        assert one.rank == other.rank
+        assert one.predicted_after == pytest.approx(other.predicted_after, rel=1e-6)
+
+
 def test_weights_beside_a_model_have_to_be_where_a_worker_looks(tmp_path):
     proto = synthetic_vit.build(TINY)
     ModelStore.load(proto).save(tmp_path / "m.onnx", save_as_external_data=True)
@@ -287,7 +307,7 @@ def two_nodes() -> Iterator[Any]:
 
 @needs_ray
 @of_ray
-def test_a_node_that_dies_on_the_way_changes_nothing(two_nodes):
+def test_a_node_that_dies_on_the_way_changes_nothing(two_nodes, tmp_path):
     from onnx_utilrank.engine.ray import RayEngine
 
     proto, data = synthetic_vit.build(TINY), images(30)
@@ -314,6 +334,19 @@ def test_a_node_that_dies_on_the_way_changes_nothing(two_nodes):
         measured(proto, data, IN_PLACE, "one-sided")
     with pytest.raises(ModelError, match=re.escape(str(here.value))):
         measured(proto, data, engine, "one-sided")
+    # So does one of a model whose weights are not there; groups of weights go side by side.
+    ModelStore.load(proto).save(tmp_path / "m.onnx", save_as_external_data=True)
+    store = ModelStore.load(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx.data").unlink()
+    with engine, pytest.raises(ModelError, match=r"m\.onnx: node .*m\.onnx\.data"):
+        list(engine.map(isinstance, (store,), [ModelStore]))
+    small = {"method": "one-sided", "memory_budget": 2**20}
+    rest = images(6)
+    assert_alike(
+        measured(proto, rest, engine, **small),
+        measured(proto, rest, Apart(), **small),
+        exactly=True,
+    )
 
 
 @needs_ray

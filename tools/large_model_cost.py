@@ -256,6 +256,7 @@ def _arithmetic(name: str, options: argparse.Namespace) -> Iterator[tuple[str, s
     parts = min(effort.gradients, SHARDS)
     yield "tasks that collect", f"{parts * cost.passes}"
     yield "sums that the driver receives", _gib(parts * cost.sums)
+    yield "hours of that at 100 Gbit/s", f"{parts * cost.sums * 8 / 1e11 / 3600:.2f}"
     need = weights + cost.largest + kept
     yield "memory of a worker: weights, sums, values of a sample", _gib(need)
     for machines in options.machines:
@@ -305,15 +306,15 @@ def _counted(shape: VitShape, samples: int, budget: int) -> _Done:
         method=METHOD, moves=("low-rank",), augment=False, memory_budget=budget, param_ratio=0.5
     )
     seconds: dict[str, float] = {}
-    passes = [0]
-    since = [time.perf_counter(), ""]
+    passes, before, since = 0, "", time.perf_counter()
 
     def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+        nonlocal passes, before, since
         del detail
         now = time.perf_counter()
-        seconds[str(since[1])] = seconds.get(str(since[1]), 0.0) + now - float(since[0])
-        since[:] = now, stage
-        passes[0] += stage == "calibrating" and done == total
+        seconds[before] = seconds.get(before, 0.0) + now - since
+        before, since = stage, now
+        passes += stage == "calibrating" and done == total
 
     job = Job.open(build(shape), data, config, silent)
     chosen = range(samples)
@@ -334,7 +335,7 @@ def _counted(shape: VitShape, samples: int, budget: int) -> _Done:
     return _Done(
         flops=counter.get_total_flops() - footprint,
         sums=sums,
-        passes=passes[0],
+        passes=passes,
         running=seconds.get("calibrating", 0.0) + seconds.get("predicting", 0.0),
         decomposing=seconds.get("decomposing", 0.0),
         gradients=gradients,

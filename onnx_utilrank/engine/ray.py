@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, Self, TypeVar
@@ -20,7 +21,7 @@ from onnx_utilrank.errors import (
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RaySystemError, RayTaskError
 except ImportError as e:
     raise ConfigError(
         f'engine ray: Ray cannot be imported ({e}); pip install "onnx-utilrank[ray]"'
@@ -64,6 +65,9 @@ class RayEngine:
         self._kept: collections.OrderedDict[int, tuple[object, Any]] = collections.OrderedDict()
         self._workers: set[tuple[str, int]] = set()
         self._tasks = 0
+        # Groups are measured in threads.
+        self._lock = threading.Lock()
+        self._open = False
         if self._address and not ray.is_initialized():
             _answers(self._address)
 
@@ -89,7 +93,7 @@ class RayEngine:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             logging.getLogger("ray").setLevel(logging.ERROR)
             # A Ray of our own cannot be reached from other machines.
-            own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             try:
                 ray.init(
                     address=self._address or "local",
@@ -102,9 +106,11 @@ class RayEngine:
         if self._gpus and not _resources().get("GPU"):
             self.__exit__()
             raise EngineUnavailableError("engine ray: no node of the cluster has a GPU")
+        self._open = True
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self._open = False
         self._kept.clear()
         if self._ours:
             ray.shutdown()
@@ -132,7 +138,7 @@ class RayEngine:
                 room = max(2 * self._slots(gpus) - len(pending), 1 - len(pending))
                 pending += [
                     task.remote(function, refs, each, own)
-                    for each in itertools.islice(waiting, max(room, 0))
+                    for each in itertools.islice(waiting, max(room, 0) if self._open else 0)
                 ]
                 if not pending:
                     return
@@ -145,29 +151,28 @@ class RayEngine:
     def groups(self, function: Callable[[T], R], groups: Iterable[T]) -> Iterator[R]:
         """See `Engine.groups`: as many at once as have parts for all workers, and one more."""
         at_once = -(-self._slots(int(self._gpus)) // SHARDS) + 1
-        with ThreadPoolExecutor(at_once) as pool:
-            waiting = iter(groups)
-            pending = collections.deque(
-                pool.submit(function, group) for group in itertools.islice(waiting, at_once)
-            )
-            try:
-                while pending:
-                    yield pending.popleft().result()
-                    pending += [
-                        pool.submit(function, group) for group in itertools.islice(waiting, 1)
-                    ]
-            finally:
-                for future in pending:
-                    future.cancel()
+        pool = ThreadPoolExecutor(at_once)
+        waiting = iter(groups)
+        pending = collections.deque(
+            pool.submit(function, group) for group in itertools.islice(waiting, at_once)
+        )
+        try:
+            while pending:
+                yield pending.popleft().result()
+                pending += [pool.submit(function, group) for group in itertools.islice(waiting, 1)]
+        finally:
+            # Where one failed, the others find the engine closed.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _held(self, value: object) -> Any:
-        """The reference of a value in the store of Ray, which knows it by its identity."""
-        if id(value) not in self._kept:
-            self._kept[id(value)] = (value, ray.put(value))
-        self._kept.move_to_end(id(value))
-        ref = self._kept[id(value)][1]
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        """The reference of a value in the store of Ray, which is put there once."""
+        with self._lock:
+            if id(value) not in self._kept:
+                self._kept[id(value)] = (value, ray.put(value))
+            self._kept.move_to_end(id(value))
+            ref = self._kept[id(value)][1]
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return ref
 
     def _result(self, ref: Any) -> Any:
@@ -179,8 +184,9 @@ class RayEngine:
             raise UtilrankError(
                 f"engine ray: a task was not done, after {RETRIES} more trials: {_first_line(e)}"
             ) from e
-        self._workers.add((node, process))
-        self._tasks += 1
+        with self._lock:
+            self._workers.add((node, process))
+            self._tasks += 1
         return value
 
     def _slots(self, gpus: int) -> int:
@@ -223,7 +229,12 @@ _RECEIVED: collections.OrderedDict[str, Any] = collections.OrderedDict()
 def _received(ref: Any) -> Any:
     key = ref.hex()
     if key not in _RECEIVED:
-        _RECEIVED[key] = ray.get(ref)
+        try:
+            _RECEIVED[key] = ray.get(ref)
+        except RaySystemError as e:  # what was raised while a value was made anew
+            if isinstance(e.client_exc, UtilrankError):
+                raise e.client_exc from None
+            raise
     _RECEIVED.move_to_end(key)
     while len(_RECEIVED) > KEPT:
         _RECEIVED.popitem(last=False)
@@ -235,7 +246,7 @@ def _raise_cause(error: RayTaskError) -> NoReturn:
     cause = error.cause
     if isinstance(cause, UtilrankError):
         raise cause from None
-    if isinstance(cause, ImportError):
+    if isinstance(cause, ImportError) or "failed to import on the worker" in str(cause):
         raise EngineUnavailableError(
             f"engine ray: a worker cannot import what it needs ({cause}); every node needs the "
             "same packages"

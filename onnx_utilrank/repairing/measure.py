@@ -159,7 +159,7 @@ def _measured(
         progress=job.progress,
         cache=job.cache(gradients.data, gradients.samples, config),
         changes=Changes(
-            of=lambda site: errors[site.key].astype(np.float32),
+            matrices=errors,
             fingerprint=quantized.source.fingerprint(),
         ),
         engine=job.engine,

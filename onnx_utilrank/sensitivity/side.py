@@ -1,6 +1,6 @@
 """The rows that a site is decomposed by: its inputs x or its outputs W x, whichever are fewer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,16 @@ class Changes:
     """What is done to weights, where that is looked at and not the weights themselves.
 
     Attributes:
-        of: The change of a site's weight, [m, d].
+        matrices: The change of each site's weight, [m, d], by its key.
         fingerprint: Of all of them together; statistics of other ones are not these.
     """
 
-    of: Callable[[Site], np.ndarray]
+    matrices: Mapping[str, np.ndarray]
     fingerprint: str
+
+    def of(self, site: Site) -> np.ndarray:
+        """The change of a site's weight, float32 [m, d]."""
+        return self.matrices[site.key].astype(np.float32)
 
 
 class SmallerSide:
