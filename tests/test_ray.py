@@ -41,14 +41,14 @@ of_ray = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-TINY = synthetic_vit.VitShape(width=32, layers=2, heads=2, patch=4, image=16, classes=7)
+TINY = synthetic_vit.VitShape(width=16, layers=1, heads=2, patch=4, image=8, classes=5)
 
 
 def images(count: int) -> list[Feed]:
     """Feeds of one image, or of two now and then."""
     sizes = [2 if k % 5 == 4 else 1 for k in range(count)]
     return [
-        {"image": noise(k, n, 3, 16, 16).astype(np.float32) + np.float32(k % 3)}
+        {"image": noise(k, n, 3, 8, 8).astype(np.float32) + np.float32(k % 3)}
         for k, n in enumerate(sizes)
     ]
 
