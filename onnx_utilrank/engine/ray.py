@@ -132,21 +132,18 @@ class RayEngine:
         own = importlib.metadata.version("onnx-utilrank")
         waiting = iter(tasks)
         pending: collections.deque[Any] = collections.deque()
-        try:
-            while True:
-                # A few more than are done at once; all of them would fill the memory of the nodes.
-                room = max(2 * self._slots(gpus) - len(pending), 1 - len(pending))
-                pending += [
-                    task.remote(function, refs, each, own)
-                    for each in itertools.islice(waiting, max(room, 0) if self._open else 0)
-                ]
-                if not pending:
-                    return
-                yield self._result(pending[0])
-                pending.popleft()
-        finally:
-            for ref in pending:
-                ray.cancel(ref)
+        # What nobody waits for any more is done for nothing: Ray 2.60 ends the whole process where
+        # a task is done as it is cancelled.
+        while True:
+            # A few more than are done at once; all of them would fill the memory of the nodes.
+            room = 2 * self._slots(gpus) - len(pending) if self._open else 0
+            pending += [
+                task.remote(function, refs, each, own)
+                for each in itertools.islice(waiting, max(room, 0))
+            ]
+            if not pending:
+                return
+            yield self._result(pending.popleft())
 
     def groups(self, function: Callable[[T], R], groups: Iterable[T]) -> Iterator[R]:
         """See `Engine.groups`: as many at once as have parts for all workers, and one more."""

@@ -7,7 +7,6 @@ shifts are known from the first run. A part that began with something else than 
 to is done again.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -170,15 +169,14 @@ def _in_parts(
             for p, state in zip(parts, states, strict=True)
         )
         results = engine.map(function, shared, tasks, memory=memory, runs_model=True)
-        with contextlib.closing(results):  # type: ignore[type-var]
-            for part, state, found in zip(parts, states, results, strict=False):
-                if not np.array_equal(state, backward.state) or not _alike(began, shifts()):
-                    break
-                take(found.sums)
-                backward.restore(found.state)
-                backward.dropped = max(backward.dropped, found.dropped)
-                done = part.stop
-                yield done
+        for part, state, found in zip(parts, states, results, strict=True):
+            if not np.array_equal(state, backward.state) or not _alike(began, shifts()):
+                break
+            take(found.sums)
+            backward.restore(found.state)
+            backward.dropped = max(backward.dropped, found.dropped)
+            done = part.stop
+            yield done
 
 
 def _kind(feed: Feed) -> tuple[object, ...]:
