@@ -88,8 +88,8 @@ LAYERS = {
         " plain_quantization quantization ranking repairing results validation"
     ),
     "report": (
-        "benchmarking errors inspection installation model plain_quantization quality ranking"
-        " repairing results runtime stages training validation"
+        "benchmarking engine errors inspection installation model plain_quantization quality"
+        " ranking repairing results runtime stages training validation"
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"

@@ -34,6 +34,7 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
+from onnx_utilrank.report.table import sentences
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 # Ray leaves processes to be collected, and looks at what changes with its next version.
@@ -368,3 +369,6 @@ def test_a_ray_of_our_own_lives_as_long_as_the_work(tmp_path, capsys):
     assert found == wanted
     assert (engine["name"], engine["nodes"]) == ("ray", 1)
     assert engine["tasks"] > engine["workers"] > 0
+    use = EngineUse(name="ray", nodes=2, workers=3, tasks=40)
+    said = [str(text) for text in sentences((), {}, use)]
+    assert said == ["Statistics by ray: 40 tasks, done by 3 workers on 2 machines."]

@@ -5,7 +5,7 @@ sums, passes over the samples, operations, and what each machine has to hold.
 
 `--check` runs the default method on small transformers with random weights and prints, beside each
 other, what the program did and what the formulas say: operations as torch counts them while it
-runs, bytes of the sums as they are held, passes, and seconds an operation. Only the move `low-rank`
+runs, bytes of the sums as they are held, passes, and seconds of one core an operation. Only the move `low-rank`
 is looked at, without variations of samples.
 """
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from onnx_utilrank.calibration.collect import in_passes, silent
@@ -289,7 +290,7 @@ def _small(shape: VitShape) -> tuple[list[Layer], int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
-    """What the program did: operations, bytes of sums, passes, seconds by stage."""
+    """What the program did: operations, bytes of sums, passes, seconds of a core by stage."""
 
     flops: int
     sums: int
@@ -305,13 +306,14 @@ def _counted(shape: VitShape, samples: int, budget: int) -> _Done:
     config = CompressConfig(
         method=METHOD, moves=("low-rank",), augment=False, memory_budget=budget, param_ratio=0.5
     )
+    torch.set_num_threads(1)
     seconds: dict[str, float] = {}
-    passes, before, since = 0, "", time.perf_counter()
+    passes, before, since = 0, "", time.process_time()
 
     def progress(stage: str, done: int, total: int, detail: str = "") -> None:
         nonlocal passes, before, since
         del detail
-        now = time.perf_counter()
+        now = time.process_time()
         seconds[before] = seconds.get(before, 0.0) + now - since
         before, since = stage, now
         passes += stage == "calibrating" and done == total
