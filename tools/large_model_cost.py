@@ -5,8 +5,8 @@ sums, passes over the samples, operations, and what each machine has to hold.
 
 `--check` runs the default method on small transformers with random weights and prints, beside each
 other, what the program did and what the formulas say: operations as torch counts them while it
-runs, bytes of the sums as they are held, passes, and seconds of one core an operation. Only the move `low-rank`
-is looked at, without variations of samples.
+runs, bytes of the sums as they are held, passes, and seconds of one core an operation. Only the
+move `low-rank` is looked at, without variations of samples.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.cli.options import size
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.engine.engine import SHARDS
+from onnx_utilrank.errors import ConfigError, UtilrankError
 from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Gradients
 from onnx_utilrank.sensitivity.aspects import Aspects
@@ -233,7 +234,7 @@ def _arithmetic(name: str, options: argparse.Namespace) -> Iterator[tuple[str, s
         budget=options.memory_budget,
     )
     if kept > options.memory_budget:
-        raise SystemExit(f"large_model_cost.py: error: the values of one sample take {_gib(kept)}")
+        raise ConfigError(f"the values of one sample take {_gib(kept)}: more than the budget")
     halves = effort.gradients + effort.quadratics > options.samples
     cost = predicted(layers, mixing, effort, halves=halves)
     done = cost.collecting + cost.predicting
@@ -373,9 +374,10 @@ def _checked(cases: Sequence[tuple[int, int, int, int]]) -> Iterator[tuple[str, 
 def _cases(quick: bool) -> list[tuple[int, int, int, int]]:
     if quick:
         return [(1, 16, 4, 64), (2, 16, 4, 1)]
-    base = (4, 128, 32, 4096)
-    grown = [base, (8, *base[1:]), (16, *base[1:]), (4, 256, 32, 4096), (4, 512, 32, 4096)]
-    return [*grown, (4, 128, 64, 4096), (4, 128, 128, 4096), (4, 128, 32, 8), (8, 128, 32, 8)]
+    deep = [(layers, 64, 32, 4096) for layers in (2, 4, 8)]
+    wide = [(2, width, 32, 4096) for width in (128, 256)]
+    long = [(2, 64, samples, 4096) for samples in (64, 128)]
+    return [*deep, *wide, *long, (2, 128, 32, 8), (4, 128, 32, 8)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -407,10 +409,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
     rows: list[tuple[str, ...]]
-    if options.shape:
-        rows = [("what", options.shape), *_arithmetic(options.shape, options)]
-    else:
-        rows = [COLUMNS, *_checked(_cases(options.quick))]
+    try:
+        if options.shape:
+            rows = [("what", options.shape), *_arithmetic(options.shape, options)]
+        else:
+            rows = [COLUMNS, *_checked(_cases(options.quick))]
+    except UtilrankError as e:
+        print(f"large_model_cost.py: error: {e}", file=sys.stderr)
+        return e.exit_status
     print(f"    python tools/{shlex.join(['large_model_cost.py', *given])}\n")
     rule = ("---" if options.shape else "---:", *("---:" for _ in rows[0][1:]))
     for line in itertools.chain(rows[:1], [rule], rows[1:]):
