@@ -5,8 +5,8 @@ sums, passes over the samples, operations, and what each machine has to hold.
 
 `--check` runs the default method on small transformers with random weights and prints, beside each
 other, what the program did and what the formulas say: operations as torch counts them while it
-runs, bytes of the sums as they are held, passes, and seconds of one core an operation. Only the
-move `low-rank` is looked at, without variations of samples.
+runs, bytes of the sums as they are held, passes, and with `--times` seconds of one core an
+operation. Only the move `low-rank` is looked at, without variations of samples.
 """
 
 import argparse
@@ -55,16 +55,17 @@ class Layer:
         m: Output features.
         d: Input features.
         rows: Tokens, say.
-        first: Whether no other weight comes before it.
-        patches: Whether its rows are unfolded from patches.
+        reads: What it reads, as others may too.
+        mixing: Operations on one sample between it and what it reads that are of no weight:
+            scores of attention, and what they weigh.
     """
 
     name: str
     m: int
     d: int
     rows: int
-    first: bool = False
-    patches: bool = False
+    reads: str
+    mixing: int = 0
 
     @property
     def side(self) -> int:
@@ -108,24 +109,24 @@ class Cost:
     decomposing: int
 
 
-def predicted(layers: Sequence[Layer], mixing: int, effort: Effort, *, halves: bool) -> Cost:
+def predicted(layers: Sequence[Layer], effort: Effort, *, halves: bool) -> Cost:
     """What the default method takes.
 
     Args:
-        layers: The weights.
-        mixing: Operations of one sample that are of no weight: scores of attention, and what
-            they weigh.
+        layers: The weights, in the order of the graph.
         effort: How much of the samples is used.
         halves: Whether no samples are left over, so that each half of them predicts for the
             other, and three decompositions are made of each weight.
     """
     budget = effort.statistics_bytes // (2 if halves else 1)
     groups = list(in_passes([[each] for each in layers], lambda each: {each: each.sums}, budget))
-    forward = mixing + sum(each.product for each in layers)
-    # Of weights no gradient is formed, and what comes before the first one needs none.
-    backward = 2 * mixing + sum(each.product for each in layers if not each.first)
+    forward = _forward(layers)
     collecting = predicting = 0
     for group in groups:
+        # Of weights no gradient is formed, and what comes before the first of a group needs none.
+        behind = layers[layers.index(group[0]) + 1 :]
+        backward = sum(each.product for each in behind if each.reads != group[0].reads)
+        backward += 2 * sum(each.mixing for each in behind)
         run = forward + effort.draws * backward
         gamma = sum(2 * each.rows * each.side**2 + each.mapped for each in group)
         collecting += effort.gradients * (run + effort.draws * gamma)
@@ -143,6 +144,11 @@ def predicted(layers: Sequence[Layer], mixing: int, effort: Effort, *, halves: b
         predicting=predicting,
         decomposing=(3 if halves else 1) * sum(each.side**3 for each in layers),
     )
+
+
+def _forward(layers: Sequence[Layer]) -> int:
+    """Operations of a plain run of one sample."""
+    return sum(each.product + each.mixing for each in layers)
 
 
 def _kept(layer: Layer, samples: int) -> int:
@@ -179,20 +185,21 @@ class Decoder:
         """The weights that are measured, for samples of so many tokens; tables of tokens apart."""
         narrow = self.width * self.shared // self.heads
         block = [
-            ("query", self.width, self.width),
-            ("key", narrow, self.width),
-            ("value", narrow, self.width),
-            ("projection", self.width, self.width),
-            ("gate", self.hidden, self.width),
-            ("up", self.hidden, self.width),
-            ("down", self.width, self.hidden),
+            ("query", self.width, self.width, "tokens", 0),
+            ("key", narrow, self.width, "tokens", 0),
+            ("value", narrow, self.width, "tokens", 0),
+            # Queries with keys, and scores with values.
+            ("projection", self.width, self.width, "mixed", 4 * tokens**2 * self.width),
+            ("gate", self.hidden, self.width, "inner", 0),
+            ("up", self.hidden, self.width, "inner", 0),
+            ("down", self.width, self.hidden, "units", 0),
         ]
         found = [
-            Layer(name=f"{k}.{name}", m=m, d=d, rows=tokens, first=k == 0 and name in FIRST)
+            Layer(name=f"{k}.{name}", m=m, d=d, rows=tokens, reads=f"{k}.{reads}", mixing=mixing)
             for k in range(self.layers)
-            for name, m, d in block
+            for name, m, d, reads, mixing in block
         ]
-        head = Layer(name="head", m=self.vocabulary, d=self.width, rows=tokens)
+        head = Layer(name="head", m=self.vocabulary, d=self.width, rows=tokens, reads="last")
         return [*found, head]
 
     @property
@@ -200,19 +207,12 @@ class Decoder:
         """Numbers of all weights, the table of tokens counted."""
         return sum(each.m * each.d for each in self.weights(1)) + self.vocabulary * self.width
 
-    def mixing(self, tokens: int) -> int:
-        """Operations of attention on one sample: queries with keys, and scores with values."""
-        return self.layers * 2 * 2 * tokens**2 * self.width
-
     def kept(self, tokens: int) -> int:
         """Bytes of the values of one sample in float32, about: those that products read or make."""
         each = self.weights(tokens)
         scores = 2 * self.layers * self.heads * tokens**2
         return 4 * (scores + sum(layer.rows * (layer.m + layer.d) for layer in each))
 
-
-# Weights of the first block that read the embedding alone.
-FIRST = ("query", "key", "value")
 
 SHAPES = {
     "7b": Decoder(width=4096, layers=32, heads=32, shared=32, hidden=11008, vocabulary=32000),
@@ -222,8 +222,8 @@ SHAPES = {
 
 def _arithmetic(name: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     shape, tokens = SHAPES[name], options.tokens
-    layers, mixing = shape.weights(tokens), shape.mixing(tokens)
-    flops = mixing + sum(each.product for each in layers)
+    layers = shape.weights(tokens)
+    flops = _forward(layers)
     kept = shape.kept(tokens)
     effort = choose_effort(
         samples=options.samples,
@@ -236,7 +236,7 @@ def _arithmetic(name: str, options: argparse.Namespace) -> Iterator[tuple[str, s
     if kept > options.memory_budget:
         raise ConfigError(f"the values of one sample take {_gib(kept)}: more than the budget")
     halves = effort.gradients + effort.quadratics > options.samples
-    cost = predicted(layers, mixing, effort, halves=halves)
+    cost = predicted(layers, effort, halves=halves)
     done = cost.collecting + cost.predicting
     weights = 4 * shape.parameters
     yield "numbers of weights", f"{shape.parameters / 1e9:.1f} × 10⁹"
@@ -274,19 +274,25 @@ def _gib(count: int) -> str:
 # --- what is really done --------------------------------------------------------------------------
 
 
-def _small(shape: VitShape) -> tuple[list[Layer], int]:
+def _small(shape: VitShape) -> list[Layer]:
+    """The weights of a synthetic vision transformer."""
     tokens, width, hidden = shape.tokens, shape.width, shape.width * shape.mlp_ratio
     pixels = CHANNELS * shape.patch**2
-    patch = Layer(name="patches", m=width, d=pixels, rows=tokens - 1, first=True, patches=True)
-    block = [("attention", width, width)] * 4
-    block += [("up", hidden, width), ("down", width, hidden)]
-    layers = [
-        Layer(name=f"{k}.{j}.{name}", m=m, d=d, rows=tokens)
-        for k in range(shape.layers)
-        for j, (name, m, d) in enumerate(block)
+    block = [
+        *((name, width, width, "tokens", 0) for name in ("query", "key", "value")),
+        ("projection", width, width, "mixed", 4 * tokens**2 * width),
+        ("up", hidden, width, "inner", 0),
+        ("down", width, hidden, "units", 0),
     ]
-    head = Layer(name="head", m=shape.classes, d=width, rows=1)
-    return [patch, *layers, head], shape.layers * 2 * 2 * tokens**2 * width
+    return [
+        Layer(name="patches", m=width, d=pixels, rows=tokens - 1, reads="image"),
+        *(
+            Layer(name=f"{k}.{name}", m=m, d=d, rows=tokens, reads=f"{k}.{reads}", mixing=mixing)
+            for k in range(shape.layers)
+            for name, m, d, reads, mixing in block
+        ),
+        Layer(name="head", m=shape.classes, d=width, rows=1, reads="last"),
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,7 +340,7 @@ def _counted(shape: VitShape, samples: int, budget: int) -> _Done:
     with FlopCounterMode(display=False) as counter:
         replace(job, progress=progress).measure(METHOD, job.sites, chosen, config)
     # One run tells the footprint of a sample.
-    footprint = sum(each.product for each in _small(shape)[0]) + _small(shape)[1]
+    footprint = _forward(_small(shape))
     return _Done(
         flops=counter.get_total_flops() - footprint,
         sums=sums,
@@ -348,17 +354,18 @@ def _counted(shape: VitShape, samples: int, budget: int) -> _Done:
 COLUMNS = (
     *("layers", "width", "samples", "budget, MiB", "operations", "of the formula"),
     *("sums, MiB", "of the formula", "passes", "of the formula"),
-    *("s an operation, relative", "decomposing: s a p³, relative"),
 )
+TIMES = ("s an operation, relative", "decomposing: s a p³, relative")
 
 
-def _checked(cases: Sequence[tuple[int, int, int, int]]) -> Iterator[tuple[str, ...]]:
+def _checked(
+    cases: Sequence[tuple[int, int, int, int]], *, times: bool
+) -> Iterator[tuple[str, ...]]:
     base: tuple[float, float] | None = None
     for layers, width, samples, budget in cases:
         shape = VitShape(width=width, layers=layers, heads=4, patch=8, image=64, classes=64)
         done = _counted(shape, samples, budget * 2**20)
-        weights, mixing = _small(shape)
-        cost = predicted(weights, mixing, done.gradients.effort, halves=True)
+        cost = predicted(_small(shape), done.gradients.effort, halves=True)
         flops = cost.collecting + cost.predicting
         rates = done.running / flops, done.decomposing / cost.decomposing
         base = base or rates
@@ -367,7 +374,7 @@ def _checked(cases: Sequence[tuple[int, int, int, int]]) -> Iterator[tuple[str, 
             *(f"{done.flops:.3e}", f"{done.flops / flops:.3f}"),
             *(f"{done.sums / 2**20:.1f}", f"{done.sums / cost.sums:.3f}"),
             *(f"{done.passes}", f"{done.passes / cost.passes:.3f}"),
-            *(f"{rate / first:.2f}" for rate, first in zip(rates, base, strict=True)),
+            *(f"{rate / first:.2f}" for rate, first in zip(rates, base, strict=True) if times),
         )
 
 
@@ -389,6 +396,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shape", choices=SHAPES, help="print the arithmetic for this decoder")
     what.add_argument("--check", action="store_true", help="hold formulas to what is done")
+    parser.add_argument(
+        "--times", action="store_true", help="check seconds too; on a machine that is idle"
+    )
     parser.add_argument("--quick", action="store_true", help="check two tiny cases only")
     for name, kind, default, said in (
         ("--samples", int, 512, "samples to calibrate with"),
@@ -413,7 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.shape:
             rows = [("what", options.shape), *_arithmetic(options.shape, options)]
         else:
-            rows = [COLUMNS, *_checked(_cases(options.quick))]
+            cases = _checked(_cases(options.quick), times=options.times)
+            rows = [(*COLUMNS, *(TIMES if options.times else ())), *cases]
     except UtilrankError as e:
         print(f"large_model_cost.py: error: {e}", file=sys.stderr)
         return e.exit_status
