@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -313,18 +314,20 @@ def test_a_node_that_dies_on_the_way_changes_nothing(two_nodes, tmp_path):
 
     proto, data = synthetic_vit.build(TINY), images(30)
     engine = RayEngine(None, gpus=False)
-    killed: list[str] = []
+    with engine:  # both nodes do tasks before it begins, however slow they are to start
+        while engine.use.nodes < 2:
+            list(engine.map(time.sleep, (), [0.2] * 4))
+    told: list[int] = []
 
     def kill(stage: str, done: int, total: int, detail: str = "") -> None:
         del detail
-        # Both nodes have done something, and have more to do.
-        if not killed and stage == "calibrating" and done < total and engine.use.nodes == 2:
-            killed.append(stage)
-            two_nodes()
+        if stage == "calibrating" and done < total:
+            told.append(done)
+            if len(told) == 3:  # parts are under way
+                two_nodes()
 
     found = measured(proto, data, engine, progress=kill)
-    assert killed
-    assert engine.use.nodes == 2
+    assert len(told) > 3
     # To the last bit what comes of the same parts in one process, and up to the order of sums what
     # comes of all at once.
     assert_alike(found, measured(proto, data, Apart()), exactly=True)
