@@ -11,6 +11,7 @@ from typing import ClassVar
 __all__ = [
     "ConfigError",
     "DataError",
+    "EngineUnavailableError",
     "ModelError",
     "ProviderUnavailableError",
     "TargetMissedError",
@@ -49,6 +50,12 @@ class TargetMissedError(UtilrankError):
 
 class ProviderUnavailableError(UtilrankError):
     """An execution provider was asked for and the session does not use it (exit status 4)."""
+
+    exit_status: ClassVar[int] = 4
+
+
+class EngineUnavailableError(UtilrankError):
+    """Other machines were asked for and cannot be had (exit status 4)."""
 
     exit_status: ClassVar[int] = 4
 

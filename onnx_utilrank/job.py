@@ -1,26 +1,30 @@
 """One model with its sites and data: the stages that every verb strings together."""
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
-from onnx_utilrank.calibration.collect import Collected, Progress, collect, in_passes, usable_batch
+from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.calibration.variations import with_variations
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.config import CalibrationConfig, CompressConfig, ValidateConfig
+from onnx_utilrank.engine.engine import Engine
+from onnx_utilrank.engine.find import find_engine
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.measurement import (
     Gradients,
     Measurement,
     losses_note,
+    measure_moments,
     rows_notes,
+    unmeasured,
     variations_note,
 )
 from onnx_utilrank.model.functions import inlined
@@ -29,8 +33,7 @@ from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
 from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import SHRINK
-from onnx_utilrank.ranking.cost import bias_cost
-from onnx_utilrank.ranking.method import Measured, MomentMethod, site_moment, use_view
+from onnx_utilrank.ranking.method import MomentMethod
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
@@ -38,16 +41,12 @@ from onnx_utilrank.runtime.providers import Provider, find_provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
 from onnx_utilrank.sensitivity.effort import choose_effort, choose_variants
 from onnx_utilrank.sensitivity.measure import measure_sensitivity
-from onnx_utilrank.sites.bias import own_biases
-from onnx_utilrank.sites.find import find_sites, has_sites_in_functions, site_matrix
+from onnx_utilrank.sites.find import find_sites, has_sites_in_functions
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
-from onnx_utilrank.sites.site import RowView, Side, Site, Skip
+from onnx_utilrank.sites.site import Site, Skip
 from onnx_utilrank.statistics.divergence import rows_of
-from onnx_utilrank.statistics.moments import SecondMoment
-from onnx_utilrank.statistics.spill import spilled
-from onnx_utilrank.statistics.tokens import TokenCounts
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
@@ -60,9 +59,6 @@ logger = logging.getLogger(__name__)
 
 # Samples that are looked at to tell what the outputs are.
 SAMPLES_LOOKED_AT = 64
-
-# Bytes of an entry of a moment while it is collected: the running sum, and what one run adds to it.
-SUM_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +75,7 @@ class Job:
         provider: Where it runs.
         progress: Called as work goes on.
         batch: Samples that one run may take.
+        engine: Who collects statistics and decomposes.
     """
 
     source: ModelStore
@@ -89,6 +86,7 @@ class Job:
     provider: Provider
     progress: Progress
     batch: int
+    engine: Engine
 
     @classmethod
     def open(
@@ -113,6 +111,7 @@ class Job:
             UtilrankError: One of its children, by what is wrong: options, model, data, provider.
         """
         found = find_provider(config.provider, config.custom_op_libraries, config.provider_options)
+        engine = find_engine(config.engine, found)
         source = ModelStore.load(model)
         # What ONNX Runtime refuses ends here, before anything rests on it.
         session = open_session(source, found)
@@ -133,6 +132,7 @@ class Job:
             provider=found,
             progress=progress,
             batch=usable_batch(session, dataset),
+            engine=engine,
         )
 
     @property
@@ -165,6 +165,18 @@ class Job:
             ModelError: The model does not run, or cannot be run in torch though the method that
                 was asked for needs gradients.
         """
+        with self.engine:
+            found = self._measured(key, sites, samples, config, hidden)
+        return replace(found, engine=self.engine.use)
+
+    def _measured(
+        self,
+        key: str | None,
+        sites: Sequence[Site],
+        samples: Sequence[int],
+        config: CompressConfig,
+        hidden: tuple[Hidden, ...] | None,
+    ) -> Measurement:
         if key not in (None, TWO_SIDED.key):
             method = find_method(key or "")
             assert isinstance(method, MomentMethod)
@@ -177,12 +189,7 @@ class Job:
             reason = f"gradients cannot be had ({e}); the factors rest on one-sided statistics"
             found = self.measure_moments(ONE_SIDED, sites, samples, config)
             logger.warning("%s", reason)
-            return Measurement(
-                method=found.method,
-                sites=found.sites,
-                skips=found.skips,
-                notes=(*found.notes, f"{reason}."),
-            )
+            return replace(found, notes=(*found.notes, f"{reason}."))
 
     def _measure_gradients(
         self,
@@ -207,11 +214,12 @@ class Job:
             seed=config.seed,
             progress=self.progress,
             cache=self.cache(gradients.data, gradients.samples, config),
+            engine=self.engine,
         )
         seen = {m.site.key for m in measured}
         unread = "no output depends on it on the calibration data: its gradient is zero"
         skips = tuple(
-            skip for site in sites if site.key not in seen for skip in _skipped(site, unread)
+            skip for site in sites if site.key not in seen for skip in unmeasured(site, unread)
         )
         rows = {m.site.key: (m.moment.rows, m.moment.enough_rows) for m in measured}
         return Measurement(
@@ -308,66 +316,25 @@ class Job:
         Raises:
             ModelError: The model does not run, or a value is not finite.
         """
-
-        def views(site: Site) -> list[RowView]:
-            side = method.side(site)
-            return [use_view(use, side) for use in site.uses] if side else []
-
-        def sums(site: Site) -> dict[Hashable, int]:
-            return {
-                view: view.width * SUM_BYTES * (1 if view.one_hot else view.width)
-                for view in views(site)
-            }
-
-        found: list[Measured] = []
-        skips: list[Skip] = []
-        cache = self.cache(self.data, samples, config)
-        strides: dict[RowView, int] = {}
-        passes = list(in_passes([[s] for s in sites], sums, config.memory_budget // 2))
-        for group in passes:
-            collected = collect(
-                self.index,
-                [view for site in group for view in views(site)],
-                self.data,
-                samples,
-                self.provider,
-                batch=self.batch,
-                progress=self.progress,
-                cache=cache,
-            )
-            strides |= collected.strides
-            for site in group:
-                self.progress("decomposing", len(found), len(sites))
-                side = method.side(site)
-                moment, weight = None, site_matrix(self.index, site)
-                if side:
-                    moment = self._moment(site, side, collected, weight)
-                    if not moment.rows:
-                        skips += _skipped(site, "its input is empty on the calibration data")
-                        continue
-                cost = bias_cost(self.index, site)
-                found.append(spilled(method.measure(site, weight, moment, cost)))
-        self.progress("decomposing", len(sites), len(sites))
-        rows = {
-            m.site.key: (m.moment.rows, m.moment.enough_rows) for m in found if m.moment is not None
-        }
-        notes = rows_notes(rows, strides, len(passes) if strides else 1)
-        return Measurement(method=method, sites=found, skips=tuple(skips), notes=notes)
+        return measure_moments(
+            method,
+            self.index,
+            sites,
+            self.data,
+            samples,
+            self.provider,
+            batch=self.batch,
+            memory_budget=config.memory_budget,
+            progress=self.progress,
+            cache=self.cache(self.data, samples, config),
+            engine=self.engine,
+        )
 
     def cache(self, data: Dataset, samples: Sequence[int], config: CalibrationConfig) -> Cache:
         """Where statistics of some samples are kept."""
         folder = None if config.cache is None else Path(config.cache)
         libraries = self.provider.custom_op_libraries
         return Cache.open(folder, self.store, data, samples, libraries=libraries)
-
-    def _moment(
-        self, site: Site, side: Side, collected: Collected, weight: np.ndarray
-    ) -> SecondMoment:
-        """The moment of x, or of W x, over all uses of a site; of a table that of W x."""
-        if not site.one_hot:
-            return site_moment(site, side, collected.moments, own_biases(self.index, site))
-        tokens = (collected.tokens[use.inputs] for use in site.uses)
-        return sum(tokens, TokenCounts.zero(site.d)).moment(weight)
 
     def validate(
         self, candidate: ModelStore, samples: Sequence[int], *, timed: int | None = None
@@ -385,9 +352,3 @@ class Job:
             config,
             timed=timed,
         )
-
-
-def _skipped(site: Site, reason: str) -> Iterator[Skip]:
-    """Every node of a site that nothing could be measured for."""
-    for use in site.uses:
-        yield Skip(node=use.label, op_type=site.op_type, reason=reason)

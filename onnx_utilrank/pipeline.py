@@ -95,6 +95,7 @@ def analyze(
         model_sha256=job.store.fingerprint(),
         energy=config.energy,
         samples=len(samples),
+        engine=found.engine,
         layers=tuple(layers),
         skipped=skipped_nodes((*job.skips, *found.skips)),
         notes=found.notes,
@@ -186,7 +187,12 @@ def compress(
         notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
     if store is None:
         return CompressResult(
-            plan=plan, store=None, validation=None, samples=len(calibration), notes=notes
+            plan=plan,
+            store=None,
+            validation=None,
+            samples=len(calibration),
+            notes=notes,
+            engine=found.engine,
         )
     recovered = None
     if config.finetune is not None and plan.changes:
@@ -232,6 +238,7 @@ def compress(
         validation=report,
         samples=len(calibration),
         notes=(*notes, *_saturation(config.quality, best, quality)),
+        engine=found.engine,
         quality=quality,
         searched=None if best is None else best.quality,
         recovered=recovered,
@@ -297,7 +304,11 @@ def sweep(
     if not points or (keep is not None and kept is None):
         raise TargetMissedError(" ".join(notes) or f"{job.store.label}: no point can be reached")
     return SweepResult(
-        model=job.store.label, points=tuple(points), notes=(*notes, *full), store=kept
+        model=job.store.label,
+        points=tuple(points),
+        engine=found.engine,
+        notes=(*notes, *full),
+        store=kept,
     )
 
 

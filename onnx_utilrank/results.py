@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quality import Quality, quality_dict, strict
@@ -75,6 +76,7 @@ class UtilizationReport:
         model_sha256: Its fingerprint.
         energy: Share of the energy that a subspace has to hold.
         samples: Samples that were run.
+        engine: Who ran them, where it was not this process alone.
         layers: One entry a weight, in graph order.
         skipped: Nodes that were not measured, and why.
         notes: Sentences that a reader of the figures has to know.
@@ -84,6 +86,7 @@ class UtilizationReport:
     model_sha256: str
     energy: float
     samples: int
+    engine: EngineUse | None
     layers: tuple[LayerUtilization, ...]
     skipped: tuple[SkippedNode, ...]
     notes: tuple[str, ...]
@@ -241,6 +244,7 @@ class CompressResult:
         validation: The comparison on held-back samples; None after a dry run.
         samples: Samples that statistics were collected from.
         notes: Sentences that a user has to know.
+        engine: Who collected statistics and decomposed, where it was not this process alone.
         quality: The candidate on held-back samples: divergence, and the user's metric; None after
             a dry run.
         searched: The same on the samples that a quality target was searched on.
@@ -254,6 +258,7 @@ class CompressResult:
     validation: ValidationReport | None
     samples: int
     notes: tuple[str, ...]
+    engine: EngineUse | None = None
     quality: Quality | None = None
     searched: Quality | None = None
     recovered: FinetuneResult | None = None
@@ -313,6 +318,7 @@ class CompressResult:
         return {
             "verdict": self.verdict,
             "samples": self.samples,
+            "engine": None if self.engine is None else dataclasses.asdict(self.engine),
             "notes": list(self.notes),
             "left_alone": self.left_alone,
             "plan": dataclasses.asdict(self.plan),
@@ -348,12 +354,14 @@ class SweepResult:
     Attributes:
         model: How messages name the model.
         points: The sizes, largest first.
+        engine: Who collected statistics and decomposed, where it was not this process alone.
         notes: Sentences that a user has to know.
         store: The model of the point that was to be kept; None where none was.
     """
 
     model: str
     points: tuple[SweepPoint, ...]
+    engine: EngineUse | None
     notes: tuple[str, ...]
     store: ModelStore | None
 
@@ -372,6 +380,7 @@ class SweepResult:
         """The result as JSON types; each point's plan can be replayed by `compress`."""
         return {
             "model": self.model,
+            "engine": None if self.engine is None else dataclasses.asdict(self.engine),
             "notes": list(self.notes),
             "points": [
                 {

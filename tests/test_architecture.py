@@ -24,21 +24,24 @@ LAYERS = {
     "sites": "errors model statistics",
     "torch_graph": "config errors model",
     "moves": "errors model sites statistics",
-    "calibration": "errors model runtime sites statistics",
+    "engine": "errors runtime",
+    "calibration": "engine errors model runtime sites statistics",
     "surgery": "errors model moves sites statistics",
     "latency": "calibration model moves runtime sites statistics surgery torch_graph",
     "ranking": "config errors latency model moves sites statistics",
-    "sensitivity": "calibration errors model moves ranking sites statistics torch_graph",
+    "sensitivity": "calibration engine errors model moves ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
     "validation": "errors model runtime statistics",
     "benchmarking": "calibration errors model runtime validation",
     "quantization": ("calibration config errors model ranking runtime sites statistics validation"),
     "inspection": ("benchmarking calibration errors model moves ranking runtime sites torch_graph"),
-    "measurement": "calibration ranking sensitivity sites statistics torch_graph",
+    "measurement": (
+        "calibration engine model ranking runtime sensitivity sites statistics torch_graph"
+    ),
     "comparison": "calibration config errors model ranking runtime validation",
     "job": (
-        "calibration comparison config errors measurement model moves ranking runtime sensitivity"
-        " sites statistics torch_graph validation"
+        "calibration comparison config engine errors measurement model moves ranking runtime"
+        " sensitivity sites statistics torch_graph validation"
     ),
     "remarks": "config measurement ranking",
     "quantizing": "config errors job model quantization runtime validation",
@@ -52,10 +55,10 @@ LAYERS = {
         " validation"
     ),
     "training": ("calibration config errors model runtime sites statistics torch_graph"),
-    "results": "errors model quality ranking stages training validation",
+    "results": "engine errors model quality ranking stages training validation",
     "repairing": (
-        "calibration comparison config errors job measurement model moves quality ranking results"
-        " runtime sensitivity sites statistics surgery validation"
+        "calibration comparison config engine errors job measurement model moves quality ranking"
+        " results runtime sensitivity sites statistics surgery validation"
     ),
     "planning": (
         "calibration compression config errors job latency measurement model moves quantizing"
@@ -85,8 +88,8 @@ LAYERS = {
         " plain_quantization quantization ranking repairing results validation"
     ),
     "report": (
-        "benchmarking errors inspection installation model plain_quantization quality ranking"
-        " repairing results runtime stages training validation"
+        "benchmarking engine errors inspection installation model plain_quantization quality"
+        " ranking repairing results runtime stages training validation"
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"
@@ -108,6 +111,7 @@ FENCES = {
     "packaging": ("installation/",),
     "shtab": ("cli/completion.py",),
     "olive": ("olive.py",),
+    "ray": ("engine/ray.py",),
     "onnx_ir": (),
     "torch": ("torch_graph/", "sensitivity/", "refit/", "training/", "low_rank_training.py"),
 }

@@ -21,7 +21,7 @@ from onnx_utilrank.sensitivity.collect import Collector, collect_sensitivity
 from onnx_utilrank.sensitivity.effort import Effort, choose_effort
 from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.measure import measure_sensitivity
-from onnx_utilrank.sensitivity.quadratic import Probe, sample_quadratics
+from onnx_utilrank.sensitivity.quadratic import Probe, Quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
@@ -395,14 +395,11 @@ def predictions(
     weight = site_matrix(index(proto), found.site)
     key = found.site.key
     biases = {use.node: np.zeros(found.site.m) for use in uses}
-    return sample_quadratics(
-        backward,
-        [found.site],
-        {key: [Probe(found=found.found, rows="smaller", mean=found.moment.mean)]},
-        {key: SmallerSide(found.site, weight, biases)},
-        runs,
-        quiet,
-    )[key][0]
+    probe = Probe(found=found.found, rows="smaller", mean=found.moment.mean)
+    quadratics = Quadratics({key: [probe]})
+    sides = {key: SmallerSide(found.site, weight, biases)}
+    assert list(quadratics.add(backward, sides, runs)) == [k + 1 for k in range(len(runs))]
+    return quadratics.of(found.site)[0]
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -464,3 +465,45 @@ def test_repair_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
     if "not kept" not in repaired[2]:
         assert 0 < float(repaired[4]) <= 30
     assert repair_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1
+
+
+# tools/large_model_cost.py and tools/scaling_table.py
+
+
+def test_formulas_tell_what_the_method_takes(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    tool = importlib.import_module("large_model_cost")
+    assert tool.main(["--check", "--quick"]) == 0
+    head, *rows = cells(capsys.readouterr().out)
+    assert len(rows) == 2
+    for row in rows:
+        of_formula = [float(row[k]) for k, name in enumerate(head) if name == "of the formula"]
+        assert of_formula == [pytest.approx(1, abs=0.02), 1, 1]
+
+
+def test_arithmetic_of_a_large_model(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    tool = importlib.import_module("large_model_cost")
+    assert tool.main(["--shape", "70b"]) == 0
+    found = {row[0]: row[1] for row in cells(capsys.readouterr().out)}
+    assert found["numbers of weights"] == "70.6 × 10⁹"
+    assert found["weights that are measured"] == str(80 * 7 + 1)
+    # 16 p² of every weight.
+    sums = 80 * (5 * 8192**2 + 2 * 1024**2) + 8192**2
+    assert found["sums of all weights"] == f"{16 * sums / 2**30:,.1f} GiB"
+    assert tool.main(["--shape", "70b", "--memory-budget", "1G"]) == 2
+    assert "the values of one sample take" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_scaling_table_has_a_row_for_each_number_of_workers(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    tool = importlib.import_module("scaling_table")
+    given = ["--workers", "1", "--width", "16", "--layers", "1", "--samples", "6"]
+    assert tool.main(given) == 0
+    head, local, one = cells(capsys.readouterr().out)
+    assert (local[0], one[0]) == ("none: one process", "1")
+    assert one[head.index("of the ideal")] == "1.00"

@@ -14,8 +14,8 @@ from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.data import Dataset, open_data
 from onnx_utilrank.calibration.variations import with_variations
 from onnx_utilrank.model.store import TensorSpec
-from onnx_utilrank.sensitivity import measure
 from onnx_utilrank.sensitivity.effort import CHEAP_FLOPS, VARIANTS, choose_variants
+from onnx_utilrank.sensitivity.quadratic import Quadratics
 
 
 def images(count: int) -> np.ndarray:
@@ -176,7 +176,7 @@ def test_losses_are_predicted_and_refits_judged_on_the_samples_themselves(monkey
         return call
 
     for what, module, name, place in (
-        ("predicted", measure, "sample_quadratics", 4),
+        ("predicted", Quadratics, "add", 3),
         ("judged", compression, "is_better", 5),
     ):
         monkeypatch.setattr(module, name, watched(what, getattr(module, name), place))

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from onnx_utilrank.benchmarking.report import BenchmarkReport
+from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.inspection.report import InspectionReport
 from onnx_utilrank.installation.report import DoctorReport
 from onnx_utilrank.plain_quantization import QuantizeResult
@@ -230,8 +231,13 @@ def schema() -> Schema:
     point = known.ref(SweepPoint, quality=quality, validation=validation, plan=plan)
     known.made["sweep"] = {
         "type": "object",
-        "properties": {"model": TEXT, "notes": LINES, "points": _listed(point)},
-        "required": ["model", "notes", "points"],
+        "properties": {
+            "model": TEXT,
+            "engine": _or_null(known.ref(EngineUse)),
+            "notes": LINES,
+            "points": _listed(point),
+        },
+        "required": ["model", "engine", "notes", "points"],
         "additionalProperties": False,
     }
     known.ref(

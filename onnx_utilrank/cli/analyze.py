@@ -5,6 +5,7 @@ import argparse
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
+    add_engine_option,
     add_output_options,
     add_provider_option,
     add_site_options,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_site_options(parser)
     add_calibration_options(parser)
+    add_engine_option(parser)
     add_provider_option(parser)
     add_output_options(parser)
 

@@ -5,6 +5,7 @@ import argparse
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
+    add_engine_option,
     add_method_options,
     add_model_output_option,
     add_output_options,
@@ -116,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_site_options(parser)
     add_calibration_options(parser)
+    add_engine_option(parser)
     add_provider_option(parser)
     group(parser, "output").add_argument(
         "--dry-run", action="store_true", help="stop at the plan; write no model"

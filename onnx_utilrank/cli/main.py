@@ -49,7 +49,7 @@ EXIT_STATUS = """exit status:
   1  anything not listed here
   2  usage: options that are wrong or contradict each other, or nothing to do
   3  the target or a tolerance was missed
-  4  an execution provider was asked for and is not available
+  4  an execution provider, or a cluster, was asked for and is not available
   5  the model, the plan or the data cannot be used
   130  interrupted from the keyboard"""
 

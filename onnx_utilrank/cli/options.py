@@ -22,6 +22,7 @@ from onnx_utilrank.statistics.divergence import WEIGHTINGS
 __all__ = [
     "add_calibration_options",
     "add_data_options",
+    "add_engine_option",
     "add_library_option",
     "add_method_options",
     "add_metric_options",
@@ -296,9 +297,21 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_engine_option(parser: argparse.ArgumentParser) -> None:
+    """Who does the work."""
+    group(parser, "measuring").add_argument(
+        "--engine",
+        default="local",
+        metavar="ENGINE",
+        help="who collects statistics and decomposes: local, this process (default); ray, workers "
+        "on this machine; ray:HOST:PORT or ray:auto, those of a cluster",
+    )
+
+
 def site_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_site_options` was given."""
+    """What `add_site_options` and `add_engine_option` were given."""
     return {
+        "engine": args.engine,
         "include": tuple(args.include),
         "exclude": tuple(args.exclude),
         "op_types": args.op_types,

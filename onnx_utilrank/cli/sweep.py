@@ -5,6 +5,7 @@ import argparse
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
+    add_engine_option,
     add_method_options,
     add_model_output_option,
     add_output_options,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser)
     add_site_options(parser)
     add_calibration_options(parser)
+    add_engine_option(parser)
     add_provider_option(parser)
     group(parser, "output").add_argument(
         "-o", "--output", metavar="OUT", help="the .onnx file to write"

@@ -67,6 +67,9 @@ class CalibrationConfig(RunConfig):
             only nodes that match one count.
         exclude: Patterns of nodes to leave alone; they win over `include`.
         op_types: Operators that count; None for all that can be factored.
+        engine: Who collects statistics and decomposes: 'local', this process; 'ray', workers of a
+            Ray on this machine (or of the one that is connected to already); 'ray:' and the address
+            of the head of a cluster, or 'ray:auto', the workers of that.
 
     Raises:
         ConfigError: A value is out of range.
@@ -75,6 +78,12 @@ class CalibrationConfig(RunConfig):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     op_types: tuple[str, ...] | None = None
+    engine: str = "local"
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        known = self.engine in ("local", "ray") or self.engine.startswith("ray:")
+        check(known, f"engine {self.engine!r} is none of local, ray and ray:ADDRESS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

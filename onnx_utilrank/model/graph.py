@@ -134,6 +134,11 @@ class GraphIndex:
             },
         )
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # What was folded may be large, and is found again.
+        held = (self.spans, self.constants, self.producers, self.consumers, self.pinned)
+        return _sent, (self.store, self.source, *held, self._ranks)
+
     def node(self, k: int) -> onnx.NodeProto:
         """The k-th node of the main graph."""
         node: onnx.NodeProto = self.store.proto.graph.node[k]
@@ -297,6 +302,29 @@ def tensor_type(tensor: onnx.TensorProto) -> tuple[tuple[int, ...], np.dtype[np.
 def attributes(node: onnx.NodeProto) -> dict[str, object]:
     """Attributes of a node as Python values, by name."""
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _sent(
+    store: ModelStore,
+    source: ModelStore,
+    spans: tuple[Span, ...],
+    constants: frozenset[str],
+    producers: dict[str, int],
+    consumers: dict[str, list[int]],
+    pinned: frozenset[str],
+    ranks: dict[str, int],
+) -> GraphIndex:
+    return GraphIndex(
+        store=store,
+        source=source,
+        spans=spans,
+        initializers={t.name: t for t in store.proto.graph.initializer},
+        constants=constants,
+        producers=producers,
+        consumers=consumers,
+        pinned=pinned,
+        _ranks=ranks,
+    )
 
 
 def all_names(model: onnx.ModelProto) -> set[str]:

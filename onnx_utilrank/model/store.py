@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,11 @@ class ModelStore:
         if fault:
             raise ModelError(f"{store.label}: {fault}")
         return store
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Maps and temporary files stay where they are. Another process reads the same files.
+        outside = self.has_external_data
+        return _reopened, (self.proto, self.folder if outside else None, self.label)
 
     @property
     def label(self) -> str:
@@ -292,6 +298,22 @@ class ModelStore:
             if re.fullmatch(rf"{re.escape(path.name)}(\.\d+)?\.data", name):
                 with contextlib.suppress(OSError):  # somebody still has it open
                     path.with_name(name).unlink()
+
+
+def _reopened(proto: onnx.ModelProto, folder: Path | None, label: str) -> ModelStore:
+    """A model that another process sent, which may be on another machine.
+
+    Raises:
+        ModelError: Its weights lie outside, and are not here.
+    """
+    store = ModelStore(proto=proto, folder=folder, name=label)
+    fault = model_fault(proto, store.tensors(), folder) if folder else None
+    if fault:
+        raise ModelError(
+            f"{label}: node {socket.gethostname()}: {folder}: {fault}; weights in files beside the "
+            "model have to be where every worker finds them"
+        )
+    return store
 
 
 # What the public functions take for a model.

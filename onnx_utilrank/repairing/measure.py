@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_utilrank.calibration.collect import collect, in_passes
+from onnx_utilrank.calibration.collect import SUM_BYTES, collect, in_passes
 from onnx_utilrank.config import CompressConfig
+from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.errors import ModelError
-from onnx_utilrank.job import SUM_BYTES, Job
+from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Gradients, losses_note, rows_notes, variations_note
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.ranking.two_sided import TwoSidedSite, two_sided_site
@@ -84,12 +85,14 @@ class Lost:
         unmeasured: Pairs on which no output depends.
         losses: What counts at the outputs, where gradients had to know.
         notes: Sentences on what the statistics rest on.
+        engine: Who collected them, where it was not this process alone.
     """
 
     residuals: tuple[Residual, ...]
     unmeasured: tuple[Pair, ...]
     losses: tuple[OutputLoss, ...]
     notes: tuple[str, ...]
+    engine: EngineUse | None = None
 
 
 def measure_residuals(
@@ -120,6 +123,21 @@ def measure_residuals(
         return Lost(residuals=(), unmeasured=(), losses=(), notes=())
     errors = {pair.key: spilled(pair.residual(job.index, quantized)) for pair in pairs}
     sites = {pair.key: _beside(pair) for pair in pairs}
+    with job.engine:
+        lost = _measured(job, quantized, pairs, sites, errors, samples, config, gradients)
+    return replace(lost, engine=job.engine.use)
+
+
+def _measured(
+    job: Job,
+    quantized: GraphIndex,
+    pairs: Sequence[Pair],
+    sites: Mapping[str, Site],
+    errors: Mapping[str, np.ndarray],
+    samples: Sequence[int],
+    config: CompressConfig,
+    gradients: Gradients | None,
+) -> Lost:
     try:
         gradients = gradients or job.gradients(samples, config)
     except ModelError as e:
@@ -141,9 +159,10 @@ def measure_residuals(
         progress=job.progress,
         cache=job.cache(gradients.data, gradients.samples, config),
         changes=Changes(
-            of=lambda site: errors[site.key].astype(np.float32),
+            matrices=errors,
             fingerprint=quantized.source.fingerprint(),
         ),
+        engine=job.engine,
     )
     rows = {m.site.key: (m.moment.rows, m.moment.enough_rows) for m in measured}
     notes = (
@@ -205,6 +224,7 @@ def _by_layer(
             batch=job.batch,
             progress=job.progress,
             cache=job.cache(job.data, samples, config),
+            engine=job.engine,
         )
         for site in group:
             moment = sum(

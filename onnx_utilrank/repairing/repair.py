@@ -103,6 +103,7 @@ def repair(
         validation=job.validate(store, held) if kept else validation,
         latency=_latency(job, small, store, held) if kept else None,
         samples=len(calibration),
+        engine=repairs.lost.engine,
         notes=(*repairs.lost.notes, *notes),
     )
 

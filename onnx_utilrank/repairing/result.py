@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
+from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.quality import Quality, quality_dict, strict
 from onnx_utilrank.ranking.plan import SkippedNode
 from onnx_utilrank.results import MadeModel
@@ -59,6 +60,7 @@ class RepairResult(MadeModel):
         validation: The reference and `store` compared, on the same.
         latency: `store` against the quantized model; None where they are the same.
         samples: Samples that statistics were collected from.
+        engine: Who collected them, where it was not this process alone.
         notes: Sentences that a user has to know.
     """
 
@@ -73,6 +75,7 @@ class RepairResult(MadeModel):
     validation: ValidationReport
     latency: LatencyComparison | None
     samples: int
+    engine: EngineUse | None
     notes: tuple[str, ...]
 
     @property
@@ -115,6 +118,7 @@ class RepairResult(MadeModel):
                 "recovered": self.recovered,
                 "extra_bytes": self.extra_bytes,
                 "samples": self.samples,
+                "engine": None if self.engine is None else dataclasses.asdict(self.engine),
                 "notes": list(self.notes),
                 "left_alone": self.left_alone,
                 "layers": [dataclasses.asdict(layer) for layer in self.layers],

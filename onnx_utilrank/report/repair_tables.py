@@ -49,7 +49,7 @@ def repair_tables(result: RepairResult, output: str) -> Iterator[RenderableType]
             f"({result.latency.ratio_low:.3f} to {result.latency.ratio_high:.3f}) times the "
             "quantized model's time."
         )
-    yield from sentences(result.notes, result.left_alone)
+    yield from sentences(result.notes, result.left_alone, result.engine)
     yield Text(f"{VERDICTS[result.verdict]} Written to {output}.")
 
 

@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.errors import printable
 
 __all__ = ["add_row", "empty_table", "sentences"]
@@ -17,8 +18,15 @@ WORDS = frozenset(
 )
 
 
-def sentences(notes: Sequence[str], reasons: dict[str, int]) -> Iterator[Text]:
-    """Notes, and reasons with how often each holds."""
+def sentences(
+    notes: Sequence[str], reasons: dict[str, int], engine: EngineUse | None = None
+) -> Iterator[Text]:
+    """Who did the work, if others than this process; notes; reasons with how often each holds."""
+    if engine is not None:
+        yield Text(
+            f"Statistics by {engine.name}: {engine.tasks} tasks, done by {engine.workers} workers "
+            f"on {engine.nodes} machines."
+        )
     for note in notes:
         yield Text(printable(f"Note: {note}"))
     for reason, count in reasons.items():

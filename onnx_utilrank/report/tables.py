@@ -64,7 +64,7 @@ def utilization_tables(report: UtilizationReport) -> Iterator[RenderableType]:
     reasons: dict[str, int] = {}
     for node in report.skipped:
         reasons[node.reason] = reasons.get(node.reason, 0) + 1
-    yield from sentences(report.notes, reasons)
+    yield from sentences(report.notes, reasons, report.engine)
 
 
 def compression_tables(result: CompressResult, output: str | None) -> Iterator[RenderableType]:
@@ -83,7 +83,7 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
     if result.quantized is not None:
         yield stages_table(result.quantized)
     yield from _quality(result)
-    yield from sentences(result.notes, result.left_alone)
+    yield from sentences(result.notes, result.left_alone, result.engine)
     if result.quantized is not None:
         for reason, count in result.quantized.left_alone.items():
             yield Text(printable(f"Left by {result.quantized.scheme}: {count} x {reason}"))
@@ -115,7 +115,7 @@ def sweep_tables(
             *_quality_cells(point.quality),
         )
     yield table
-    yield from sentences(result.notes, {})
+    yield from sentences(result.notes, {}, result.engine)
     if output:
         yield Text(f"The point at {picked:g} is written to {output}.")
 

@@ -56,7 +56,16 @@ class RowSums:
         for name, held in (("total", self._total), ("outer", self._outer), ("gamma", self._gamma)):
             np.copyto(held.numpy(), state[name], casting="no")
         self._rows = int(state["rows"])
-        self._shift = torch.from_numpy(state["shift"]) if "shift" in state else None
+        self._shift = torch.from_numpy(state["shift"].copy()) if "shift" in state else None
+
+    @property
+    def shift(self) -> np.ndarray | None:
+        """What is taken off rows before they are summed; None before the first."""
+        return None if self._shift is None else self._shift.cpu().numpy()
+
+    @shift.setter
+    def shift(self, value: np.ndarray) -> None:
+        self._shift = torch.from_numpy(value.copy())
 
     @property
     def gamma(self) -> np.ndarray:
@@ -103,7 +112,7 @@ class RowSums:
             return
         if self._shift is None:
             self._shift = x.mean(0, dtype=torch.float64).to(x)
-        z = x - self._shift
+        z = x - self._shift.to(x)
         self._total += z.sum(0, dtype=torch.float64).cpu()
         self._outer += (z.T @ z).cpu()
         self._rows += len(z)
@@ -277,6 +286,22 @@ class Collector:
             sums.restore({key.removeprefix(f"{name} "): state[key] for key in parts})
 
     @property
+    def shifts(self) -> dict[str, np.ndarray]:
+        """What is taken off rows before they are summed, as far as there were any; see `begin`."""
+        found = {name: sums.shift for name, sums in self._sums.items()}
+        return {name: shift for name, shift in found.items() if shift is not None}
+
+    def begin(self, shifts: Mapping[str, np.ndarray]) -> None:
+        """Take the shifts of a collector like this one, whose sums these are to be added to."""
+        for name, shift in shifts.items():
+            self._sums[name].shift = shift
+
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add the `state` of a collector like this one, which began with the shifts of this."""
+        own = self.state
+        self.restore({n: a if n.endswith(" shift") else own[n] + a for n, a in state.items()})
+
+    @property
     def _sums(self) -> dict[str, RowSums]:
         found = {"side": self._rows, "channels": self._channels, "inputs": self._inputs}
         return {name: sums for name, sums in found.items() if sums is not None}
@@ -301,21 +326,24 @@ def collect_sensitivity(
     collectors: Mapping[str, Collector],
     feeds: Sequence[Feed],
     first: int = 0,
+    total: int | None = None,
 ) -> Iterator[int]:
     """Run feeds through the collectors, by key of their sites; give how many feeds are done.
 
     Args:
         backward: Gradients of all uses of the sites.
         collectors: By key of their sites.
-        feeds: All feeds.
+        feeds: All feeds; or, with `total`, those from the first on.
         first: The feed to begin with: earlier ones were counted before.
+        total: Samples of all feeds, where only some are given.
 
     Raises:
         ModelError: A node cannot be computed.
     """
     owner = {use.node: c for c in collectors.values() for use in c.site.uses}
-    total = sum(samples_in(feed) for feed in feeds)
-    for k, feed in enumerate(feeds[first:], start=first):
+    if total is None:
+        total, feeds = sum(map(samples_in, feeds)), feeds[first:]
+    for k, feed in enumerate(feeds, start=first):
         n = samples_in(feed)
         seen: dict[str, int] = {}
         for use, rows in backward.rows(feed, n):

@@ -81,6 +81,13 @@ class Draw:
         v = (v * share.sqrt()[..., None]).reshape(lined.shape)
         return v.movedim(-1, self.axis) if z.ndim > 1 else v, int(weights.sum())
 
+    def skip(
+        self, numbers: int, dtype: torch.dtype, generator: torch.Generator, *, smooth: bool
+    ) -> None:
+        """Draw what a call draws for a value of so many numbers, for nobody."""
+        for _ in range(2 if smooth and self.loss.weighting == "softmax" else 1):
+            torch.randn(numbers, generator=generator, dtype=dtype)
+
     @staticmethod
     def _noise(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         # Drawn on the CPU, so that every device gets the same.

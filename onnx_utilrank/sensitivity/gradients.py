@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +14,11 @@ from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["GradientPass", "UseRows"]
+__all__ = ["Drawn", "GradientPass", "UseRows"]
+
+# What is drawn for a run: of each loss that depends on the uses, its place among all, the numbers
+# that its value has, and their type.
+Drawn: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +93,26 @@ class GradientPass:
         Raises:
             RuntimeError: It is no such state.
         """
-        self._generator.set_state(torch.from_numpy(state))
+        self._generator.set_state(torch.from_numpy(state.copy()))
+
+    def drawn(self, feed: Mapping[str, np.ndarray]) -> Drawn:
+        """What `rows` draws for a feed.
+
+        Raises:
+            ModelError: A node cannot be computed.
+        """
+        held = self._forward(feed)
+        return tuple(
+            (k, held[h.value].numel(), held[h.value].dtype)
+            for k, h in enumerate(self._heads)
+            if h.value in held and held[h.value].requires_grad
+        )
+
+    def skip(self, drawn: Drawn) -> None:
+        """Go on as if `rows` had been called on a feed of which this is drawn."""
+        for _ in range(self.draws):
+            for k, numbers, dtype in drawn:
+                self._heads[k].skip(numbers, dtype, self._generator, smooth=self._smooth)
 
     def rows(self, feed: Mapping[str, np.ndarray], samples: int) -> Iterator[tuple[Use, UseRows]]:
         """Run one feed; give each use that the outputs depend on, with its rows and gradients.

@@ -1,6 +1,7 @@
 """Predicted loss of every rank of every site, from the gradients of whole samples."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.factorize import Decomposition
 
-__all__ = ["Probe", "sample_quadratics"]
+__all__ = ["Probe", "Quadratics"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,64 +37,97 @@ class Probe:
     weight: np.ndarray | None = None
 
 
-def sample_quadratics(
-    backward: GradientPass,
-    sites: Sequence[Site],
-    probes: Mapping[str, Sequence[Probe]],
-    sides: Mapping[str, SmallerSide],
-    feeds: Sequence[Mapping[str, np.ndarray]],
-    progress: Callable[[int, int], None],
-) -> dict[str, list[np.ndarray]]:
-    """½ E[⟨W − Ŵ_r, Σ_positions g x^T⟩²] for r = 0 … k, float64 [k + 1] by key of the site.
+class Quadratics:
+    """½ E[⟨W − Ŵ_r, Σ_positions g x^T⟩²] for r = 0 … k, summed over samples.
 
     Unlike the product of Cov(x) and Γ it sees errors that agree over the positions of a sample,
     which a later pooling sums. With rows z that become L_r K_r z, and the gradient h with respect
     to them, it is the square of Σ_{i>r} Σ_positions (K z)_i (L^T h)_i: two changes of basis of what
     the run holds anyway; no gradient of a weight is ever formed.
-
-    Args:
-        backward: Gradients of all uses of the sites.
-        sites: The sites.
-        probes: One or more for each, by key.
-        sides: The rows of their smaller sides, by key.
-        feeds: The samples.
-        progress: Called with how many feeds are done and how many there are.
-
-    Raises:
-        ModelError: A node cannot be computed.
     """
-    owner = {use.node: site for site in sites for use in site.uses}
-    bases = {s.key: [_tensors(probe) for probe in probes[s.key]] for s in sites}
-    totals = {s.key: [np.zeros(len(p.found.errors)) for p in probes[s.key]] for s in sites}
-    count = 0
-    for k, feed in enumerate(feeds):
-        n = samples_in(feed)
-        count += n * backward.draws
-        summed: dict[tuple[str, int], np.ndarray] = {}
-        for use, rows in backward.rows(feed, n):
-            key = owner[use.node].key
-            for which, (probe, basis) in enumerate(zip(probes[key], bases[key], strict=True)):
-                values, gradients = rows.outputs, rows.gradients
-                if probe.rows == "smaller":
-                    values, gradients = sides[key].rows(use, rows, n)
-                elif probe.rows == "inputs":
-                    values = as_rows(rows.inputs, use.inputs, n)
-                elif probe.rows == "channels":
-                    assert rows.channels is not None
-                    values, gradients = rows.channels
-                reduce, expand, mean = (part.to(values) for part in basis)
-                # What is not finite has no gradient.
-                hidden = torch.nan_to_num(values - mean, 0.0, 0.0, 0.0) @ reduce
-                each = [torch.einsum("bpk,bpk->bk", hidden, g @ expand) for g in gradients]
-                # Over the uses of one weight, which change together.
-                summed[key, which] = (
-                    summed.get((key, which), 0.0) + torch.stack(each).double().cpu().numpy()
-                )
-        for (key, which), coefficients in summed.items():
-            tails = np.cumsum(coefficients[..., ::-1], axis=-1)[..., ::-1]
-            totals[key][which][:-1] += 0.5 * np.square(tails).sum((0, 1))
-        progress(k + 1, len(feeds))
-    return {key: [t / max(count, 1) for t in of_site] for key, of_site in totals.items()}
+
+    def __init__(self, probes: Mapping[str, Sequence[Probe]]) -> None:
+        """Begin with nothing.
+
+        Args:
+            probes: One or more for each site, by its key.
+        """
+        self._probes = {
+            key: [(probe.rows, _tensors(probe)) for probe in of] for key, of in probes.items()
+        }
+        self._totals = {
+            key: [np.zeros(len(p.found.errors)) for p in of] for key, of in probes.items()
+        }
+        self._count = 0
+
+    def of(self, site: Site) -> list[np.ndarray]:
+        """The mean over samples (times draws) for each probe of a site, float64 [k + 1]."""
+        return [total / max(self._count, 1) for total in self._totals[site.key]]
+
+    def none(self) -> "Quadratics":
+        """The same, of no samples."""
+        other = copy.copy(self)
+        other._totals = {key: [np.zeros_like(t) for t in of] for key, of in self._totals.items()}
+        other._count = 0
+        return other
+
+    @property
+    def state(self) -> tuple[dict[str, list[np.ndarray]], int]:
+        """The sums, by key, and of how many samples they are; see `merge`."""
+        return self._totals, self._count
+
+    def merge(self, state: tuple[Mapping[str, Sequence[np.ndarray]], int]) -> None:
+        """Add the `state` of sums over other samples."""
+        totals, count = state
+        self._count += count
+        for key, of_site in totals.items():
+            for total, more in zip(self._totals[key], of_site, strict=True):
+                total += more
+
+    def add(
+        self,
+        backward: GradientPass,
+        sides: Mapping[str, SmallerSide],
+        feeds: Sequence[Mapping[str, np.ndarray]],
+    ) -> Iterator[int]:
+        """Add samples; give how many feeds are done.
+
+        Args:
+            backward: Gradients of all uses of the sites.
+            sides: The rows of their smaller sides, by key.
+            feeds: The samples.
+
+        Raises:
+            ModelError: A node cannot be computed.
+        """
+        owner = {node: key for key, side in sides.items() for node in side.nodes}
+        for k, feed in enumerate(feeds):
+            n = samples_in(feed)
+            self._count += n * backward.draws
+            summed: dict[tuple[str, int], np.ndarray] = {}
+            for use, rows in backward.rows(feed, n):
+                key = owner[use.node]
+                for which, (kind, basis) in enumerate(self._probes[key]):
+                    values, gradients = rows.outputs, rows.gradients
+                    if kind == "smaller":
+                        values, gradients = sides[key].rows(use, rows, n)
+                    elif kind == "inputs":
+                        values = as_rows(rows.inputs, use.inputs, n)
+                    elif kind == "channels":
+                        assert rows.channels is not None
+                        values, gradients = rows.channels
+                    reduce, expand, mean = (part.to(values) for part in basis)
+                    # What is not finite has no gradient.
+                    hidden = torch.nan_to_num(values - mean, 0.0, 0.0, 0.0) @ reduce
+                    each = [torch.einsum("bpk,bpk->bk", hidden, g @ expand) for g in gradients]
+                    # Over the uses of one weight, which change together.
+                    summed[key, which] = (
+                        summed.get((key, which), 0.0) + torch.stack(each).double().cpu().numpy()
+                    )
+            for (key, which), coefficients in summed.items():
+                tails = np.cumsum(coefficients[..., ::-1], axis=-1)[..., ::-1]
+                self._totals[key][which][:-1] += 0.5 * np.square(tails).sum((0, 1))
+            yield k + 1
 
 
 def _tensors(probe: Probe) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,6 @@
 """The rows that a site is decomposed by: its inputs x or its outputs W x, whichever are fewer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,25 @@ class Changes:
     """What is done to weights, where that is looked at and not the weights themselves.
 
     Attributes:
-        of: The change of a site's weight, [m, d].
+        matrices: The change of each site's weight, [m, d], by its key.
         fingerprint: Of all of them together; statistics of other ones are not these.
     """
 
-    of: Callable[[Site], np.ndarray]
+    matrices: Mapping[str, np.ndarray]
     fingerprint: str
+
+    def of(self, site: Site) -> np.ndarray:
+        """The change of a site's weight, float32 [m, d]."""
+        return self.matrices[site.key].astype(np.float32)
 
 
 class SmallerSide:
-    """Rows z [p] of the smaller side of a site, p = min(m, d), and the gradients there."""
+    """Rows z [p] of the smaller side of a site, p = min(m, d), and the gradients there.
+
+    Attributes:
+        width: p.
+        nodes: Those of the site's uses.
+    """
 
     def __init__(
         self,
@@ -46,6 +55,7 @@ class SmallerSide:
             applied: Whether W is what the nodes apply, so that their outputs tell W x.
         """
         self.width = site.full_rank
+        self.nodes = tuple(use.node for use in site.uses)
         self._outputs = site.wide
         self._biases = biases
         # The outputs are there already, unless something else is in them.

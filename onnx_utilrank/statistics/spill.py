@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tempfile
+import threading
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ SPILLED = 2**20
 SEGMENT, PAGE = 2**26, 4096
 # The one that is being filled.
 _SEGMENTS: list["_Segment"] = []
+_FILLING = threading.Lock()
 
 T = TypeVar("T")
 
@@ -75,10 +77,11 @@ class _Segment:
 
 def _mapped(array: np.ndarray) -> np.ndarray:
     try:
-        if not _SEGMENTS or not _SEGMENTS[0].has_room(array):
-            # A full one goes when the last of its arrays does.
-            _SEGMENTS[:] = [_Segment(max(SEGMENT, array.nbytes))]
-        return _SEGMENTS[0].put(array)
+        with _FILLING:
+            if not _SEGMENTS or not _SEGMENTS[0].has_room(array):
+                # A full one goes when the last of its arrays does.
+                _SEGMENTS[:] = [_Segment(max(SEGMENT, array.nbytes))]
+            return _SEGMENTS[0].put(array)
     except OSError as e:
         raise UtilrankError(
             f"{tempfile.gettempdir()}: no room for {array.nbytes:,} bytes of statistics "

@@ -78,6 +78,10 @@ class TorchGraph:
         )
         return cls(store, settings, Block.build(store.proto.graph, settings))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Tensors are made anew where it gets to, on the device there.
+        return _built, (self.store, str(self._settings.device), self._settings.dtype)
+
     def start(
         self,
         feed: Mapping[str, np.ndarray | torch.Tensor],
@@ -154,3 +158,7 @@ class TorchGraph:
         if unknown:
             raise ModelError(f"{self.store.label}: no value is named {unknown[0]!r}")
         return {name: state[name] for name in wanted}
+
+
+def _built(store: ModelStore, device: str, dtype: torch.dtype | None) -> TorchGraph:
+    return TorchGraph.build(store, device=device, dtype=dtype)

@@ -1,0 +1,242 @@
+"""What is looked at of each site, and how it is decomposed by what was seen."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.moves.channels import channel_patches
+from onnx_utilrank.ranking.cost import bias_cost
+from onnx_utilrank.ranking.inner import forgiven
+from onnx_utilrank.ranking.two_sided import (
+    TwoSidedSite,
+    two_sided_site,
+    with_channels,
+    with_heads,
+    with_units,
+)
+from onnx_utilrank.sensitivity.collect import Collector, Seen
+from onnx_utilrank.sensitivity.gradients import GradientPass
+from onnx_utilrank.sensitivity.quadratic import Probe
+from onnx_utilrank.sensitivity.side import Changes, SmallerSide
+from onnx_utilrank.sites.bias import own_biases
+from onnx_utilrank.sites.find import site_matrix, site_weight
+from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.sites.site import Site
+from onnx_utilrank.sites.tied import find_tied
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.torch_graph.graph import TorchGraph
+
+__all__ = ["Aspects"]
+
+BYTES = 8  # all statistics are float64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aspects:
+    """What is looked at of each site.
+
+    Attributes:
+        index: The model.
+        losses: What counts at its outputs.
+        biases: What the node of each use adds to W x itself, [m], by node.
+        heads: By key of the site that makes hidden features of any basis: rows of each group, and
+            whether their mean may go.
+        added: By key, what is added to the features that a site makes, on their way.
+        readers: Keys of the sites that read such features.
+        readers_of_units: Keys of those that read units.
+        changes: What is decomposed in the place of the weights, if anything is.
+        tied: Keys of tables and of the layers that share their weight.
+        kernels: Kernels of Convs whose input channels are looked at, by node.
+    """
+
+    index: GraphIndex
+    losses: tuple[OutputLoss, ...]
+    biases: Mapping[int, np.ndarray]
+    heads: Mapping[str, Sequence[tuple[slice, bool]]]
+    added: Mapping[str, np.ndarray]
+    readers: frozenset[str]
+    readers_of_units: frozenset[str]
+    changes: Changes | None
+    tied: Mapping[str, str]
+    kernels: Mapping[int, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        index: GraphIndex,
+        sites: Sequence[Site],
+        hidden: Sequence[Hidden],
+        losses: Sequence[OutputLoss],
+        *,
+        channels: bool,
+        changes: Changes | None,
+    ) -> "Aspects":
+        """What has to be looked at.
+
+        Args:
+            index: The model.
+            sites: The sites.
+            hidden: Features between them that may shrink.
+            losses: What counts at the outputs.
+            channels: Whether Convs may get fewer input channels.
+            changes: What is decomposed in the place of the weights, if anything is.
+        """
+        basis = [h for h in hidden if not h.units]
+        of_units = frozenset(h.reader for h in hidden if h.reader is not None)
+        added = {
+            s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites
+        }
+        met = [g.met for h in basis for g in h.groups]
+        return cls(
+            index=index,
+            losses=tuple(losses),
+            biases={node: b for site in sites for node, b in own_biases(index, site).items()},
+            heads=_heads(sites, basis),
+            added=added,
+            readers=frozenset(each.site for each in met if each.side == "columns"),
+            readers_of_units=of_units,
+            changes=changes,
+            tied={table.key: head.key for table, head in find_tied(index, sites)},
+            kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
+        )
+
+    def joined(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """Sites in order; a table comes with the layer that shares its weight."""
+        by_key, behind = {site.key: site for site in sites}, set(self.tied.values())
+        return [
+            [site, *(by_key[key] for key in (self.tied.get(site.key),) if key)]
+            for site in sites
+            if site.key not in behind
+        ]
+
+    def sums(self, site: Site) -> dict[Hashable, int]:
+        """Bytes of the running sums of a site."""
+        kernel = self.kernels.get(site.uses[0].node)
+        numbers = 2 * site.full_rank**2
+        if kernel is not None:
+            numbers += 2 * kernel.shape[1] ** 2
+        elif site.key in self.readers_of_units:
+            numbers += site.d**2
+        return {site.key: BYTES * numbers}
+
+    def described(self, sites: Sequence[Site]) -> tuple[object, ...]:
+        """All that tells what is looked at of sites."""
+        of_sites = [
+            (
+                # Patterns choose uses: one key may stand for more of them, or fewer.
+                *(s.key, s.op_type, [use.node for use in s.uses], self.heads.get(s.key)),
+                s.uses[0].node in self.kernels,
+                *(s.key in self.readers, s.key in self.readers_of_units),
+            )
+            for s in sites
+        ]
+        changes = () if self.changes is None else (self.changes.fingerprint,)
+        return of_sites, *changes
+
+    def sides(self, sites: Sequence[Site]) -> dict[str, SmallerSide]:
+        """The rows of their smaller sides, by key."""
+        own = self.changes is None
+        return {s.key: SmallerSide(s, self._weight(s), self.biases, applied=own) for s in sites}
+
+    def _weight(self, site: Site) -> np.ndarray:
+        """What is decomposed, [m, d]."""
+        return site_weight(self.index, site) if self.changes is None else self.changes.of(site)
+
+    def backward(
+        self, graph: TorchGraph, sites: Sequence[Site], draws: int, *, smooth: bool, seed: int
+    ) -> GradientPass:
+        """Gradients of all uses of the sites; see `GradientPass`."""
+        uses = [use for s in sites for use in s.uses]
+        return GradientPass(
+            graph,
+            uses,
+            self.losses,
+            draws=draws,
+            smooth=smooth,
+            seed=seed,
+            kernels=self.kernels,
+        )
+
+    def collectors(self, sites: Sequence[Site]) -> dict[str, Collector]:
+        """Sums over no runs yet, by key."""
+        sides = self.sides(sites)
+        return {site.key: self._collector(site, sides[site.key]) for site in sites}
+
+    def _collector(self, site: Site, side: SmallerSide) -> Collector:
+        kernel = self.kernels.get(site.uses[0].node)
+        of_inputs = site.key in self.readers_of_units and kernel is None
+        return Collector(
+            site,
+            side,
+            max(ROWS_PER_FEATURE_KEPT * site.full_rank, ROWS_KEPT),
+            channels=0 if kernel is None else kernel.shape[1],
+            groups=[rows for rows, _ in self.heads.get(site.key, ())],
+            input_mean=site.key in self.readers,
+            inputs=site.d if of_inputs else 0,
+        )
+
+    def decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
+        """A site, by what was seen of it."""
+        weight = self._weight(site).astype(np.float64)
+        cost = bias_cost(self.index, site)
+        side = seen.side
+        if seen.tokens is not None:
+            side = replace(side, moment=seen.tokens.moment(weight))
+        found = two_sided_site(site, weight, side, cost, seen.input_mean)
+        if site.key in self.heads:
+            own, gammas = self.biases[site.uses[0].node], seen.side.block_fishers()
+            groups, added = self.heads[site.key], self.added[site.key]
+            found = with_heads(found, weight, groups, gammas, own, added)
+        if seen.channels is not None and seen.channels.moment.rows:
+            found = with_channels(found, seen.channels)
+        if site.key in self.readers_of_units:
+            moment = seen.inputs if seen.channels is None else seen.channels.moment
+            assert moment is not None
+            found = with_units(found, weight, moment, seen.channels)
+        return found
+
+    def probes(self, found: TwoSidedSite) -> list[Probe]:
+        """In the order that `TwoSidedSite.corrected` wants."""
+        mean = found.moment.mean if found.centred else np.zeros(found.moment.width)
+        probes = [Probe(found=found.found, rows="smaller", mean=mean)]
+        heads, channels, units = found.heads, found.channels, found.units
+        if heads is not None:
+            lost = forgiven(heads.groups, heads.mean)
+            probes.append(Probe(found=heads.found, rows="outputs", mean=lost - heads.behind))
+        if channels is not None:
+            probes.append(Probe(found=channels.found, rows="channels", mean=channels.mean))
+        if units is not None:
+            inner = channels is None
+            probes.append(
+                Probe(
+                    found=units.selection.found,
+                    rows="inputs" if inner else "channels",
+                    mean=units.mean,
+                    weight=site_matrix(self.index, found.site) if inner else None,
+                )
+            )
+        return probes
+
+
+def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:
+    found = {}
+    for site in sites:
+        if channel_patches(site) is not None:
+            kernel = index.constant(site.weight)
+            assert kernel is not None
+            found[site.uses[0].node] = kernel.astype(np.float32)
+    return found
+
+
+def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tuple[slice, bool]]]:
+    takes = {s.key: s.bias in ("input", "add") for s in sites}
+    found: dict[str, list[tuple[slice, bool]]] = {}
+    for each in hidden:
+        for group in each.groups:
+            rows = slice(group.made.start, group.made.start + each.size)
+            centred = group.met.side == "columns" and takes.get(group.met.site, False)
+            found.setdefault(group.made.site, []).append((rows, centred))
+    return found
