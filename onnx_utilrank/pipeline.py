@@ -20,17 +20,17 @@ from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.decide import skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
+from onnx_utilrank.ranking.spectrum import layer_spectra, tail_curve
 from onnx_utilrank.ranking.stamp import stamp, stamped
-from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
+from onnx_utilrank.ranking.utilization import LayerUtilization, UtilizationReport
+from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK, UtilizedSite
 from onnx_utilrank.remarks import fullness, refit_note
 from onnx_utilrank.repairing.repairs import repaired
 from onnx_utilrank.results import (
     CompressResult,
     FinetuneResult,
-    LayerUtilization,
     SweepPoint,
     SweepResult,
-    UtilizationReport,
 )
 from onnx_utilrank.runtime.providers import find_providers
 from onnx_utilrank.runtime.sessions import open_session
@@ -74,8 +74,8 @@ def analyze(
     found = job.measure(UTILIZED_RANK.key, job.sites, samples, options)
     layers = []
     for measured in found.sites:
+        assert isinstance(measured, UtilizedSite)
         site, moment = measured.site, measured.moment
-        assert moment is not None
         input_rank, output_rank = UTILIZED_RANK.ranks(measured, config.energy)
         layers.append(
             LayerUtilization(
@@ -88,6 +88,8 @@ def analyze(
                 output_rank=output_rank,
                 rows=moment.rows,
                 trusted=moment.enough_rows,
+                input_energy=tail_curve(measured.found.input_values),
+                output_energy=tail_curve(measured.found.output_values),
             )
         )
     return UtilizationReport(
@@ -186,7 +188,12 @@ def compress(
         notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
     if store is None:
         return CompressResult(
-            plan=plan, store=None, validation=None, samples=len(calibration), notes=notes
+            plan=plan,
+            store=None,
+            validation=None,
+            samples=len(calibration),
+            notes=notes,
+            layers=layer_spectra(found.sites),
         )
     recovered = None
     if config.finetune is not None and plan.changes:
@@ -236,6 +243,7 @@ def compress(
         searched=None if best is None else best.quality,
         recovered=recovered,
         quantized=quantized,
+        layers=layer_spectra(found.sites),
     )
 
 
@@ -297,7 +305,11 @@ def sweep(
     if not points or (keep is not None and kept is None):
         raise TargetMissedError(" ".join(notes) or f"{job.store.label}: no point can be reached")
     return SweepResult(
-        model=job.store.label, points=tuple(points), notes=(*notes, *full), store=kept
+        model=job.store.label,
+        points=tuple(points),
+        notes=(*notes, *full),
+        store=kept,
+        layers=layer_spectra(found.sites),
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.quality import Quality, quality_dict, strict
 from onnx_utilrank.ranking.plan import SkippedNode
@@ -61,6 +62,8 @@ class RepairResult(MadeModel):
         samples: Samples that statistics were collected from.
         notes: Sentences that a user has to know.
     """
+
+    verb: ClassVar[str] = "repair"
 
     kept: bool
     target: dict[str, float]
