@@ -1,17 +1,20 @@
 """How the error of a candidate grows from layer to layer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from onnx_utilrank.calibration.survey import LINEAR_OPS, expose
 from onnx_utilrank.model.graph import node_label
 from onnx_utilrank.model.plain import plain_model
+from onnx_utilrank.model.scopes import captured_names
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
+from onnx_utilrank.validation.divergence import padding_mask
 
 __all__ = ["LayerError", "error_through_depth"]
 
@@ -39,10 +42,11 @@ class LayerError:
 def error_through_depth(
     reference: ModelStore, candidate: ModelStore, feeds: Iterable[Feed], provider: Provider
 ) -> tuple[LayerError, ...]:
-    """Compare what matrix products and convolutions make, in the order of the graph.
+    """Compare what layers with weights make, in the order of the graph.
 
-    Layers are those whose output has the same name and shape in both models: what was factored
-    keeps its output, what was shrunk or renamed does not.
+    Layers are matrix products and convolutions whose output has the same name and shape in both
+    models: what was factored keeps its output, what was shrunk or renamed does not. Padding does
+    not count where an input says what is padding (`padding_mask`).
 
     Args:
         reference: The original.
@@ -55,11 +59,7 @@ def error_through_depth(
     """
     first, second = plain_model(reference), plain_model(candidate)
     made = {name for node in second.proto.graph.node for name in node.output}
-    layers = [
-        node
-        for node in first.proto.graph.node
-        if node.op_type in LINEAR_OPS and node.domain in ("", "ai.onnx") and node.output[0] in made
-    ]
+    layers = [node for node in _layers(first.proto.graph) if node.output[0] in made]
     if len(layers) > MOST_LAYERS:
         chosen = np.linspace(0, len(layers) - 1, MOST_LAYERS).round().astype(int)
         layers = [layers[k] for k in chosen]
@@ -73,6 +73,9 @@ def error_through_depth(
             if y.shape != z.shape or y.dtype.kind != "f" or z.dtype.kind != "f":
                 del lost[name]
                 continue
+            mask = padding_mask([feed], y.shape)
+            if mask is not None:
+                y, z = (value[feed[mask] > 0] for value in (y, z))
             y = y.astype(np.float64)
             lost[name] += float(np.sum((y - z) ** 2))
             whole[name] += float(np.sum(y**2))
@@ -86,6 +89,17 @@ def error_through_depth(
         for node in layers
         if node.output[0] in lost
     )
+
+
+def _layers(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Matrix products and convolutions of which one operand does not depend on the inputs."""
+    moving = {i.name for i in graph.input} - {t.name for t in graph.initializer}
+    for node in graph.node:
+        if not moving.isdisjoint((*node.input, *captured_names(node))):
+            moving.update(node.output)
+        linear = node.op_type in LINEAR_OPS and node.domain in ("", "ai.onnx")
+        if linear and len(moving.intersection(node.input[:2])) == 1:
+            yield node
 
 
 def _ratio(lost: float, whole: float) -> float | None:

@@ -29,7 +29,7 @@ COLOURS = {
 }
 
 # Inches; a unit of the drawing is 1/72 of one, and about a pixel on a phone.
-WIDE = (5.2, 2.9)
+WIDE = (4.9, 2.8)
 SMALL = (2.9, 1.9)
 
 # Any, as matplotlib lists all of its hundreds of keys as a type.
@@ -156,10 +156,11 @@ def depth(errors: Sequence[float | None]) -> Markup:
     figure, axes = _figure(WIDE)
     known = [(k, e) for k, e in enumerate(errors, 1) if e is not None]
     axes.plot(*zip(*known, strict=True), "o-", color=BLUE)
+    axes.set_xlim(0.2, len(errors) + 0.8)
     if any(e > 0 for _, e in known):
         # The first layers may be without any error.
         axes.set_yscale("symlog", linthresh=min(e for _, e in known if e > 0))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.6 * max(e for _, e in known))
         axes.yaxis.set_major_formatter(_power)
     axes.set_xlabel("layer, in the order of the graph")
     axes.set_ylabel("relative error")
@@ -186,8 +187,8 @@ def spectrum(
         if known:
             drawn = True
             axes.plot(*zip(*known, strict=True), color=colour, label=label)
-    for (_, rank), style in zip(chosen, ("-", ":"), strict=False):
-        axes.axvline(rank, color=ORANGE, linestyle=style, linewidth=1.4)
+    for k, (_, rank) in enumerate(chosen):
+        axes.axvline(rank, color=ORANGE, linestyle=":" if k else "-", linewidth=1.4)
     if chosen and at is not None and at > 0:
         axes.plot([chosen[0][1]], [at], "o", color=ORANGE)
     if drawn:

@@ -63,7 +63,7 @@ def _sizes(found: Content) -> TableView:
                 Cell(spread, tone="good" if t["faster"] else "bad" if t["slower"] else ""),
             ]
         )
-    columns = [Column("", "short"), Column("before"), Column("after"), Column("ratio")]
+    columns = [Column("figure", "short"), Column("before"), Column("after"), Column("ratio")]
     return TableView(title="Both models", columns=columns, rows=rows)
 
 
@@ -237,8 +237,8 @@ def depth(content: Content) -> Section | None:
     drawn = Chart(
         title="Relative error of the outputs of layers",
         drawing=charts.depth(errors),
-        caption="Matrix products and convolutions whose output has the same name and shape in both "
-        "models, on a few samples held back.",
+        caption="Matrix products and convolutions with weights whose output has the same name and "
+        "shape in both models, on a few samples held back; without padding, where an input tells.",
     )
     most = max(e for e in errors if e is not None) or 1.0
     rows = [

@@ -42,7 +42,7 @@ def _inspected(content: Content) -> Iterator[Part]:
     yield TableView(
         title="Inputs and outputs",
         columns=[
-            *(Column("", "short"), Column("name", "name"), Column("type", "short")),
+            *(Column("end", "short"), Column("name", "name"), Column("type", "short")),
             Column("shape", "short"),
         ],
         rows=[
@@ -94,7 +94,7 @@ def _inspected(content: Content) -> Iterator[Part]:
 
 
 def _sites(content: Content) -> TableView:
-    titles = ("d in", "d out", "share", "break-even rank")
+    titles = ("d_in", "d_out", "share", "break-even rank")
     return TableView(
         title="Weights that could be factored",
         columns=[

@@ -38,7 +38,6 @@ def parameters(content: Content) -> Section | None:
         return None
     before = [e["parameters_before"] for e in entries]
     after = [e["parameters_after"] for e in entries]
-    most = max([*before, *after]) or 1
     rest = found["parameters_before"] - sum(before)
     shrunk = shrinking(found)
     rows = [
@@ -50,17 +49,17 @@ def parameters(content: Content) -> Section | None:
             Cell(
                 number(e["parameters_after"]),
                 e["parameters_after"],
-                Bar(
-                    share=share(e["parameters_after"] / most),
-                    of=share(e["parameters_before"] / most),
-                ),
+                Bar(share=share(e["parameters_after"] / max(e["parameters_before"], 1)), of=1.0),
             ),
             Cell("–") if e["site"] in shrunk else _number(e["predicted_error"]),
             Cell(e["reason"]),
         ]
         for k, e in enumerate(entries, 1)
     ]
-    columns = [*NAME, *map(Column, ("d in", "d out", "rank", "before", "after", "predicted loss"))]
+    columns = [
+        *NAME,
+        *map(Column, ("d_in", "d_out", "rank", "before", "after", "predicted loss")),
+    ]
     drawn = Chart(
         title="Parameters by layer",
         drawing=charts.before_after(before, after, "parameters"),
@@ -121,7 +120,7 @@ def _of_points(content: Content) -> Section | None:
         + [each.get(e["site"], Cell("–")) for each in ranks]
         for k, e in enumerate(found[0][1]["entries"], 1)
     ]
-    titles = ("d in", "d out", *(f"at {name}" for name, _ in found))
+    titles = ("d_in", "d_out", *(f"at {name}" for name, _ in found))
     table = TableView(
         title="Rank of each weight at each point", columns=[*NAME, *map(Column, titles)], rows=rows
     )
@@ -205,7 +204,7 @@ def repairs(content: Content) -> Section | None:
         ]
         for k, e in enumerate(content["layers"], 1)
     ]
-    titles = ("d in", "d out", "distance", "rank", "predicted loss", "with branch")
+    titles = ("d_in", "d_out", "distance", "rank", "predicted loss", "with branch")
     table = TableView(title="Branches", columns=[*NAME, *map(Column, titles)], rows=rows)
     return Section(key="branches", title="Branches by layer", parts=[table])
 

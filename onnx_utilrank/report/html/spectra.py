@@ -79,7 +79,7 @@ def _paper(content: Content) -> Section | None:
         ]
         for k, e in enumerate(layers, 1)
     ]
-    titles = ("d in", "d out", "k_S", "k_T", "rank", "utilization", "rows")
+    titles = ("d_in", "d_out", "k_S", "k_T", "rank", "utilization", "rows")
     table = TableView(title="Layers", columns=[*NAME, *map(Column, titles)], rows=rows)
     return Section(key="utilization", title="Utilization by layer", parts=[Charts([drawn]), table])
 

@@ -56,6 +56,6 @@ def training(content: Content) -> Section | None:
             [Cell(name), *(Cell(number(k), k) for k in (d, m, rank))]
             for name, (rank, m, d) in found["ranks"].items()
         ]
-        columns = [Column("weight", "name"), *map(Column, ("d in", "d out", "rank"))]
+        columns = [Column("weight", "name"), *map(Column, ("d_in", "d_out", "rank"))]
         parts.append(TableView(title="Ranks", columns=columns, rows=rows))
     return Section(key="training", title="Training", parts=parts)
