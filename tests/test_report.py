@@ -22,7 +22,7 @@ from onnx_utilrank.report.html.render import render, shortened
 from onnx_utilrank.report.read import read_content
 
 HOSTILE = "\"><img src=x onerror=alert(1)><script>alert(1)</script>\u202e\x07$x$ & 'é'"
-LONG = "very/long/" * 1000
+LONG = "very/long/" * 200
 
 SCHEMA = json.loads(
     (Path(onnx_utilrank.__file__).parent / "report" / "schema.json").read_text(encoding="utf8")
@@ -67,11 +67,11 @@ def folder(tmp_path_factory) -> Path:
     """A model with hostile names of nodes and weights, data, and a report of its compression."""
     folder = tmp_path_factory.mktemp("report")
     proto = model(
-        "(float[n,48] x) => (float[n,10] y)",
+        "(float[n,96] x) => (float[n,10] y)",
         "h = MatMul(x, A) t = Tanh(h) z = MatMul(t, C) y = MatMul(z, B)",
-        A=(noise(1, 48, 48) / 7 * 0.9 ** np.arange(48)).astype(np.float32),
-        B=(noise(2, 48, 10) / 7).astype(np.float32),
-        C=(noise(3, 48, 48) / 7 * 0.9 ** np.arange(48)).astype(np.float32),
+        A=(noise(1, 96, 96) / 9 * 0.9 ** np.arange(96)).astype(np.float32),
+        B=(noise(2, 96, 10) / 9).astype(np.float32),
+        C=(noise(3, 96, 96) / 9 * 0.9 ** np.arange(96)).astype(np.float32),
     )
     renamed = {"A": HOSTILE, "C": LONG}
     for each in proto.graph.initializer:
@@ -81,7 +81,7 @@ def folder(tmp_path_factory) -> Path:
             node.input[k] = renamed.get(name, name)
     proto.graph.node[0].name, proto.graph.node[2].name = HOSTILE, LONG
     onnx.save(proto, folder / "m.onnx")
-    np.savez(folder / "d.npz", x=noise(5, 200, 48).astype(np.float32))
+    np.savez(folder / "d.npz", x=noise(5, 200, 96).astype(np.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         words = ["compress", "m.onnx", "--data", "d.npz", "-o", "s.onnx", "--param-ratio", "0.7"]
@@ -150,7 +150,7 @@ def test_hostile_names_are_shown_and_are_nothing_else(text):
     assert "\x07" not in text
     assert r"\u202e\x07" in text
     # Long names lose their middle where they are shown, and are whole where one points.
-    assert max(len(w) for w in page.words if "very/long" in w and "sha" not in w) > 1000  # the plan
+    assert any(LONG in word for word in page.words)  # in the plan
     assert any(a.get("title") == LONG for _, a in page.elements)
 
 

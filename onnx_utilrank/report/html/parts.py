@@ -199,7 +199,7 @@ def number(value: float | str | None, digits: int = 3) -> str:
         return f"{value:,.0f}"
     size = abs(value)
     if 1e-3 <= size < 1e6:
-        shown = f"{value:,.{digits}g}" if size < 10**digits else f"{value:,.0f}"
+        shown = f"{value:,.{digits}g}" if size < 10**digits - 0.5 else f"{value:,.0f}"
     else:
         shown = f"{value:.{digits - 1}e}"
     return shown.replace("-", "−")
