@@ -259,7 +259,7 @@ class Job:
         single = next(self.data.feeds(samples, batch=1))
         graph = TorchGraph.build(
             self.index.store,
-            device=device_beside(self.provider.key),
+            device=device_beside(self.provider.cuda_device),
             dtype=gradient_type(self.store),
         )
         taken = footprint(graph, single)

@@ -245,7 +245,7 @@ def test_plot_has_a_panel_a_model(comparison, tmp_path):
     ("more", "message"),
     [
         ([], "which zoo"),
-        (["--zoo", "missing"], "which zoo"),
+        (["--zoo", "missing"], "not a zoo"),
         (["--zoo", "{zoo}", "--ratios", "1.5"], r"not in \(0, 1\]"),
         (["--zoo", "{zoo}", "--samples", "0"], "no samples"),
         (["--zoo", "{zoo}", "--limit", "0"], "no samples"),

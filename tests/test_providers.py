@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from builders import model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from onnx_utilrank.runtime.packages import runtime_packages
 from onnx_utilrank.runtime.placement import read_placement
 from onnx_utilrank.runtime.providers import CPU, PROVIDERS, find_provider, find_providers
 from onnx_utilrank.runtime.sessions import InferenceError, open_session
+from onnx_utilrank.torch_graph.placement import device_beside
 from onnx_utilrank.validation.report import ModelFigures, ProviderResult
 from onnx_utilrank.validation.report import validate as validate_stores
 
@@ -83,6 +85,13 @@ class TestNames:
     def test_options_of_what_is_not_asked_for(self):
         with pytest.raises(ConfigError, match="cuda has options but is not asked for"):
             ValidateConfig(provider_options={"cuda": {"device_id": 1}})
+
+    def test_the_device_that_torch_shares_with_them(self):
+        second = dataclasses.replace(TENSORRT, options=(("device_id", "1"),))
+        assert [p.cuda_device for p in (CUDA, second, CPU)] == [0, 1, None]
+        assert device_beside(CPU.cuda_device) == "cpu"
+        there = torch.cuda.is_available()
+        assert device_beside(second.cuda_device) == ("cuda:1" if there else "cpu")
 
 
 class TestDiagnosis:

@@ -16,7 +16,6 @@ whole   Everything for N samples: trying the batch, the survey of one sample, in
 
 import argparse
 import dataclasses
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tables import command, markdown
 
 from onnx_utilrank.calibration.collect import collect, silent, usable_batch
 from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset, DataSource, open_data
@@ -292,7 +292,7 @@ def measure_exposed(job: Job) -> Cost:
 
 def table(costs: Sequence[Cost]) -> str:
     """The costs as a Markdown table."""
-    rows = [COLUMNS, tuple("---" if k < 2 else "---:" for k in range(len(COLUMNS)))]
+    rows = []
     for cost in costs:
         plain, calibrating = cost.pairs.mean(0)
         low, high = cost.strides
@@ -304,7 +304,7 @@ def table(costs: Sequence[Cost]) -> str:
                 *(f"{r:.2f}" for r in (cost.ratio, cost.median_ratio, cost.whole_ratio)),
             )
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(COLUMNS, rows, COLUMNS[:2])
 
 
 def _load(job: Job, store: ModelStore) -> tuple[float, Session]:
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UtilrankError as e:
         print(f"{parser.prog}: error: {e}", file=sys.stderr)
         return e.exit_status
-    print(f"    python tools/{shlex.join([parser.prog, *given])}\n")
+    print(f"{command(parser.prog, given)}\n")
     print(table(costs))
     return 0
 

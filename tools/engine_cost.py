@@ -13,7 +13,6 @@ right after, and the mean of both taken: the machine may be busier at one time t
 
 import argparse
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tables import command, markdown
 
 from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.calibration.data import Dataset, open_data
@@ -155,9 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UtilrankError as e:
         print(f"{parser.prog}: error: {e}", file=sys.stderr)
         return e.exit_status
-    print(f"    python tools/{shlex.join([parser.prog, *given])}\n")
-    lines = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(f"{command(parser.prog, given)}\n")
+    print(markdown(COLUMNS, rows, ["model"]))
     return 0
 
 

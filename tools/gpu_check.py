@@ -14,7 +14,6 @@ It runs on the CPU too (`--provider cpu`), slowly, to see that it runs at all.
 """
 
 import argparse
-import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from latency_table import SHAPES, make_shape
+from tables import NOTHING, command, markdown
 
 from onnx_utilrank import (
     AnalyzeConfig,
@@ -41,7 +41,6 @@ from onnx_utilrank.model.store import ModelStore
 __all__ = ["main", "rows_of", "seconds_of_calibration"]
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-NOTHING = "–"
 COLUMNS = (
     *("model", "type", "batch", "operations", "time", "quartiles", "before, ms", "after, ms"),
     *("device memory, MiB", "after, MiB"),
@@ -124,16 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> None:
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows)))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all of it; the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
-    print(f"    python tools/{shlex.join(['gpu_check.py', *given])}")
+    print(command("gpu_check.py", given))
     rows: list[list[str]] = []
     calibrations: list[list[str]] = []
     try:
@@ -157,8 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu_check.py: error: {e}", file=sys.stderr)
         return e.exit_status
     head = ("model", "samples", f"on {options.provider}, s", "on cpu, s", "cpu / it")
-    _print(head, calibrations, 1)
-    _print(COLUMNS, rows, 2)
+    print(f"\n{markdown(head, calibrations, head[:1])}\n")
+    print(markdown(COLUMNS, rows, COLUMNS[:2]))
     return 0
 
 

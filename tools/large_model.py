@@ -12,7 +12,6 @@ count: the system drops them when it needs the room. Linux alone tells the two a
 """
 
 import argparse
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 import onnx
 from engine_cost import plain_seconds
 from onnx import TensorProto, helper
+from tables import command, markdown
 
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.errors import UtilrankError
@@ -193,9 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as e:
         print(f"{parser.prog}: error: compress ended with status {e.returncode}", file=sys.stderr)
         return 1
-    print(f"    python tools/{shlex.join([parser.prog, *given])}\n")
-    lines = [COLUMNS, ("---:",) * len(COLUMNS), row]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(f"{command(parser.prog, given)}\n")
+    print(markdown(COLUMNS, [row]))
     return 0
 
 

@@ -1,8 +1,8 @@
 """Show how much of the saving in operations becomes time, where latency is what was asked for.
 
-Models of a zoo (see `zoo_table.py`) are compressed by the default method; transformers of standard
-shapes, with random weights, by plain SVD, as time does not depend on values. Each is made for runs
-of every batch size that is asked for, and timed against its original in one run, by turns.
+Models of a zoo (see `zoo_commands.py`) are compressed by the default method; transformers of
+standard shapes, with random weights, by plain SVD, as time does not depend on values. Each is made
+for runs of every batch size that is asked for, and timed against its original in one run, by turns.
 
     operations   of MatMul, Gemm and Conv, after to before: the limit where a model does nothing
                  else and every operation takes the same time
@@ -12,7 +12,6 @@ of every batch size that is asked for, and timed against its original in one run
 
 import argparse
 import importlib
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
+from tables import NOTHING, command, markdown
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
 
 from onnx_utilrank import CompressConfig, CompressResult, TargetMissedError, compress
 from onnx_utilrank.errors import UtilrankError
@@ -115,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if not options.models and not options.shapes:
         parser.error("nothing to measure: give --models or --shapes")
-    if options.models and (options.zoo is None or not (options.zoo / "zoo.py").is_file()):
-        parser.error(f"no zoo: give --zoo, or set {ENVIRONMENT}")
+    where = check_zoo(parser, options.zoo) if options.models else None
     common = {"latency_ratio": options.latency_ratio, "provider": options.provider}
     rows = []
 
@@ -132,18 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model, data = make_shape(label, 5 * max(options.batch))
                 for batch in options.batch:
                     add(label, batch, model, data, method="svd")
-            if options.models:
+            if where is not None:
                 zoo = Zoo(
-                    folder=options.zoo.resolve(),
+                    folder=where,
                     program="onnx-utilrank",
                     work=Path(folder),
                     samples=options.samples,
                     limit=None,
                 )
             for name in options.models:
-                samples = str(zoo.work / f"{name}.npz")
-                words = (sys.executable, zoo.script, "calib", name, "-o", samples)
-                zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
+                samples = str(zoo.work / zoo.calibrate(name))
                 for batch in options.batch:
                     add(name, batch, zoo.model(name), samples, cache=zoo.work / f"{name}.cache")
         except StepError as e:
@@ -152,11 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UtilrankError as e:
             print(f"{parser.prog}: error: {e}", file=sys.stderr)
             return e.exit_status
-    own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
-    zoo_said = f"{ENVIRONMENT}=ZOO " if options.models else ""
-    print(f"    {zoo_said}python tools/{shlex.join([parser.prog, *own])}\n")
-    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(f"{command(parser.prog, given, SAID if options.models else '')}\n")
+    print(markdown(COLUMNS, rows, ["model"]))
     return 0
 
 

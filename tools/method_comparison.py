@@ -1,6 +1,6 @@
 """Compare methods of low-rank compression: same models, samples and kept parameters, one run.
 
-For each model of a zoo (see `zoo_table.py`) the samples are split once, and each method measures
+For each model of a zoo (see `zoo_commands.py`) the samples are split once, and each method measures
 the model once. For each ratio of parameters to keep, the model is made, its outputs are compared
 on samples held back, and `zoo.py eval` gives its real metric, which nothing is chosen by.
 
@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from rival_methods import ACTIVATION_SVD, GREEDY_SVD, WHITENED_SVD, measure_greedy, measure_rival
-from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
+from tables import NOTHING, command, markdown
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
 
 from onnx_utilrank import __version__
 from onnx_utilrank.compression import build
@@ -48,9 +48,6 @@ MODELS = (
     *("resnet20", "dncnn_s25", "imdn_x4", "stories260k"),
 )
 RATIOS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
-
-# Options that name files of whoever runs this.
-PLACES = ("--zoo", "--out", "--plot")
 
 DEFAULT = "default"
 PAPER = "utilized-rank"
@@ -258,11 +255,6 @@ def _cell(entry: Entry | None) -> str:
     return f"{'not finite' if drop is None else format(drop, '.2f')} {found}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    rule = ["---" if k < words else "---:" for k in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-
-
 def tables(entries: Sequence[Entry]) -> str:
     """A table of drops and divergences for each model, and one of how `default` does."""
     by_key = {entry.key: entry for entry in entries}
@@ -277,7 +269,7 @@ def tables(entries: Sequence[Entry]) -> str:
             for method in methods
         ]
         head = ["method", *(f"{100 * ratio:g} %" for ratio in ratios)]
-        parts.append(f"{model}: drop of {metric} (divergence)\n\n{_markdown(head, rows, 1)}")
+        parts.append(f"{model}: drop of {metric} (divergence)\n\n{markdown(head, rows, head[:1])}")
     if DEFAULT in methods:
         parts.append(f"health of `{DEFAULT}`\n\n{_health(by_key)}")
     return "\n\n".join(parts)
@@ -297,7 +289,7 @@ def _health(by_key: dict[Key, Entry]) -> str:
         row = [entry.model, best, f"{100 * entry.ratio:g} %", _number(entry.predicted)]
         rows.append([*row, _number(own) + spread, *compared])
     head = ["model", "best baseline", "asked", "predicted divergence", "measured divergence"]
-    return _markdown([*head, "to utilized-rank", "to best baseline"], rows, 2)
+    return markdown([*head, "to utilized-rank", "to best baseline"], rows, head[:2])
 
 
 def draw(entries: Sequence[Entry], file: Path) -> None:
@@ -348,11 +340,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _caption(options: argparse.Namespace, given: Sequence[str]) -> str:
-    pairs = zip(("", *given), (word.partition("=")[0] for word in given), given, strict=False)
-    words = [word for before, name, word in pairs if before not in PLACES and name not in PLACES]
     part = "" if options.limit is None else f" (with --limit {options.limit})"
     return (
-        f"    {ENVIRONMENT}=ZOO python tools/{shlex.join(['method_comparison.py', *words])}\n\n"
+        f"{command('method_comparison.py', given, SAID)}\n\n"
         f"onnx-utilrank {__version__}; at most {options.samples} calibration samples, a fifth of "
         "them held back for the divergence: nats a decision, or ½ of the relative squared error of "
         f"values. Metrics: `zoo.py eval`{part}; a drop above 0 is worse. {NOTHING}: out of reach."
@@ -364,8 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
-    if options.zoo is None or not (options.zoo / "zoo.py").is_file():
-        parser.error(f"which zoo? Give --zoo DIR with a zoo.py in it, or set {ENVIRONMENT}")
+    where = check_zoo(parser, options.zoo)
     counts = (options.samples, 1 if options.limit is None else options.limit)
     if min(counts) < 1 or not all(0 < ratio <= 1 for ratio in options.ratios):
         parser.error("a ratio is not in (0, 1], or there are no samples")
@@ -385,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [(name, ratio, method) for name in models for ratio in ratios for method in methods]
     missing = [key for key in wanted if not results.holds(key, options.metric_methods)]
     with tempfile.TemporaryDirectory() as work:
-        zoo = Zoo(folder=options.zoo.resolve(), program="", work=Path(work), **settings)
+        zoo = Zoo(folder=where, program="", work=Path(work), **settings)
         failed = _fill(results, zoo, missing, options.metric_methods)
     entries = [results.entries[key] for key in wanted if key in results.entries]
     print(f"{_caption(options, given)}\n\n{tables(entries)}")

@@ -15,7 +15,6 @@ are medians over pairs.
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import onnx.parser
+from tables import command, markdown
 
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import PROVIDERS, Provider, find_provider
@@ -137,11 +137,6 @@ def _channels(
     )
 
 
-def _printed(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]) -> None:
-    lines = [head, ["---" if k in words else "---:" for k in range(len(head))], *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status."""
     parser = argparse.ArgumentParser(
@@ -158,11 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     provider = find_provider(options.provider)
     rows = [_row((1, n, m), -1, provider, options.pairs) for n, m in MATRICES]
     rows += [_row((1, c, n, n), 1, provider, options.pairs) for c, n in MAPS]
-    print(f"    python tools/{shlex.join([parser.prog, *given])}\n")
-    _printed(COLUMNS, rows, [1])
-    print()
+    print(f"{command(parser.prog, given)}\n")
+    print(f"{markdown(COLUMNS, rows, COLUMNS[1:2])}\n")
     rows = [_channels(*each, provider, options.pairs) for each in CONVS]
-    _printed([*PAIRS, *(f"−{n}" for n in LEFT_OUT[1:])], rows, [3])
+    print(markdown([*PAIRS, *(f"−{n}" for n in LEFT_OUT[1:])], rows, PAIRS[3:4]))
     return 0
 
 

@@ -1,27 +1,19 @@
 """Low-rank factors, quantization, and both: size, time and the real metrics of a zoo's models.
 
-For each model of a zoo (see `zoo_table.py`), ratio of parameters and scheme: `onnx-utilrank
+For each model of a zoo (see `zoo_commands.py`), ratio of parameters and scheme: `onnx-utilrank
 compress` without and with `--then`, `onnx-utilrank quantize`, and `zoo.py eval` of what each made.
 Size, latency and divergence are those of the report of the second: every stage is timed in turns
 with the original, on the samples that are held back. The table is printed in Markdown.
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zoo_table import (
-    ENVIRONMENT,
-    NOTHING,
-    StepError,
-    Zoo,
-    add_zoo_option,
-    find_program,
-    read_json,
-)
+from tables import NOTHING, command, markdown
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, find_program, read_json
 
 __all__ = ["COLUMNS", "RATIOS", "SCHEMES", "main"]
 
@@ -126,8 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="measure metrics on N samples")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
-    if options.zoo is None or not (options.zoo / "zoo.py").is_file():
-        parser.error(f"which zoo? Give --zoo DIR with a zoo.py in it, or set {ENVIRONMENT}")
+    where = check_zoo(parser, options.zoo)
     program = find_program()
     if program is None:
         parser.error(f"onnx-utilrank is not installed beside {sys.executable}")
@@ -135,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(
-            folder=options.zoo.resolve(),
+            folder=where,
             program=program,
             work=Path(folder),
             samples=options.samples,
@@ -143,19 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for name in options.models:
             ratio = options.ratio or RATIOS.get(name, OTHER_RATIO)
-            words = (sys.executable, zoo.script, "calib", name, "-o", f"{name}.npz")
             try:
-                zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
+                zoo.calibrate(name)
                 for row in rows_of(zoo, name, ratio, options.schemes):
                     rows.append(row)
                     print(*row, sep=" | ", file=sys.stderr, flush=True)
             except StepError as e:
                 problems.append(f"{parser.prog}: {name}: {e}")
                 print(problems[-1], file=sys.stderr)
-    own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
-    print(f"    {ENVIRONMENT}=ZOO python tools/{shlex.join([parser.prog, *own])}\n")
-    lines = [list(COLUMNS), ["---" if c in WORDS else "---:" for c in COLUMNS], *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(f"{command(parser.prog, given, SAID)}\n")
+    print(markdown(COLUMNS, rows, WORDS))
     return 1 if problems else 0
 
 

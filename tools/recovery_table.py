@@ -1,6 +1,6 @@
 """Show what fine-tuning recovers: metric and divergence before and after, in one run.
 
-Each model of a zoo (see `zoo_table.py`) is compressed to each share of its parameters, by the
+Each model of a zoo (see `zoo_commands.py`) is compressed to each share of its parameters, by the
 paper's rule and by the default method; then each result is fine-tuned for some minutes, without
 labels, on the same samples or on more of them (`--train`), and `zoo.py eval` measures its metric
 before and after, on data that no choice is made by.
@@ -10,13 +10,13 @@ before and after, on data that no choice is made by.
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
+from tables import NOTHING, command, markdown
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
 
 from onnx_utilrank import CompressConfig, FinetuneConfig, compress, finetune
 from onnx_utilrank.config import FinetuneMethod
@@ -144,15 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
-    if options.zoo is None or not (options.zoo / "zoo.py").is_file():
-        parser.error(f"no zoo: give --zoo, or set {ENVIRONMENT}")
+    where = check_zoo(parser, options.zoo)
     options.train = dict(options.train)
     if unknown := options.train.keys() - set(options.models):
         parser.error(f"--train: {', '.join(sorted(unknown))} is none of the models")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(
-            folder=options.zoo.resolve(),
+            folder=where,
             program="onnx-utilrank",
             work=Path(folder),
             samples=options.samples,
@@ -160,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         try:
             for name in options.models:
-                words = (sys.executable, zoo.script, "calib", name, "-o", f"{name}.npz")
-                zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
+                zoo.calibrate(name)
                 for ratio in options.ratios:
                     rows += rows_of(zoo, name, ratio, options)
         except StepError as e:
@@ -170,11 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UtilrankError as e:
             print(f"{parser.prog}: error: {e}", file=sys.stderr)
             return e.exit_status
-    own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
-    own = [_without_folder(word, options.train) for word in own]
-    print(f"    {ENVIRONMENT}=ZOO python tools/{shlex.join([parser.prog, *own])}\n")
-    lines = [COLUMNS, ["---"] * 4 + ["---:"] * (len(COLUMNS) - 4), *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    shown = [_without_folder(word, options.train) for word in given]
+    print(f"{command(parser.prog, shown, SAID)}\n")
+    print(markdown(COLUMNS, rows, COLUMNS[:4]))
     return 0
 
 

@@ -1,8 +1,9 @@
 """Show what low-rank branches bring back of what quantization lost, and what they cost.
 
-Each model of a zoo (see `zoo_table.py`) is quantized by `onnxruntime.quantization` in several ways,
-and each of those is repaired with several shares of its bytes. Divergence and time are measured on
-calibration samples held back, `zoo.py eval` measures the metric on data that no choice is made by.
+Each model of a zoo (see `zoo_commands.py`) is quantized by `onnxruntime.quantization` in several
+ways, and each of those is repaired with several shares of its bytes. Divergence and time are
+measured on calibration samples held back, `zoo.py eval` measures the metric on data that no choice
+is made by.
 
     int8       QDQ, weights of 8 bits with a scale for each output, activations of 8 bits, static
     int8-whole the same with one scale for each weight
@@ -13,7 +14,6 @@ calibration samples held back, `zoo.py eval` measures the metric on data that no
 
 import argparse
 import logging
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from zoo_table import ENVIRONMENT, NOTHING, StepError, Zoo, add_zoo_option
+from tables import NOTHING, command, markdown
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
 
 from onnx_utilrank import RepairConfig, RepairResult, repair
 from onnx_utilrank.errors import UtilrankError
@@ -204,13 +205,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
-    if options.zoo is None or not (options.zoo / "zoo.py").is_file():
-        parser.error(f"no zoo: give --zoo, or set {ENVIRONMENT}")
+    where = check_zoo(parser, options.zoo)
     logging.getLogger().setLevel(logging.ERROR)  # the quantizers advise at length
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(
-            folder=options.zoo.resolve(),
+            folder=where,
             program="onnx-utilrank",
             work=Path(folder),
             samples=options.samples,
@@ -218,8 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         try:
             for name in options.models:
-                words = (sys.executable, zoo.script, "calib", name, "-o", f"{name}.npz")
-                zoo.must("zoo.py calib", *words, "--samples", str(options.samples))
+                zoo.calibrate(name)
                 for way in options.ways:
                     for row in rows_of(zoo, name, way, options.shares):
                         rows.append(row)
@@ -230,10 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UtilrankError as e:
             print(f"{parser.prog}: error: {e}", file=sys.stderr)
             return e.exit_status
-    own = [word for word in given if word != str(options.zoo) and word != "--zoo"]
-    print(f"    {ENVIRONMENT}=ZOO python tools/{shlex.join([parser.prog, *own])}\n")
-    lines = [COLUMNS, ["---"] * 3 + ["---:"] * (len(COLUMNS) - 3), *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(f"{command(parser.prog, given, SAID)}\n")
+    print(markdown(COLUMNS, rows, COLUMNS[:3]))
     return 0
 
 

@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from torture_model import BAD, CRASH, FOREIGN, NOTHING, REFUSED, STEPS, TIMEOUT, Outcome, examine
-from zoo_table import ENVIRONMENT, add_zoo_option
+from zoo_commands import ENVIRONMENT, add_zoo_option, check_zoo
 
 __all__ = ["Limits", "examine_apart", "main", "models_in", "tables"]
 
@@ -169,9 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Take all models and print the tables; 1 where there is a fault, 2 for usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    zoo = None if options.zoo is None else options.zoo.resolve()
-    if zoo is not None and not (zoo / "zoo.py").is_file():
-        parser.error(f"{zoo}: not a zoo, for there is no zoo.py in it")
+    zoo = None if options.zoo is None else check_zoo(parser, options.zoo)
     models = models_in(zoo, [path.resolve() for path in options.models])
     if not models:
         parser.error(f"no models: name a folder, give --zoo DIR, or set {ENVIRONMENT}")

@@ -1,22 +1,13 @@
 """Compress the models of a zoo as a user would, and print what it did to their real metrics.
 
-A zoo is a folder with `zoo.py` and a folder a model, `NAME/model.onnx`, where
-
-    zoo.py calib NAME -o FILE.npz --samples N     writes unlabelled calibration samples
-    zoo.py eval NAME MODEL.onnx [--limit N]       prints a JSON line: metric, value, baseline, drop
-
-For each model: `zoo.py calib`, `onnx-utilrank analyze`; then for each ratio and method
-`onnx-utilrank compress`, the full check of `onnx.checker`, `zoo.py eval`, and for the default
-method `onnx-utilrank validate`. Everything is a process of its own, in a temporary folder; the
-commands are shown on stderr, the table is printed in Markdown.
+For each model of a zoo (see `zoo_commands.py`): its calibration samples, `onnx-utilrank analyze`;
+then for each ratio and method `onnx-utilrank compress`, the full check of `onnx.checker`, the
+zoo's metric, and for the default method `onnx-utilrank validate`. Everything is a process of its
+own, in a temporary folder; the commands are shown on stderr, the table is printed in Markdown.
 """
 
 import argparse
 import json
-import os
-import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "Results", "StepError", "Zoo", "find_program", "main", "table"]
+from tables import NOTHING, command, markdown
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, find_program, read_json
 
-ENVIRONMENT = "ONNX_UTILRANK_ZOO"
+__all__ = ["Entry", "Results", "main", "table"]
+
 DEFAULT_METHOD = "two-sided"
 METHODS = (DEFAULT_METHOD, "one-sided", "utilized-rank", "svd")
 # Ratios at which each model begins to lose, and where it still works.
@@ -47,19 +40,11 @@ OTHER_RATIOS = (0.8, 0.6)
 NOT_REACHED = 3
 CHECK = "import sys, onnx; onnx.checker.check_model(sys.argv[1], full_check=True)"
 
-# Options that name files of whoever runs this.
-PLACES = ("--zoo", "--out")
-
 COLUMNS = (
     *("model", "asked", "kept", "method", "metric", "before", "after", "drop", "output error"),
     *("MLU", "compress, s", "latency ratio", "outcome"),
 )
 WORDS = ("model", "method", "metric", "outcome")
-NOTHING = "–"
-
-
-class StepError(Exception):
-    """A command of the chain failed; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,129 +129,53 @@ class Results:
         partial.replace(self.file)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Zoo:
-    """The commands, as typed in one folder.
+def prepare(zoo: Zoo, name: str) -> float | None:
+    """Write `NAME.npz` and measure a model's mean layer utilization on it.
 
-    Attributes:
-        folder: The zoo.
-        program: The command line tool.
-        work: Where files are written.
-        samples: Calibration samples.
-        limit: Samples to measure metrics on; None for all.
+    Raises:
+        StepError: A command failed.
     """
+    data = zoo.calibrate(name)
+    measured = zoo.must(
+        "analyze", zoo.program, "analyze", zoo.model(name), "--data", data, "--json"
+    )
+    report = read_json(measured, "analyze")
+    mean = report["mean_layer_utilization"]
+    return None if mean is None else float(mean)
 
-    folder: Path
-    program: str
-    work: Path
-    samples: int
-    limit: int | None
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the working folder."""
-        print("$", shlex.join([Path(words[0]).name, *words[1:]]), file=sys.stderr, flush=True)
-        return subprocess.run(
-            words, cwd=self.work, capture_output=True, text=True, encoding="utf8", check=False
-        )
-
-    def must(self, what: str, *words: str) -> str:
-        """Run a command that has to succeed; its standard output.
-
-        Raises:
-            StepError: It did not.
-        """
-        done = self.run(*words)
-        if done.returncode:
-            reason = self.error_line(done.stderr)
-            raise StepError(f"{what} failed with exit status {done.returncode}: {reason}")
-        return done.stdout
-
-    @property
-    def script(self) -> str:
-        """The zoo's own program."""
-        return str(self.folder / "zoo.py")
-
-    def model(self, name: str) -> str:
-        """The file of a model."""
-        return str(self.folder / name / "model.onnx")
-
-    def error_line(self, errors: str) -> str:
-        """What standard error says is wrong: the tool's own line, else the last one.
-
-        The zoo is called ZOO in it: results are for others to read, wherever the zoo lies here.
-        """
-        lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        own = [x.partition("error: ")[2] for x in lines if x.startswith("onnx-utilrank: error")]
-        return (own or lines or ["no message"])[-1].replace(str(self.folder), "ZOO")
-
-    def prepare(self, name: str) -> float | None:
-        """Write `NAME.npz` and measure the model's mean layer utilization on it.
-
-        Raises:
-            StepError: A command failed.
-        """
-        data, samples = f"{name}.npz", str(self.samples)
-        self.must(
-            "zoo.py calib",
-            *(sys.executable, self.script, "calib", name),
-            *("-o", data, "--samples", samples),
-        )
-        measured = self.must(
-            "analyze", self.program, "analyze", self.model(name), "--data", data, "--json"
-        )
-        report = read_json(measured, "analyze")
-        mean = report["mean_layer_utilization"]
-        return None if mean is None else float(mean)
-
-    def measure(self, name: str, ratio: float, method: str, mlu: float | None) -> Entry:
-        """One row; what fails after compression becomes its outcome."""
-        out = f"{name}_{ratio}_{method}.onnx"
-        report = f"{out}.json"
-        options = [] if method == DEFAULT_METHOD else ["--method", method]
-        start = time.perf_counter()
-        done = self.run(
-            *(self.program, "compress", self.model(name), "-o", out, "--data", f"{name}.npz"),
-            *("--param-ratio", str(ratio), "--report", report, *options),
-        )
-        fields: dict[str, Any] = {
-            **{"model": name, "ratio": ratio, "method": method, "mlu": mlu},
-            **{"status": done.returncode, "seconds": time.perf_counter() - start},
-        }
-        if done.returncode:
-            reached = "not reached" if done.returncode == NOT_REACHED else "compress failed"
-            outcome = f"{reached}: {self.error_line(done.stderr)}"
-            return Entry(**fields, outcome=outcome, failed=done.returncode != NOT_REACHED)
-        try:
-            made = json.loads((self.work / report).read_text(encoding="utf8"))
-            fields |= compression_figures(made)
-            self.must("the full check of onnx.checker", sys.executable, "-c", CHECK, out)
-            fields |= self.metric(name, out)
-            if method == DEFAULT_METHOD:
-                self.must(
-                    "validate",
-                    *(self.program, "validate", self.model(name), out),
-                    *("--data", f"{name}.npz"),
-                )
-        except StepError as e:
-            return Entry(**fields, outcome=str(e), failed=True)
-        return Entry(**fields, outcome=made["verdict"], failed=False)
-
-    def metric(self, name: str, model: str) -> dict[str, Any]:
-        """The real metric of a model, as fields of an `Entry`.
-
-        Raises:
-            StepError: `zoo.py eval` failed.
-        """
-        limit = [] if self.limit is None else ["--limit", str(self.limit)]
-        printed = self.must("zoo.py eval", sys.executable, self.script, "eval", name, model, *limit)
-        found = read_json(printed, "zoo.py eval")
-        return {
-            "metric": found["metric"],
-            "samples": found["n"],
-            "before": found["baseline"],
-            "after": found["value"],
-            "drop": found["drop"],
-        }
+def measure(zoo: Zoo, name: str, ratio: float, method: str, mlu: float | None) -> Entry:
+    """One row; what fails after compression becomes its outcome."""
+    out = f"{name}_{ratio}_{method}.onnx"
+    report = f"{out}.json"
+    options = [] if method == DEFAULT_METHOD else ["--method", method]
+    start = time.perf_counter()
+    done = zoo.run(
+        *(zoo.program, "compress", zoo.model(name), "-o", out, "--data", f"{name}.npz"),
+        *("--param-ratio", str(ratio), "--report", report, *options),
+    )
+    fields: dict[str, Any] = {
+        **{"model": name, "ratio": ratio, "method": method, "mlu": mlu},
+        **{"status": done.returncode, "seconds": time.perf_counter() - start},
+    }
+    if done.returncode:
+        reached = "not reached" if done.returncode == NOT_REACHED else "compress failed"
+        outcome = f"{reached}: {zoo.error_line(done.stderr)}"
+        return Entry(**fields, outcome=outcome, failed=done.returncode != NOT_REACHED)
+    try:
+        made = json.loads((zoo.work / report).read_text(encoding="utf8"))
+        fields |= compression_figures(made)
+        zoo.must("the full check of onnx.checker", sys.executable, "-c", CHECK, out)
+        fields |= zoo.metric(name, out)
+        if method == DEFAULT_METHOD:
+            zoo.must(
+                "validate",
+                *(zoo.program, "validate", zoo.model(name), out),
+                *("--data", f"{name}.npz"),
+            )
+    except StepError as e:
+        return Entry(**fields, outcome=str(e), failed=True)
+    return Entry(**fields, outcome=made["verdict"], failed=False)
 
 
 def compression_figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -280,26 +189,9 @@ def compression_figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_json(output: str, what: str) -> dict[str, Any]:
-    """The JSON object that a command printed; nothing else belongs on standard output.
-
-    Raises:
-        StepError: It printed anything else.
-    """
-    try:
-        found = json.loads(output)
-    except ValueError as e:
-        raise StepError(f"{what} printed something else than JSON ({e})") from e
-    if not isinstance(found, dict):
-        raise StepError(f"{what} printed no JSON object")
-    return found
-
-
 def table(entries: Sequence[Entry]) -> str:
     """The rows as a Markdown table."""
-    rows = [COLUMNS, tuple("---" if column in WORDS else "---:" for column in COLUMNS)]
-    rows += [_cells(entry) for entry in entries]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(COLUMNS, [_cells(entry) for entry in entries], WORDS)
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
@@ -351,17 +243,6 @@ def _result_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: its folder does not exist")
     return path
-
-
-def add_zoo_option(parser: argparse.ArgumentParser) -> None:
-    """Where the zoo is."""
-    parser.add_argument(
-        "--zoo",
-        type=Path,
-        metavar="DIR",
-        default=os.environ.get(ENVIRONMENT) or None,
-        help=f"the zoo's folder (default: the environment variable {ENVIRONMENT})",
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -421,27 +302,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _caption(options: argparse.Namespace, given: Sequence[str], version: str) -> str:
     """The command, without places on this machine, and what a reader of the table has to know."""
-    words = [
-        word
-        for before, word in zip(("", *given), given, strict=False)
-        if before not in PLACES and word.partition("=")[0] not in PLACES
-    ]
     part = "" if options.limit is None else f" (the first {options.limit} samples only)"
     return (
-        f"    {ENVIRONMENT}=ZOO python tools/{shlex.join(['zoo_table.py', *words])}\n\n"
+        f"{command('zoo_table.py', given, SAID)}\n\n"
         f"{version}; at most {options.samples} calibration samples, a fifth of them held back. "
         f"Metrics are those of `zoo.py eval`{part}; a drop above 0 is worse. Output error: "
         "relative, on the held-back samples. Latency ratio: median over pairs of runs of both "
         "models in one process. Seconds are those of the whole `compress` command, its "
         "validation included."
     )
-
-
-def find_program() -> str | None:
-    """The command line tool of the environment that runs this, or else of the path."""
-    # The environment that runs this need not be activated: its programs lie beside its interpreter.
-    beside = shutil.which("onnx-utilrank", path=Path(sys.executable).parent)
-    return beside or shutil.which("onnx-utilrank")
 
 
 def _fill(
@@ -453,13 +322,13 @@ def _fill(
         if not missing:
             continue
         try:
-            mlu = zoo.prepare(name)
+            mlu = prepare(zoo, name)
         except StepError as e:
             problems.append(f"{name}: {e}")
             print(problems[-1], file=sys.stderr)
             continue
         for model, ratio, method in missing:
-            entry = zoo.measure(model, ratio, method, mlu)
+            entry = measure(zoo, model, ratio, method, mlu)
             results.add(entry)
             if entry.failed:
                 problems.append(f"{name} at {ratio:g} by {method}: {entry.outcome}")
@@ -471,10 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
-    if options.zoo is None:
-        parser.error(f"which zoo? Give --zoo DIR, or set {ENVIRONMENT}")
-    if not (options.zoo / "zoo.py").is_file():
-        parser.error(f"{options.zoo}: not a zoo, for there is no zoo.py in it")
+    folder = check_zoo(parser, options.zoo)
     program = find_program()
     if program is None:
         parser.error(f"onnx-utilrank is not installed beside {sys.executable}")
@@ -493,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as work:
         zoo = Zoo(
-            folder=options.zoo.resolve(),
+            folder=folder,
             program=program,
             work=Path(work),
             samples=options.samples,

@@ -94,7 +94,7 @@ def _device_cache(folder: Path | None, provider: Provider) -> Cache:
     if folder is None:
         return Cache()
     folder.mkdir(parents=True, exist_ok=True)
-    said = (*device_key(provider), gpu_name(provider.key))
+    said = (*device_key(provider), gpu_name(provider.cuda_device))
     return Cache(folder=folder, key=sha256(repr(said).encode()).hexdigest())
 
 

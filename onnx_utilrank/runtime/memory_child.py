@@ -33,9 +33,9 @@ def measure(request: Request) -> dict[str, int | None]:
         folder=str(Path(request.path).parent),
         threads=request.threads,
     )
-    nvidia = request.provider.nvidia
-    device = int(dict(request.provider.options).get("device_id", 0))
-    taken = used_memory(device) if nvidia else None  # first, for the context that it makes
+    device = request.provider.cuda_device
+    # First, for the context that it makes.
+    taken = None if device is None else used_memory(device)
     before = _resident()
     session = wrapped(
         create_session(request.path, request.provider, options), request.provider, request.path
@@ -44,7 +44,7 @@ def measure(request: Request) -> dict[str, int | None]:
     for _ in range(RUNS):
         binding.run()
     # What ONNX Runtime's arena took of the device it keeps: after the runs it is at its peak.
-    after = used_memory(device) if nvidia else None
+    after = None if device is None else used_memory(device)
     return {
         "resident": None if before is None else _peak() - before,
         "device": None if taken is None or after is None else after - taken,

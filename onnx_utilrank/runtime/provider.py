@@ -29,3 +29,8 @@ class Provider:
     brings: tuple[str, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
     custom_op_libraries: tuple[str, ...] = ()
+
+    @property
+    def cuda_device(self) -> int | None:
+        """Number of the CUDA device that it runs on; None where it runs elsewhere."""
+        return int(dict(self.options).get("device_id", 0)) if self.nvidia else None

@@ -14,11 +14,17 @@ def gradient_type(store: ModelStore) -> torch.dtype | None:
     return torch.float32 if any(t.data_type in half for t in store.tensors()) else None
 
 
-def device_beside(provider: str) -> str:
-    """The device beside an execution provider, by its key, if this build of torch can use it."""
-    return "cuda" if provider != "cpu" and torch.cuda.is_available() else "cpu"
+def device_beside(cuda_device: int | None) -> str:
+    """Where torch runs what an execution provider runs on that CUDA device, or on none.
+
+    The CPU, where the provider uses no such device or this build of torch cannot.
+    """
+    if cuda_device is None or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{cuda_device}"
 
 
-def gpu_name(provider: str) -> str:
-    """The GPU of an execution provider, by its key; empty where there is none."""
-    return str(torch.cuda.get_device_name()) if device_beside(provider) == "cuda" else ""
+def gpu_name(cuda_device: int | None) -> str:
+    """The name of a CUDA device; empty where there is none, or torch cannot use it."""
+    device = device_beside(cuda_device)
+    return "" if device == "cpu" else str(torch.cuda.get_device_name(device))

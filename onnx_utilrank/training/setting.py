@@ -110,7 +110,7 @@ class Setting:
 
     def graph(self, store: ModelStore) -> TorchGraph:
         """The model in torch, beside the execution provider."""
-        device = device_beside(self.provider.key)
+        device = device_beside(self.provider.cuda_device)
         return TorchGraph.build(store, device=device, dtype=gradient_type(store))
 
     def cache(self, store: ModelStore, config: TrainingConfig) -> Cache:
@@ -121,7 +121,7 @@ class Setting:
 
     def student(self, graph: TorchGraph, parts: Sequence[Part]) -> Student:
         """A student; beside an accelerator it multiplies in bfloat16."""
-        return Student(graph, parts, mixed=self.provider.key != "cpu" and torch.cuda.is_available())
+        return Student(graph, parts, mixed=device_beside(self.provider.cuda_device) != "cpu")
 
     def batches(
         self,
