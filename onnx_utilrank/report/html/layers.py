@@ -64,7 +64,7 @@ def parameters(content: Content) -> Section | None:
         title="Parameters by layer",
         drawing=charts.before_after(before, after, "parameters"),
         caption=f"{len(entries):,} weights with {sum(before):,} parameters before and "
-        f"{sum(after):,} after; {max(rest, 0):,} more lie elsewhere and stay.",
+        f"{sum(after):,} after" + (f"; {rest:,} more lie elsewhere and stay." if rest > 0 else "."),
     )
     parts: list[Part] = [
         Charts([drawn]),

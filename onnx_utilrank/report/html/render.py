@@ -67,6 +67,7 @@ def render(content: Content) -> str:
         sections=sections,
         run=content["run"],
         style=Markup(folder.joinpath("page.css").read_text("utf8")),
+        cards=Markup(folder.joinpath("cards.css").read_text("utf8")),
         script=Markup(script),
         digest=Markup(digest),
     )

@@ -174,7 +174,11 @@ def _reached(found: Content) -> Iterator[Fact]:
             tone=tone,
         )
     if found["relative_error"] is not None:
-        yield Fact(name="Relative error of outputs", value=number(found["relative_error"]))
+        yield Fact(
+            name="Relative error",
+            value=number(found["relative_error"]),
+            more="of all values of the worst output, padding too",
+        )
 
 
 def _quality(content: Content) -> Iterator[Fact]:
