@@ -37,7 +37,10 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     if verb not in whole["$defs"]["RunRecord"]["properties"]["verb"]["enum"]:
         raise ModelError(f"{path}: not a report that --report wrote: it names no verb")
     schema = {"$ref": f"#/$defs/{verb}", "$defs": whole["$defs"]}
-    fault = best_match(jsonschema.Draft202012Validator(schema).iter_errors(content))
+    try:
+        fault = best_match(jsonschema.Draft202012Validator(schema).iter_errors(content))
+    except RecursionError as e:
+        raise ModelError(f"{path}: not a report: it is nested too deeply") from e
     if fault is not None:
         said = fault.message if len(fault.message) < 200 else f"{fault.message[:200]}…"
         raise ModelError(

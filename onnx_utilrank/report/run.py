@@ -19,7 +19,7 @@ class UsedFile:
     Attributes:
         role: What it was to the command: `model`, `data`, `output`.
         path: As it was given.
-        bytes: Its size; None for what is no file, as a folder or a function.
+        bytes: Its size; None for what is no file (a folder, a function), or no longer there.
         sha256: Of its bytes, without those of files beside it; None where there is no size.
     """
 
@@ -90,6 +90,9 @@ def _used(role: str, path: str) -> UsedFile:
     file = Path(path)
     if not file.is_file():
         return UsedFile(role=role, path=path, bytes=None, sha256=None)
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return UsedFile(role=role, path=path, bytes=file.stat().st_size, sha256=digest)
+    try:
+        with file.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return UsedFile(role=role, path=path, bytes=file.stat().st_size, sha256=digest)
+    except OSError:  # it went away meanwhile, which is no reason to lose the result
+        return UsedFile(role=role, path=path, bytes=None, sha256=None)

@@ -95,11 +95,13 @@ def _inspected(content: Content) -> Iterator[Part]:
 
 def _sites(content: Content) -> TableView:
     titles = ("d_in", "d_out", "share", "break-even rank")
+    tied = any(s["tied"] for s in content["sites"])
     return TableView(
         title="Weights that could be factored",
         columns=[
             *(Column("weight", "name"), Column("op", "short"), *map(Column, titles)),
-            *(Column("moves, with the largest rank", "prose"), Column("tied to", "name")),
+            Column("moves, with the largest rank", "prose"),
+            *([Column("tied to", "name")] if tied else []),
         ],
         rows=[
             [
@@ -108,7 +110,7 @@ def _sites(content: Content) -> TableView:
                 Cell(percent(s["share"], 2), s["share"], Bar(share=min(max(s["share"], 0.0), 1.0))),
                 Cell(number(s["break_even_rank"]), s["break_even_rank"]),
                 Cell(", ".join(f"{k} {v}" for k, v in s["moves"].items()) or "none is smaller"),
-                Cell(s["tied"] or ""),
+                *([Cell(s["tied"] or "–")] if tied else []),
             ]
             for s in content["sites"]
         ],
@@ -148,8 +150,15 @@ def installation(content: Content) -> Section | None:
         title="Execution providers",
         columns=[Column("provider", "short"), Column("fault", "prose")],
         rows=[
-            [Cell(p["provider"]), Cell(p["fault"] or "works", tone="bad" if p["fault"] else "good")]
+            [Cell(p["provider"]), _worked(p, asked=p["provider"] == content["asked"])]
             for p in content["providers"]
         ],
     )
     return Section(key="installation", title="Installation", parts=[packages, extras, providers])
+
+
+def _worked(provider: Content, *, asked: bool) -> Cell:
+    """A fault of a provider that nobody asked for is none of the installation."""
+    if provider["fault"] is None:
+        return Cell("works", tone="good")
+    return Cell(provider["fault"], tone="bad" if asked else "")

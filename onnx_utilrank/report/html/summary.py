@@ -81,7 +81,9 @@ def _verdict(content: Content) -> tuple[str, Tone]:
             return "The new weights are kept.", "good"
         return "The candidate is unchanged: training brought nothing.", "warn"
     if verb == "doctor":
-        return ("Something is wrong.", "bad") if content["faults"] else ("All works.", "good")
+        return (
+            ("Something is wrong.", "bad") if content["faults"] else ("Nothing is wrong.", "good")
+        )
     return "", ""
 
 

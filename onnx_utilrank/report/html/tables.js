@@ -53,7 +53,7 @@ for (const table of document.querySelectorAll("table")) {
   tools.append(field, count);
   table.parentElement.before(tools);
 }
-// Paper has nothing to click on.
+// Paper has nothing to click on; what is to be copied stays shut.
 addEventListener("beforeprint", () => {
-  for (const each of document.querySelectorAll("details")) each.open = true;
+  for (const each of document.querySelectorAll("details:not(:has(pre))")) each.open = true;
 });
