@@ -66,7 +66,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Sentences:
-    """Sentences, a paragraph each; as a list where they are notes."""
+    """Sentences, a paragraph each; with a tone they stand out."""
 
     lines: Sequence[str]
     tone: Tone = ""

@@ -27,6 +27,10 @@ VERDICTS: dict[str, tuple[str, Tone]] = {
     "larger": ("Larger, as was forced: no gain.", "bad"),
     "smaller": ("Smaller; in time not clearly worse.", "good"),
     "slower": ("Smaller, but slower on this machine.", "warn"),
+}
+REPAIRS: dict[str, tuple[str, Tone]] = {
+    "unchanged": ("Unchanged: the output is the quantized model.", "warn"),
+    "slower": ("Repaired, but slower than the original on this machine.", "warn"),
     "repaired": ("Repaired; in time not clearly worse than the original.", "good"),
 }
 
@@ -67,13 +71,7 @@ def summary(content: Content) -> Section:
 def _verdict(content: Content) -> tuple[str, Tone]:
     verb = content["run"]["verb"]
     if "verdict" in content:
-        verdict = content["verdict"]
-        if verb == "repair":
-            return {
-                "unchanged": ("Unchanged: the output is the quantized model.", "warn"),
-                "slower": ("Repaired, but slower than the original on this machine.", "warn"),
-            }.get(verdict, VERDICTS[verdict])  # type: ignore[return-value]
-        return VERDICTS[verdict]
+        return (REPAIRS if verb == "repair" else VERDICTS)[content["verdict"]]
     if verb == "validate":
         return ("Passed.", "good") if content["passed"] else ("Failed.", "bad")
     if verb == "finetune":

@@ -21,7 +21,7 @@ __all__ = ["training"]
 def training(content: Content) -> Section | None:
     """Loss and divergence over the steps, and the ranks that came of it."""
     found = content if "history" in content else content.get("recovered")
-    if not found:
+    if not isinstance(found, dict):  # there was none, or it is the share that a repair recovered
         return None
     apart = "divergence" if "kept" in found else "loss on samples apart"
     history = found["history"]
