@@ -114,6 +114,9 @@ def _facts(content: Content) -> Iterator[Fact]:
             value=ratio(content["parameters"], content["parameters_before"]),
             more=f"{content['parameters']:,} of {content['parameters_before']:,}",
         )
+    if verb == "benchmark":
+        yield Fact(name="Models", value=str(len(content["models"])))
+        yield Fact(name="Cases", value=str(len(content["cases"])))
     if verb == "inspect":
         yield Fact(name="Parameters", value=f"{content['parameters']:,}")
         share = content["factorable"] / max(content["parameters"], 1)
