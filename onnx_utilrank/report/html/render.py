@@ -73,11 +73,11 @@ def render(content: Content) -> str:
     )
 
 
-def shortened(text: str) -> str:
-    """A text without its middle, where it is long."""
-    if len(text) <= LONGEST:
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """A text without its middle, where it is long: names of nodes differ at their ends."""
+    if len(text) <= longest:
         return text
-    return f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 + 1 :]}"
+    return f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
 
 
 def _shown(value: object) -> object:

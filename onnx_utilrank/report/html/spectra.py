@@ -105,6 +105,7 @@ def spectra(content: Content) -> Section | None:
     found = plans(content)
     chosen = [(name, _decided(p)) for name, p in found]
     entries = {e["site"]: e for _, p in found[:1] for e in p["entries"]}
+    numbers = {site: k for k, site in enumerate(entries, 1)}
     shrunk = {key for _, p in found for key in shrinking(p)}
     method = found[0][1]["method"] if found else ""
     unit = {
@@ -124,6 +125,8 @@ def spectra(content: Content) -> Section | None:
             said = f"rank {marks[0][1]} of {full}"
         elif marks:
             said = f"ranks {', '.join(f'{r} at {name}' for name, r in marks)} of {full}"
+        if layer["site"] in numbers:
+            said = f"layer {numbers[layer['site']]}: {said}"
         title = _title(entries.get(layer["site"], layer))
         drawn.append(Chart(title=title, drawing=drawing, caption=said))
     lines = [
@@ -137,6 +140,7 @@ def _energies(content: Content) -> Section | None:
     layers = content["layers"]
     if not layers:
         return None
+    numbers = {e["site"]: k for k, e in enumerate(layers, 1)}
     drawn = [
         Chart(
             title=_title(e),
@@ -145,7 +149,7 @@ def _energies(content: Content) -> Section | None:
                 [("k_T", e["output_rank"]), ("k_S", e["input_rank"])],
                 None,
             ),
-            caption=f"k_T {e['output_rank']:,} of {e['m']:,} (line), "
+            caption=f"layer {numbers[e['site']]}: k_T {e['output_rank']:,} of {e['m']:,} (line), "
             f"k_S {e['input_rank']:,} of {e['d']:,} (dotted)",
         )
         for e in _largest(layers, {e["site"]: e for e in layers})
