@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,16 @@ class OperatorTime:
     ms: float
 
 
-def operator_times(model: ModelStore, provider: Provider, feed: Feed) -> tuple[OperatorTime, ...]:
+def operator_times(
+    model: ModelStore, provider: Provider, feed: Feed, outputs: Sequence[str] | None = None
+) -> tuple[OperatorTime, ...]:
     """Profile some runs of a model on one feed.
+
+    Args:
+        model: The model.
+        provider: Where it runs.
+        feed: What it runs on.
+        outputs: Outputs that are asked for; None for all.
 
     Returns:
         One entry an operator, the dearest first. None on other providers than the CPU, where a
@@ -51,7 +60,7 @@ def operator_times(model: ModelStore, provider: Provider, feed: Feed) -> tuple[O
     with tempfile.TemporaryDirectory(prefix="onnx_utilrank_") as folder:
         session = open_session(model, provider, profile=Path(folder) / "run")
         for _ in range(WARM_UPS + RUNS):
-            session.run(feed)
+            session.run(feed, outputs)
         text = Path(session.raw.end_profiling()).read_text(encoding="utf8", errors="replace")
     try:
         events = json.loads(text, strict=False)

@@ -354,8 +354,8 @@ def _on_provider(
         candidate_nodes=actual.placement(),
         against_first=against_first,
         float_types=float_types(expected, actual),
-        reference_operators=operator_times(reference, provider, timed[0]),
-        candidate_operators=operator_times(candidate, provider, timed[0]),
+        reference_operators=operator_times(reference, provider, timed[0], wanted),
+        candidate_operators=operator_times(candidate, provider, timed[0], wanted),
     )
 
 
