@@ -43,17 +43,17 @@ if TYPE_CHECKING:
     from onnx_utilrank.plain_quantization import QuantizeResult, quantize
     from onnx_utilrank.quantization.config import QuantizeConfig
     from onnx_utilrank.ranking.plan import RankPlan
+    from onnx_utilrank.ranking.utilization import LayerUtilization, UtilizationReport
     from onnx_utilrank.repairing.config import RepairConfig
     from onnx_utilrank.repairing.repair import repair
     from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
+    from onnx_utilrank.report.write import write_report
     from onnx_utilrank.results import (
         CompressResult,
         FinetuneResult,
-        LayerUtilization,
         SweepPoint,
         SweepResult,
         TrainResult,
-        UtilizationReport,
     )
     from onnx_utilrank.validation.report import ValidationReport
 
@@ -101,6 +101,7 @@ __all__ = [
     "sweep",
     "train",
     "validate",
+    "write_report",
 ]
 
 # Where the names come from. They are imported when they are asked for: torch takes seconds, and a
@@ -135,17 +136,17 @@ _HOMES = {
     "plain_quantization": ("QuantizeResult", "quantize"),
     "quantization.config": ("QuantizeConfig",),
     "ranking.plan": ("RankPlan",),
+    "ranking.utilization": ("LayerUtilization", "UtilizationReport"),
     "repairing.config": ("RepairConfig",),
     "repairing.repair": ("repair",),
     "repairing.result": ("RepairResult", "RepairedLayer"),
+    "report.write": ("write_report",),
     "results": (
         "CompressResult",
         "FinetuneResult",
-        "LayerUtilization",
         "SweepPoint",
         "SweepResult",
         "TrainResult",
-        "UtilizationReport",
     ),
     "validation.report": ("ValidationReport",),
 }

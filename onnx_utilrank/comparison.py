@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from onnx_utilrank.calibration.data import Dataset
 from onnx_utilrank.calibration.survey import linear_flops
@@ -11,10 +12,14 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed
+from onnx_utilrank.validation.depth import LayerError, error_through_depth
 from onnx_utilrank.validation.report import ModelFigures, ValidationReport
 from onnx_utilrank.validation.report import validate as compare_models
 
 __all__ = ["check_alike", "compare"]
+
+# Samples that the error is followed through the layers on.
+FOLLOWED = 4
 
 
 def compare(
@@ -45,7 +50,11 @@ def compare(
     """
     single = next(data.feeds(samples, batch=1))
     feeds = list(data.feeds(samples, batch=batch))
-    return compare_models(
+    depth: tuple[LayerError, ...] = ()
+    if candidate is not reference:
+        followed = islice(data.feeds(samples, batch=1), FOLLOWED)
+        depth = error_through_depth(reference, candidate, followed, providers[0])
+    report = compare_models(
         reference,
         candidate,
         feeds,
@@ -62,6 +71,7 @@ def compare(
         max_error=config.max_error,
         min_agreement=config.min_agreement,
     )
+    return replace(report, depth=depth)
 
 
 def check_alike(reference: ModelStore, candidate: ModelStore) -> None:

@@ -20,17 +20,17 @@ from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.decide import skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
+from onnx_utilrank.ranking.spectrum import layer_spectra
 from onnx_utilrank.ranking.stamp import stamp, stamped
+from onnx_utilrank.ranking.utilization import LayerUtilization, UtilizationReport
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.remarks import fullness, refit_note
 from onnx_utilrank.repairing.repairs import repaired
 from onnx_utilrank.results import (
     CompressResult,
     FinetuneResult,
-    LayerUtilization,
     SweepPoint,
     SweepResult,
-    UtilizationReport,
 )
 from onnx_utilrank.runtime.providers import find_providers
 from onnx_utilrank.runtime.sessions import open_session
@@ -72,31 +72,13 @@ def analyze(
     samples = chosen_samples(job.data, config.samples, config.seed)
     options = CompressConfig(memory_budget=config.memory_budget, cache=config.cache)
     found = job.measure(UTILIZED_RANK.key, job.sites, samples, options)
-    layers = []
-    for measured in found.sites:
-        site, moment = measured.site, measured.moment
-        assert moment is not None
-        input_rank, output_rank = UTILIZED_RANK.ranks(measured, config.energy)
-        layers.append(
-            LayerUtilization(
-                site=site.key,
-                nodes=tuple(use.label for use in site.uses),
-                op_type=site.op_type,
-                m=site.m,
-                d=site.d,
-                input_rank=input_rank,
-                output_rank=output_rank,
-                rows=moment.rows,
-                trusted=moment.enough_rows,
-            )
-        )
     return UtilizationReport(
         model=job.store.label,
         model_sha256=job.store.fingerprint(),
         energy=config.energy,
         samples=len(samples),
         engine=found.engine,
-        layers=tuple(layers),
+        layers=tuple(LayerUtilization.of(site, config.energy) for site in found.sites),
         skipped=skipped_nodes((*job.skips, *found.skips)),
         notes=found.notes,
     )
@@ -193,6 +175,7 @@ def compress(
             samples=len(calibration),
             notes=notes,
             engine=found.engine,
+            layers=layer_spectra(found.sites),
         )
     recovered = None
     if config.finetune is not None and plan.changes:
@@ -243,6 +226,7 @@ def compress(
         searched=None if best is None else best.quality,
         recovered=recovered,
         quantized=quantized,
+        layers=layer_spectra(found.sites),
     )
 
 
@@ -309,6 +293,7 @@ def sweep(
         engine=found.engine,
         notes=(*notes, *full),
         store=kept,
+        layers=layer_spectra(found.sites),
     )
 
 

@@ -1,6 +1,7 @@
 """Quantize a model as it is."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
@@ -26,6 +27,8 @@ class QuantizeResult(MadeModel):
         samples: Samples that calibrated.
         notes: Sentences that a user has to know.
     """
+
+    verb: ClassVar[str] = "quantize"
 
     report: QuantizationReport
     samples: int

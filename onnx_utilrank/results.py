@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx
 
@@ -11,7 +12,8 @@ from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.errors import UtilrankError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quality import Quality, quality_dict, strict
-from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
+from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.ranking.spectrum import LayerSpectrum
 from onnx_utilrank.stages import QuantizationReport
 from onnx_utilrank.training.history import Look
 from onnx_utilrank.validation.divergence import Divergence
@@ -20,94 +22,11 @@ from onnx_utilrank.validation.report import ValidationReport
 __all__ = [
     "CompressResult",
     "FinetuneResult",
-    "LayerUtilization",
     "MadeModel",
     "SweepPoint",
     "SweepResult",
     "TrainResult",
-    "UtilizationReport",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerUtilization:
-    """How much of its space one weight uses (Garg et al., arXiv 2407.04797).
-
-    Attributes:
-        site: Key of the site.
-        nodes: Names of the nodes that share the weight.
-        op_type: Their operator.
-        m: Output features.
-        d: Input features.
-        input_rank: k_S, input directions that hold the energy.
-        output_rank: k_T, output directions that do.
-        rows: Rows that the measurement rests on.
-        trusted: False where those are fewer than four times the width: then the utilization is
-            an underestimate.
-    """
-
-    site: str
-    nodes: tuple[str, ...]
-    op_type: str
-    m: int
-    d: int
-    input_rank: int
-    output_rank: int
-    rows: int
-    trusted: bool
-
-    @property
-    def rank(self) -> int:
-        """The utilized rank r = min(k_S, k_T)."""
-        return min(self.input_rank, self.output_rank)
-
-    @property
-    def utilization(self) -> float:
-        """r / min(d, m)."""
-        return self.rank / min(self.m, self.d)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UtilizationReport:
-    """The paper's measurement of a whole model.
-
-    Attributes:
-        model: How messages name the model.
-        model_sha256: Its fingerprint.
-        energy: Share of the energy that a subspace has to hold.
-        samples: Samples that were run.
-        engine: Who ran them, where it was not this process alone.
-        layers: One entry a weight, in graph order.
-        skipped: Nodes that were not measured, and why.
-        notes: Sentences that a reader of the figures has to know.
-    """
-
-    model: str
-    model_sha256: str
-    energy: float
-    samples: int
-    engine: EngineUse | None
-    layers: tuple[LayerUtilization, ...]
-    skipped: tuple[SkippedNode, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def mean_layer_utilization(self) -> float | None:
-        """MLU, the mean of the layers' utilization; None for a model without layers."""
-        if not self.layers:
-            return None
-        return sum(layer.utilization for layer in self.layers) / len(self.layers)
-
-    def as_dict(self) -> dict[str, object]:
-        """The report as JSON types."""
-        layers = [
-            dataclasses.asdict(layer) | {"rank": layer.rank, "utilization": layer.utilization}
-            for layer in self.layers
-        ]
-        return dataclasses.asdict(self) | {
-            "mean_layer_utilization": self.mean_layer_utilization,
-            "layers": layers,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +74,8 @@ class FinetuneResult(MadeModel):
         validation: The original and `store` compared on the samples held back.
         notes: Sentences that a user has to know.
     """
+
+    verb: ClassVar[str] = "finetune"
 
     kept: bool
     method: str
@@ -211,6 +132,8 @@ class TrainResult(MadeModel):
         samples: Samples that were trained on.
     """
 
+    verb: ClassVar[str] = "train"
+
     method: str
     accuracy_before: float
     accuracy: float
@@ -251,7 +174,10 @@ class CompressResult:
         recovered: How fine-tuning went, where it was asked for.
         quantized: The stages of quantization, where it was asked for; validation and quality are
             those of the quantized model.
+        layers: What each weight that was looked at loses at each rank.
     """
+
+    verb: ClassVar[str] = "compress"
 
     plan: RankPlan
     store: ModelStore | None
@@ -263,6 +189,7 @@ class CompressResult:
     searched: Quality | None = None
     recovered: FinetuneResult | None = None
     quantized: QuantizationReport | None = None
+    layers: tuple[LayerSpectrum, ...] = ()
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -322,6 +249,7 @@ class CompressResult:
             "notes": list(self.notes),
             "left_alone": self.left_alone,
             "plan": dataclasses.asdict(self.plan),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "quality": quality_dict(self.quality),
             "searched": quality_dict(self.searched),
             "recovered": None if self.recovered is None else self.recovered.training,
@@ -357,13 +285,17 @@ class SweepResult:
         engine: Who collected statistics and decomposed, where it was not this process alone.
         notes: Sentences that a user has to know.
         store: The model of the point that was to be kept; None where none was.
+        layers: What each weight loses at each rank.
     """
+
+    verb: ClassVar[str] = "sweep"
 
     model: str
     points: tuple[SweepPoint, ...]
     engine: EngineUse | None
     notes: tuple[str, ...]
     store: ModelStore | None
+    layers: tuple[LayerSpectrum, ...]
 
     def save(self, path: str | os.PathLike[str], *, save_as_external_data: bool = False) -> None:
         """Write the model that was kept; see `ModelStore.save`.
@@ -382,6 +314,7 @@ class SweepResult:
             "model": self.model,
             "engine": None if self.engine is None else dataclasses.asdict(self.engine),
             "notes": list(self.notes),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "points": [
                 {
                     "ratio": point.ratio,

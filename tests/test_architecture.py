@@ -28,10 +28,10 @@ LAYERS = {
     "calibration": "engine errors model runtime sites statistics",
     "surgery": "errors model moves sites statistics",
     "latency": "calibration model moves runtime sites statistics surgery torch_graph",
-    "ranking": "config errors latency model moves sites statistics",
+    "ranking": "config engine errors latency model moves sites statistics",
     "sensitivity": "calibration engine errors model moves ranking sites statistics torch_graph",
     "refit": "model ranking sensitivity sites statistics torch_graph",
-    "validation": "errors model runtime statistics",
+    "validation": "calibration errors model runtime statistics",
     "benchmarking": "calibration errors model runtime validation",
     "quantization": ("calibration config errors model ranking runtime sites statistics validation"),
     "inspection": ("benchmarking calibration errors model moves ranking runtime sites torch_graph"),
@@ -83,13 +83,13 @@ LAYERS = {
     ),
     "installation": "errors runtime",
     "olive": "config errors pipeline",
-    "__init__": (
-        "benchmarking config errors finetuning inspection installation low_rank_training pipeline"
-        " plain_quantization quantization ranking repairing results validation"
-    ),
     "report": (
         "benchmarking engine errors inspection installation model plain_quantization quality"
         " ranking repairing results runtime stages training validation"
+    ),
+    "__init__": (
+        "benchmarking config errors finetuning inspection installation low_rank_training pipeline"
+        " plain_quantization quantization ranking repairing report results validation"
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"
@@ -108,6 +108,9 @@ FENCES = {
     "onnxruntime": ("runtime/", "quantization/"),
     "rich": ("cli/", "report/"),
     "argparse": ("cli/",),
+    "jinja2": ("report/html/",),
+    "jsonschema": ("report/read.py",),
+    "matplotlib": ("report/",),
     "packaging": ("installation/",),
     "shtab": ("cli/completion.py",),
     "olive": ("olive.py",),

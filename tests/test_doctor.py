@@ -100,7 +100,7 @@ def test_extras_say_what_they_lack(monkeypatch):
 
 def test_extras_are_those_of_the_project():
     names = {extra.name for extra in optional_extras()}
-    assert "plot" in names
+    assert "completion" in names
     assert "dev" not in names
 
 

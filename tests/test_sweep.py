@@ -56,7 +56,6 @@ def report(files, tmp_path_factory):
     path, data = map(str, files)
     words = ["sweep", path, "--data", data, "--ratios", "0.7, 0.3,0.5", "--json"]
     words += ["--report", str(folder / "sweep.json"), "--plot", str(folder / "curve.svg")]
-    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     assert main([*words, "--pick", "0.5", "-o", str(folder / "picked.onnx")]) == 0
     return folder / "sweep.json"
 
@@ -144,7 +143,7 @@ def test_sweeps_that_make_no_sense_are_refused(files, options, config, message):
 
 def test_report_is_strict_json(report, result):
     text = strict(report.read_text())
-    assert set(text) == {"model", "notes", "points"}
+    assert set(text) == {"run", "model", "notes", "layers", "points"}
     assert [p["ratio"] for p in text["points"]] == [p.ratio for p in result.points]
     for made, point in zip(text["points"], result.points, strict=True):
         assert RankPlan.from_json(json.dumps(made["plan"])) == point.plan
@@ -194,7 +193,6 @@ def test_reports_without_the_point_are_refused(report, tmp_path):
     [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")],
 )
 def test_plot_is_drawn(result, tmp_path, suffix, start):
-    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     target = tmp_path / f"curve{suffix}"
     plot_sweep(result, target)
     assert target.read_bytes().startswith(start)

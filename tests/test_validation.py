@@ -707,6 +707,7 @@ class TestReport:
             "reference": {"parameters": 99, "file_bytes": 20_000, "flops": None},
             "candidate": {"parameters": 10, "file_bytes": 1_000, "flops": 20},
             "providers": read["providers"],
+            "depth": [],
         }
         (provider,) = read["providers"]
         assert provider["provider"] == "CPUExecutionProvider"

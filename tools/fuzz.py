@@ -2,11 +2,12 @@
 
     python tools/fuzz.py --seconds 600 --seed 0
 
-Sound models, plans and data are made, mutated (fields of the messages and bytes of the files), and
-given to the package in another process, so that crashes and hangs of native code are told apart.
-Every case ends well where the input is taken or refused by a `UtilrankError` of one printable line.
-Everything else is a failure: another exception, a crash, a hang. Inputs that fail are kept in the
-folder of `--keep`, named after their number, and `--only NUMBER` makes one of them again.
+Sound models, plans, reports and data are made, mutated (fields of the messages and bytes of the
+files), and given to the package in another process, so that crashes and hangs of native code are
+told apart. Every case ends well where the input is taken, or refused by a `UtilrankError` of one
+printable line. Everything else is a failure: another exception, a crash, a hang. Inputs that fail
+are kept in the folder of `--keep`, named after their number, and `--only NUMBER` makes one of them
+again.
 
 Exit status: 0 where no case failed, 1 where one did.
 """
@@ -42,7 +43,16 @@ from google.protobuf.message import Message
 from onnx import numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 
-from onnx_utilrank import AnalyzeConfig, CompressConfig, RankPlan, UtilrankError, analyze, compress
+from onnx_utilrank import (
+    AnalyzeConfig,
+    CompressConfig,
+    RankPlan,
+    UtilrankError,
+    analyze,
+    compress,
+    inspect,
+    write_report,
+)
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
@@ -307,6 +317,28 @@ def make_plan(rng: random.Random, folder: Path) -> None:
     (folder / "plan.json").write_bytes(raw)
 
 
+def make_report(rng: random.Random, folder: Path) -> None:
+    """A mutated report of a plan, an analysis or an inspection of a sound model."""
+    proto, path = sound_model(rng), folder / "report.json"
+    config = CompressConfig(param_ratio=0.8, method="one-sided", force=True)
+    try:
+        match rng.randrange(3):
+            case 0:
+                write_report(compress(proto, samples(), config, dry_run=True), path)
+            case 1:
+                write_report(analyze(proto, samples()), path)
+            case _:
+                write_report(inspect(proto), path)
+    except UtilrankError:  # as with the model whose weights are all in subgraphs
+        path.write_text('{"run": {"verb": "compress"}}', encoding="utf8")
+    raw = path.read_bytes()
+    if rng.random() < 0.8:
+        raw = json.dumps(mutate_json(rng, json.loads(raw))).encode()
+    else:
+        raw = mutate_bytes(rng, raw)
+    path.write_bytes(raw)
+
+
 def make_npz(rng: random.Random, folder: Path) -> None:
     """A mutated archive: its bytes, or the headers and names of its members."""
     held = samples()["x"]
@@ -399,6 +431,11 @@ def replay_plan(folder: Path) -> None:
     compress(folder / "model.onnx", samples(), plan=plan).save(folder / "out.onnx")
 
 
+def draw_report(folder: Path) -> None:
+    """Read a report and make a page of it."""
+    write_report(folder / "report.json", folder / "report.html")
+
+
 def read_data(folder: Path) -> None:
     """Read data and look at every sample."""
     (path,) = folder.glob("data*")
@@ -428,6 +465,7 @@ TARGETS = {
     "model, analyze": Target(make_model, analyze_model, 6),
     "model, compress": Target(make_model, compress_model, 3),
     "plan, replayed": Target(make_plan, replay_plan, 4),
+    "report, drawn": Target(make_report, draw_report, 2),
     "npz": Target(make_npz, read_data, 4),
     "npy": Target(make_npy, read_data, 2),
     "test set": Target(make_proto, read_data, 2),

@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from onnx_utilrank.benchmarking.report import BenchmarkReport
@@ -24,16 +24,18 @@ from onnx_utilrank.installation.report import DoctorReport
 from onnx_utilrank.plain_quantization import QuantizeResult
 from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan, SkippedNode
+from onnx_utilrank.ranking.spectrum import LayerSpectrum
+from onnx_utilrank.ranking.utilization import LayerUtilization, UtilizationReport
 from onnx_utilrank.repairing.result import RepairedLayer, RepairResult
+from onnx_utilrank.report.run import RunRecord
 from onnx_utilrank.results import (
     CompressResult,
     FinetuneResult,
-    LayerUtilization,
     SweepPoint,
     TrainResult,
-    UtilizationReport,
 )
 from onnx_utilrank.runtime.placement import PlacedNode
+from onnx_utilrank.runtime.profile import OperatorTime
 from onnx_utilrank.stages import QuantizationReport, Stage
 from onnx_utilrank.validation.bench import LatencyComparison
 from onnx_utilrank.validation.compare import OutputComparison
@@ -166,9 +168,12 @@ def schema() -> Schema:
         "required": ["counts", "fallen"],
         "additionalProperties": False,
     }
+    operators = _listed(known.ref(OperatorTime))
     provider = known.ref(
         ProviderResult,
-        without=frozenset({"reference_nodes", "candidate_nodes"}),
+        without=frozenset(
+            {"reference_nodes", "candidate_nodes", "reference_operators", "candidate_operators"}
+        ),
         options={"type": "object", "additionalProperties": TEXT},
         outputs=outputs,
         against_first=outputs,
@@ -179,10 +184,16 @@ def schema() -> Schema:
             "required": ["reference", "candidate"],
             "additionalProperties": False,
         },
+        operators={
+            "description": "Where the time goes, the dearest operator first; on the CPU alone.",
+            "type": "object",
+            "properties": {"reference": operators, "candidate": operators},
+            "required": ["reference", "candidate"],
+            "additionalProperties": False,
+        },
     )
     validation = known.ref(
         ValidationReport,
-        name="validate",
         passed=TRUTH,
         notes=LINES,
         relative_error=_or_null(ENDLESS),
@@ -235,9 +246,10 @@ def schema() -> Schema:
             "model": TEXT,
             "engine": _or_null(known.ref(EngineUse)),
             "notes": LINES,
+            "layers": _listed(known.ref(LayerSpectrum)),
             "points": _listed(point),
         },
-        "required": ["model", "engine", "notes", "points"],
+        "required": ["model", "engine", "notes", "layers", "points"],
         "additionalProperties": False,
     }
     known.ref(
@@ -277,6 +289,12 @@ def schema() -> Schema:
     )
     known.ref(DoctorReport, name="doctor", works=TRUTH)
     known.ref(ModelFigures)
+    verbs = (
+        *("analyze", "benchmark", "compress", "doctor", "finetune", "inspect", "quantize"),
+        *("repair", "sweep", "train", "validate"),
+    )
+    run = known.ref(RunRecord, verb={"enum": list(verbs)})
+    _with_run(known, verbs, run)
     for name in ("Divergence", "Look", "Quality"):
         _nullable(known.made[name])
     return {
@@ -285,6 +303,18 @@ def schema() -> Schema:
         "description": "What the verbs print with --json, by verb, and the file of a plan.",
         "$defs": dict(sorted(known.made.items())),
     }
+
+
+def _with_run(known: Definitions, verbs: Sequence[str], run: Schema) -> None:
+    """Reports say what they came from, beside what verbs give.
+
+    A validation is a part of other reports too, and has no run of its own there.
+    """
+    for verb in verbs:
+        part = known.made["ValidationReport"] if verb == "validate" else known.made[verb]
+        own = known.made[verb] = dict(part)
+        own["properties"] = {"run": run} | own["properties"]
+        own["required"] = ["run", *own["required"]]
 
 
 def _nullable(definition: Schema) -> None:

@@ -1,6 +1,7 @@
 """What a benchmark found."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.runtime.memory import PeakMemory
 from onnx_utilrank.validation.bench import LatencyComparison
@@ -50,6 +51,8 @@ class BenchmarkReport:
         cases: One for each provider, batch size and combination of lengths.
         notes: Sentences that a reader needs for the figures.
     """
+
+    verb: ClassVar[str] = "benchmark"
 
     models: tuple[str, ...]
     file_bytes: tuple[int, ...]

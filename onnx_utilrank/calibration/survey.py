@@ -13,7 +13,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, InferenceError, open_session
 
-__all__ = ["check_finite", "expose", "linear_flops", "survey"]
+__all__ = ["LINEAR_OPS", "check_finite", "expose", "linear_flops", "survey"]
 
 LINEAR_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 

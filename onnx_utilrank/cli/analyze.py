@@ -12,6 +12,7 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     run_options,
+    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -59,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
     )
     with ProgressBars() as progress:
         report = analyze(args.model, args.data, config, progress=progress)
-    emit(report.as_dict(), utilization_tables(report), as_json=args.json, file=args.report)
+    emit(report, utilization_tables(report), run_record(args), json=args.json, file=args.report)
     return 0

@@ -11,6 +11,7 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     providers_options,
+    run_record,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with ProgressBars() as progress:
         report = benchmark(args.reference, args.candidates, args.data, config, progress=progress)
-    emit(report.as_dict(), benchmark_tables(report), as_json=args.json, file=args.report)
+    emit(report, benchmark_tables(report), run_record(args), json=args.json, file=args.report)
     return 0
 
 

@@ -10,7 +10,7 @@ __all__ = ["add_arguments", "run"]
 SHELLS = ("bash", "zsh", "tcsh")
 
 # Arguments that are files, by what help calls them.
-FILES = {"CANDIDATE", "DATA", "FILE", "MODEL", "OUT", "QUANTIZED", "REFERENCE"}
+FILES = {"CANDIDATE", "DATA", "FILE", "MODEL", "OUT", "QUANTIZED", "REFERENCE", "REPORT"}
 FOLDERS = {"DIR"}
 
 

@@ -15,6 +15,7 @@ from onnx_utilrank.cli.options import (
     method_options,
     number,
     run_options,
+    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -179,9 +180,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         result.save(args.output, save_as_external_data=args.save_as_external_data)
     emit(
-        result.as_dict(),
+        result,
         compression_tables(result, args.output),
-        as_json=args.json,
+        run_record(args),
+        json=args.json,
         file=args.report,
     )
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from onnx_utilrank.cli.output import add_output_options, check_outputs
+from onnx_utilrank.cli.output import add_output_options, check_outputs, run_record
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ProviderUnavailableError
 from onnx_utilrank.installation.doctor import doctor
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     check_outputs([], [args.report])
     report = doctor(args.provider)
-    emit(report.as_dict(), doctor_tables(report), as_json=args.json, file=args.report)
+    emit(report, doctor_tables(report), run_record(args), json=args.json, file=args.report)
     if report.fault is not None:
         raise ProviderUnavailableError(f"provider {report.asked}: {report.fault}")
     return 0

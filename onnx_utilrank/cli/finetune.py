@@ -11,6 +11,7 @@ from onnx_utilrank.cli.options import (
     add_training_options,
     check_outputs,
     run_options,
+    run_record,
     training_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -95,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
         result = finetune(args.reference, args.candidate, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
     emit(
-        result.as_dict(), finetune_tables(result, args.output), as_json=args.json, file=args.report
+        result,
+        finetune_tables(result, args.output),
+        run_record(args),
+        json=args.json,
+        file=args.report,
     )
     return 0

@@ -5,6 +5,7 @@ import importlib
 import io
 import logging
 import sys
+import time
 from collections.abc import Sequence
 
 from onnx_utilrank import __version__
@@ -26,6 +27,7 @@ VERBS = {
     "train": "train a model with labels so that it comes out of low rank",
     "validate": "compare a model with its reference",
     "benchmark": "compare models in latency and memory",
+    "report": "make a page to look at of a report in JSON",
     "doctor": "tell what is wrong with the installation, and which providers work",
     "completion": "print what completes this command line in a shell",
 }
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return UtilrankError.exit_status
-    args = parser.parse_args(words)
+    args = parser.parse_args(words, argparse.Namespace(words=words, began=time.monotonic()))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("onnx-utilrank: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

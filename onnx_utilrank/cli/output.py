@@ -1,18 +1,28 @@
 """How results come out; this module loads next to nothing."""
 
 import argparse
+import time
 from pathlib import Path
 
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.report.run import RunRecord
 
-__all__ = ["add_output_options", "check_outputs"]
+__all__ = ["add_output_options", "check_outputs", "run_record"]
+
+# Arguments that name files which a verb reads or writes, by what they are called.
+FILES = ("model", "reference", "candidate", "candidates", "quantized", "plan", "data", "output")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """How results come out."""
     options = group(parser, "output")
-    options.add_argument("--report", metavar="FILE", help="also write the results to FILE as JSON")
+    options.add_argument(
+        "--report",
+        metavar="FILE",
+        help="also write the results to FILE: one page to look at where "
+        "its name ends in .html, else JSON",
+    )
     options.add_argument(
         "--json", action="store_true", help="print the results as JSON instead of tables"
     )
@@ -34,3 +44,20 @@ def check_outputs(sources: list[str | None], targets: list[str | None]) -> None:
         if path.resolve() in taken:
             raise ConfigError(f"{target}: would overwrite another file of this command")
         taken.add(path.resolve())
+
+
+def run_record(args: argparse.Namespace) -> RunRecord:
+    """What is told of this run: its words and files, and the time since `args.began`."""
+    named = ((role, getattr(args, role, None)) for role in FILES)
+    files = [
+        (role.removesuffix("s"), path)
+        for role, given in named
+        if given
+        for path in (given if isinstance(given, list) else [given])
+    ]
+    return RunRecord.of(
+        args.verb,
+        command=("onnx-utilrank", *args.words),
+        seconds=round(time.monotonic() - args.began, 1),
+        files=files,
+    )

@@ -9,6 +9,7 @@ from onnx_utilrank.cli.options import (
     add_output_options,
     add_provider_option,
     check_outputs,
+    run_record,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
@@ -74,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
         result = quantize(args.model, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
     emit(
-        result.as_dict(),
+        result,
         quantization_tables(result, args.output),
-        as_json=args.json,
+        run_record(args),
+        json=args.json,
         file=args.report,
     )
     return 0

@@ -14,6 +14,7 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     run_options,
+    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -112,5 +113,11 @@ def run(args: argparse.Namespace) -> int:
     with ProgressBars() as progress:
         result = repair(args.reference, args.quantized, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(result.as_dict(), repair_tables(result, args.output), as_json=args.json, file=args.report)
+    emit(
+        result,
+        repair_tables(result, args.output),
+        run_record(args),
+        json=args.json,
+        file=args.report,
+    )
     return 0

@@ -15,6 +15,7 @@ from onnx_utilrank.cli.options import (
     method_options,
     number,
     run_options,
+    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -87,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot_sweep(result, args.plot)
     emit(
-        result.as_dict(),
+        result,
         sweep_tables(result, args.pick, args.output),
-        as_json=args.json,
+        run_record(args),
+        json=args.json,
         file=args.report,
     )
     return 0

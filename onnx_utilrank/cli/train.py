@@ -11,6 +11,7 @@ from onnx_utilrank.cli.options import (
     add_training_options,
     check_outputs,
     run_options,
+    run_record,
     training_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -78,5 +79,11 @@ def run(args: argparse.Namespace) -> int:
     with ProgressBars() as progress:
         result = train(args.model, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(result.as_dict(), train_tables(result, args.output), as_json=args.json, file=args.report)
+    emit(
+        result,
+        train_tables(result, args.output),
+        run_record(args),
+        json=args.json,
+        file=args.report,
+    )
     return 0

@@ -9,6 +9,7 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     providers_options,
+    run_record,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with ProgressBars() as progress:
         report = validate(args.reference, args.candidate, args.data, config, progress=progress)
-    emit(report.as_dict(), validation_tables(report), as_json=args.json, file=args.report)
+    emit(report, validation_tables(report), run_record(args), json=args.json, file=args.report)
     if not report.passed:
         raise TargetMissedError("; ".join(report.failures))
     return 0

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.model.store import TensorSpec
 from onnx_utilrank.ranking.plan import SkippedNode
@@ -116,6 +117,8 @@ class InspectionReport:
             says that it was not tried.
         notes: Sentences that a user has to know.
     """
+
+    verb: ClassVar[str] = "inspect"
 
     model: str
     producer: str

@@ -12,7 +12,7 @@ from onnx_utilrank.installation.report import ExtraState, PackageState
 from onnx_utilrank.runtime.packages import runtime_packages
 from onnx_utilrank.runtime.trial import run_python
 
-__all__ = ["DISTRIBUTION", "optional_extras", "required_packages"]
+__all__ = ["DISTRIBUTION", "installed_versions", "optional_extras", "required_packages"]
 
 DISTRIBUTION = "onnx-utilrank"
 RUNTIME = "onnxruntime"
@@ -54,6 +54,18 @@ def required_packages() -> tuple[PackageState, ...]:
         else s
         for s in states
     )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those that it needs, as far as they are there."""
+    states = [
+        _installed(requirement)
+        for requirement in _requirements()
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    found = {DISTRIBUTION: importlib.metadata.version(DISTRIBUTION)}
+    found["Python"] = platform.python_version()
+    return found | {state.name: state.version for state in states if state.version is not None}
 
 
 def optional_extras() -> tuple[ExtraState, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.runtime.machine import Machine
 from onnx_utilrank.runtime.trial import ProviderTrial
@@ -56,6 +57,8 @@ class DoctorReport:
         faults: What is wrong, each a sentence with what to do about it; providers that nobody
             asked for do not count.
     """
+
+    verb: ClassVar[str] = "doctor"
 
     version: str
     machine: Machine

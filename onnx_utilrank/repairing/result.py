@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.engine.engine import EngineUse
 from onnx_utilrank.quality import Quality, quality_dict, strict
@@ -63,6 +64,8 @@ class RepairResult(MadeModel):
         engine: Who collected them, where it was not this process alone.
         notes: Sentences that a user has to know.
     """
+
+    verb: ClassVar[str] = "repair"
 
     kept: bool
     target: dict[str, float]

@@ -1,13 +1,11 @@
 """Results to stdout and to a file."""
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 from rich.console import Console, RenderableType
 
-from onnx_utilrank.errors import ModelError
-from onnx_utilrank.model.atomic import atomic_write
+from onnx_utilrank.report.run import RunRecord
+from onnx_utilrank.report.write import Reported, as_json, report_content, write_content
 
 __all__ = ["emit"]
 
@@ -16,26 +14,30 @@ LOG_WIDTH = 140
 
 
 def emit(
-    results: Mapping[str, object],
+    result: Reported,
     tables: Iterable[RenderableType],
+    run: RunRecord,
     *,
-    as_json: bool,
+    json: bool,
     file: str | None,
 ) -> None:
-    """Print results as tables or as JSON, and write them to a file if one is named.
+    """Print a result as tables or as JSON, and write it to a file if one is named.
+
+    Args:
+        result: The result.
+        tables: The same for a terminal.
+        run: What it came from.
+        json: Whether JSON is printed.
+        file: A file to write to: a page where its name ends in .html, else JSON.
 
     Raises:
         ModelError: The file cannot be written.
     """
-    text = json.dumps(results, indent=1, allow_nan=False)
+    content = report_content(result, run)
     if file:
-        try:
-            with atomic_write(Path(file)) as f:
-                f.write(text.encode() + b"\n")
-        except OSError as e:
-            raise ModelError(f"{file}: cannot be written ({e.strerror or e})") from e
-    if as_json:
-        print(text)
+        write_content(content, file)
+    if json:
+        print(as_json(content))
         return
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:

@@ -1,7 +1,6 @@
 """The curve of a sweep as a picture."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from onnx_utilrank.errors import ConfigError
@@ -17,12 +16,10 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     """Check before the work that the picture can be drawn.
 
     Raises:
-        ConfigError: The format is not known, or matplotlib is not installed.
+        ConfigError: The format is not known.
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise ConfigError(f"{path}: a plot is one of {', '.join(FORMATS)}")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib: install onnx-utilrank[plot]")
 
 
 def plot_sweep(result: SweepResult, path: str | os.PathLike[str]) -> None:
@@ -32,7 +29,7 @@ def plot_sweep(result: SweepResult, path: str | os.PathLike[str]) -> None:
         ConfigError: See `check_plot`.
     """
     check_plot(path)
-    # It costs a second of start-up, and not everybody has it.
+    # It costs a second of start-up.
     from matplotlib.figure import Figure
 
     points = result.points

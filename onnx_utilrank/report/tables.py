@@ -9,8 +9,9 @@ from rich.text import Text
 from onnx_utilrank.errors import printable
 from onnx_utilrank.quality import Quality
 from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.ranking.utilization import UtilizationReport
 from onnx_utilrank.report.table import add_row, empty_table, sentences
-from onnx_utilrank.results import CompressResult, SweepResult, UtilizationReport
+from onnx_utilrank.results import CompressResult, SweepResult
 from onnx_utilrank.stages import QuantizationReport
 from onnx_utilrank.validation.compare import OutputComparison
 from onnx_utilrank.validation.report import ValidationReport

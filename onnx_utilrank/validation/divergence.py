@@ -22,7 +22,13 @@ from onnx_utilrank.statistics.divergence import (
     samples_in,
 )
 
-__all__ = ["Divergence", "OutputRecorder", "find_losses", "measure_divergence"]
+__all__ = [
+    "Divergence",
+    "OutputRecorder",
+    "find_losses",
+    "measure_divergence",
+    "padding_mask",
+]
 
 _REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
 
@@ -89,7 +95,7 @@ def find_losses(
             weighting="values",
             probabilities=probabilities,
             axis=axis,
-            mask=_mask(feeds, shape),
+            mask=padding_mask(feeds, shape),
         )
         rows = []
         for feed, y in zip(feeds, outputs, strict=True):
@@ -133,7 +139,13 @@ def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool
     return classes, classes, -1
 
 
-def _mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
+def padding_mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
+    """The input that says which positions of a value [rows, positions, …] are no padding, if any.
+
+    Args:
+        feeds: Some runs to look at.
+        shape: Of the value on the first of them.
+    """
     if len(shape) < 3:
         return None
     for name, value in feeds[0].items():

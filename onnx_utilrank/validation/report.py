@@ -4,10 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.placement import Placement
+from onnx_utilrank.runtime.profile import OperatorTime, operator_times
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
 from onnx_utilrank.validation.bench import LatencyComparison, compare_latency, copies_note
@@ -19,6 +21,7 @@ from onnx_utilrank.validation.compare import (
     float_types,
     snr_db,
 )
+from onnx_utilrank.validation.depth import LayerError
 
 __all__ = [
     "ModelFigures",
@@ -61,6 +64,9 @@ class ProviderResult:
         against_first: The reference's outputs on this provider against its outputs on the first one
             that was asked for: the provider's own error. Empty for the first.
         float_types: Where the models differ in float types alone.
+        reference_operators: Where the reference's time goes, the dearest operator first; empty on
+            other providers than the CPU.
+        candidate_operators: Where the candidate's goes.
     """
 
     provider: str
@@ -71,6 +77,8 @@ class ProviderResult:
     candidate_nodes: Placement = NOT_READ
     against_first: tuple[OutputComparison, ...] = ()
     float_types: tuple[FloatTypes, ...] = ()
+    reference_operators: tuple[OperatorTime, ...] = ()
+    candidate_operators: tuple[OperatorTime, ...] = ()
 
     @property
     def placements(self) -> tuple[tuple[str, Placement], ...]:
@@ -92,6 +100,13 @@ class ProviderResult:
                 }
                 for role, placement in self.placements
             },
+            "operators": {
+                role: [dataclasses.asdict(each) for each in times]
+                for role, times in (
+                    ("reference", self.reference_operators),
+                    ("candidate", self.candidate_operators),
+                )
+            },
             "latency": dataclasses.asdict(self.latency)
             | {"slower": self.latency.slower, "faster": self.latency.faster},
         }
@@ -108,7 +123,10 @@ class ValidationReport:
         feeds: Number of feeds they came in.
         providers: One result per provider, in the order they were asked for.
         failures: One line per tolerance that is not met, see `tolerance_failures`.
+        depth: How the error grows from layer to layer, on the first provider.
     """
+
+    verb: ClassVar[str] = "validate"
 
     reference: ModelFigures
     candidate: ModelFigures
@@ -116,6 +134,7 @@ class ValidationReport:
     feeds: int
     providers: tuple[ProviderResult, ...]
     failures: tuple[str, ...]
+    depth: tuple[LayerError, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -188,6 +207,7 @@ class ValidationReport:
             "reference": dataclasses.asdict(self.reference),
             "candidate": dataclasses.asdict(self.candidate),
             "providers": [r.as_dict() for r in self.providers],
+            "depth": [dataclasses.asdict(layer) for layer in self.depth],
         }
 
 
@@ -334,6 +354,8 @@ def _on_provider(
         candidate_nodes=actual.placement(),
         against_first=against_first,
         float_types=float_types(expected, actual),
+        reference_operators=operator_times(reference, provider, timed[0], wanted),
+        candidate_operators=operator_times(candidate, provider, timed[0], wanted),
     )
 
 

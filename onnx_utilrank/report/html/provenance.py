@@ -1,0 +1,69 @@
+"""What the figures came from: command, files with their hashes, versions, machine."""
+
+import shlex
+
+from onnx_utilrank.report.html.found import plans
+from onnx_utilrank.report.html.parts import (
+    Cell,
+    Code,
+    Column,
+    Content,
+    Part,
+    Section,
+    Sentences,
+    TableView,
+    duration,
+    quantity,
+)
+
+__all__ = ["provenance"]
+
+
+def provenance(content: Content) -> Section:
+    """How to have the same again."""
+    run = content["run"]
+    parts: list[Part] = []
+    if run["command"] is None:
+        parts.append(Sentences([f"Called from Python: onnx_utilrank.{run['verb']}."]))
+    else:
+        parts.append(Code(title="Command", lines=[shlex.join(run["command"])], folded=False))
+    took = f", after {duration(run['seconds'])}" if run["seconds"] is not None else ""
+    parts.append(
+        Sentences(
+            [
+                f"Finished {run['finished']}{took}, on {run['processor']} ({run['system']}, "
+                f"{run['cores']} cores)."
+            ]
+        )
+    )
+    if run["files"]:
+        parts.append(_files(content))
+    parts.append(
+        TableView(
+            title="Versions",
+            columns=[Column("package", "short"), Column("version", "short")],
+            rows=[[Cell(name), Cell(version)] for name, version in run["versions"].items()],
+            folded=True,
+        )
+    )
+    return Section(key="provenance", title="Where this came from", parts=parts)
+
+
+def _files(content: Content) -> TableView:
+    rows = [
+        [
+            *(Cell(f["role"]), Cell(f["path"])),
+            Cell(quantity(f["bytes"]), f["bytes"]),
+            Cell(f["sha256"] or "–"),
+        ]
+        for f in content["run"]["files"]
+    ]
+    model = content.get("model_sha256") or next((p["model_sha256"] for _, p in plans(content)), "")
+    if model:
+        whole = "model with its weights, as plans name it"
+        rows.append([Cell(whole), Cell(""), Cell("–"), Cell(model)])
+    columns = [
+        *(Column("file", "short"), Column("path", "name"), Column("size")),
+        Column("SHA-256", "name"),
+    ]
+    return TableView(title="Files", columns=columns, rows=rows)
