@@ -149,8 +149,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         type=_words,
         metavar="MOVES",
         help=f"what may be done to weights, comma-separated: {', '.join(MOVE_KEYS)}; those named "
-        "are made wherever that is smaller (default: all; pivot and channels only where they "
-        "should be faster too, and channels between Convs in multiples that are fast)",
+        "are made wherever that is smaller (default: all; pivot, channels and separable only where "
+        "they should be faster too, and channels between Convs in multiples that are fast)",
     )
     options.add_argument(
         "--no-refit",

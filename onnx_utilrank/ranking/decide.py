@@ -7,15 +7,22 @@ from dataclasses import dataclass, replace
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex, node_label
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK
+from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
-from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
+from onnx_utilrank.ranking.method import (
+    Choice,
+    Measured,
+    Method,
+    Move,
+    candidate_ranks,
+    rank_multiple,
+)
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
 from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
@@ -276,7 +283,7 @@ def _choice(
         ranks = candidate_ranks(
             site,
             kind.top_rank(site),
-            config.multiple,
+            rank_multiple(site, method, config),
             force=config.force and kind is LOW_RANK,
         )
         for move in _offered(measured, kind, ranks):
@@ -304,11 +311,9 @@ def _choice(
 
 def _offered(measured: Measured, kind: MoveKind, ranks: Sequence[int]) -> list[Move]:
     """What a kind of move loses at each rank; none where the site was not measured for it."""
-    if kind is not CHANNELS:
+    if not isinstance(kind, TwoConvs):
         return measured.moves(ranks)
-    if isinstance(measured, TwoSidedSite) and measured.channels is not None:
-        return measured.channel_moves(ranks)
-    return []
+    return measured.inner_moves(kind.key, ranks) if isinstance(measured, TwoSidedSite) else []
 
 
 def _shrunk(
