@@ -12,10 +12,10 @@ from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.shrink import Basis, Shrinking
 from onnx_utilrank.moves.two_convs import TWO_CONVS
-from onnx_utilrank.ranking.decide import unfactorable
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
+from onnx_utilrank.ranking.skipped import unfactorable
 from onnx_utilrank.ranking.stamp import stamped
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured

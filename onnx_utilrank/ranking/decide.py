@@ -1,6 +1,5 @@
 """Turn measurements into a plan: offer moves, let the method allocate, give every reason."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,18 +22,16 @@ from onnx_utilrank.ranking.method import (
     candidate_ranks,
     rank_multiple,
 )
-from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan
+from onnx_utilrank.ranking.skipped import skipped_nodes, unfactorable
 from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.ranking.utilized_rank import at_energy
-from onnx_utilrank.sites.find import SITE_KINDS, site_matrix
+from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
-__all__ = ["Decision", "Offers", "kinds_offered", "skipped_nodes", "unfactorable"]
-
-# Reasons that one message gives.
-MOST_REASONS = 3
+__all__ = ["Decision", "Offers", "kinds_offered"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,19 +238,6 @@ class Offers:
             if self.config.then is not None
             else None,
         )
-
-
-def unfactorable(label: str, skips: Sequence[Skip | SkippedNode]) -> str:
-    """What to say of a model without a site: the reasons, the commonest first."""
-    known = ", ".join(kind.op_type for kind in SITE_KINDS)
-    reasons = Counter(s.reason for s in skips).most_common(MOST_REASONS)
-    why = "; ".join(f"{n} x {reason}" for reason, n in reasons)
-    return f"{label}: no weight can be factored: {why or f'none of its nodes is of {known}'}"
-
-
-def skipped_nodes(skips: Sequence[Skip]) -> tuple[SkippedNode, ...]:
-    """Nodes that are no sites, as plans and reports list them."""
-    return tuple(SkippedNode(node=s.node, op_type=s.op_type, reason=s.reason) for s in skips)
 
 
 def _dense_parameters(site: Site) -> int:
