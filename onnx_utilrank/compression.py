@@ -10,12 +10,12 @@ from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.job import Job
 from onnx_utilrank.measurement import Measurement
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.shrink import Basis, Shrinking
-from onnx_utilrank.ranking.decide import unfactorable
+from onnx_utilrank.moves.two_convs import TWO_CONVS
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import planned_moves
+from onnx_utilrank.ranking.skipped import unfactorable
 from onnx_utilrank.ranking.stamp import stamped
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.refit.layer import Layer, Refitted, as_measured
@@ -157,6 +157,7 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
     moves = planned_moves(plan)
     hidden = {h.key: h for h in measurement.hidden}
     kept = {key: (hidden[e.hidden], e.kept or 0) for e in plan.shrunk for key in e.sites}
+    two_convs = {move.key for move in TWO_CONVS}
     layers = []
     for found in measurement.sites:
         key = found.site.key
@@ -170,7 +171,7 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
                 measured=found,
                 weight=site_weight(job.index, found.site),
                 rank=moves[key].rank if key in moves else None,
-                channels=key in moves and moves[key].kind == CHANNELS.key,
+                inner=moves[key].kind if key in moves and moves[key].kind in two_convs else None,
                 biases=own_biases(job.index, found.site),
                 behind=between.added(job.index, key, found.site.m)
                 if between

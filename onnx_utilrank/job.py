@@ -31,7 +31,7 @@ from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
-from onnx_utilrank.moves.channels import CHANNELS
+from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.method import MomentMethod
 from onnx_utilrank.ranking.methods import find_method
@@ -210,7 +210,7 @@ class Job:
             gradients.data,
             gradients.samples,
             gradients.effort,
-            channels=config.moves is None or CHANNELS.key in config.moves,
+            moves=MOVE_KEYS if config.moves is None else config.moves,
             seed=config.seed,
             progress=self.progress,
             cache=self.cache(gradients.data, gradients.samples, config),

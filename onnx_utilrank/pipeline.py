@@ -17,9 +17,9 @@ from onnx_utilrank.planning import check_latency, fit, make_offers
 from onnx_utilrank.quality import Judge, Quality, with_metric
 from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import count_parameters
-from onnx_utilrank.ranking.decide import skipped_nodes
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
+from onnx_utilrank.ranking.skipped import skipped_nodes
 from onnx_utilrank.ranking.spectrum import layer_spectra
 from onnx_utilrank.ranking.stamp import stamp, stamped
 from onnx_utilrank.ranking.utilization import LayerUtilization, UtilizationReport

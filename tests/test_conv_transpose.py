@@ -9,8 +9,8 @@ import torch
 from builders import CONV_TRANSPOSES, Feed, Form, constants, index, model, noise, ops, run
 
 from onnx_utilrank import CompressConfig, compress
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
+from onnx_utilrank.moves.two_convs import CHANNELS
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.find import find_sites
 

@@ -23,8 +23,8 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.latency.costs import Curve, LatencyCosts, SiteTimes
 from onnx_utilrank.latency.excerpt import excerpt, values_read
 from onnx_utilrank.latency.measure import measure_latency
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
+from onnx_utilrank.moves.two_convs import CHANNELS
 from onnx_utilrank.planning import check_latency, make_offers
 from onnx_utilrank.ranking.cost import Ledger
 from onnx_utilrank.ranking.decide import Offers

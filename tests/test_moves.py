@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 
 from onnx_utilrank import CompressConfig, ConfigError, ModelError, compress
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.pivot import PIVOT
+from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.cost import bias_cost, count_parameters
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.sites.site import Site
@@ -43,8 +43,8 @@ from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 # A shared machine may stall for longer than any deadline.
 law = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**32 - 1)
-# Those that store a product of plain factors; tests/test_channels.py has the other one.
-KINDS = [kind for kind in MOVES if kind is not CHANNELS]
+# Those that store a product of plain factors; tests/test_two_convs.py has the others.
+KINDS = [kind for kind in MOVES if not isinstance(kind, TwoConvs)]
 
 
 def only_site(proto: onnx.ModelProto) -> tuple[GraphIndex, Site]:

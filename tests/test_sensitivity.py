@@ -461,7 +461,7 @@ def test_whole_measurement_predicts_the_loss_of_each_layer():
         data,
         range(len(data)),
         effort,
-        channels=False,
+        moves=(),
         seed=0,
         progress=quiet,
     )

@@ -98,7 +98,7 @@ TEXTS = (
 )
 JSON_VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 10**30, 1.5, 1e400, "", "\ud800", "x" * 300, [], {}, [[]], {"a": 1}),
-    *("low-rank", "pivot", "channels", "shrink", "svd", "two-sided", "one-sided"),
+    *("low-rank", "pivot", "channels", "separable", "shrink", "svd", "two-sided", "one-sided"),
 )
 
 

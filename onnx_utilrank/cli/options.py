@@ -150,8 +150,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         type=_words,
         metavar="MOVES",
         help=f"what may be done to weights, comma-separated: {', '.join(MOVE_KEYS)}; those named "
-        "are made wherever that is smaller (default: all; pivot and channels only where they "
-        "should be faster too, and channels between Convs in multiples that are fast)",
+        "are made wherever that is smaller (default: all; pivot, channels and separable only where "
+        "they should be faster too, and channels between Convs in multiples that are fast)",
     )
     options.add_argument(
         "--no-refit",
@@ -169,7 +169,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--rank-multiple",
         type=number(int, 1),
         metavar="K",
-        help="ranks are multiples of K (default: 1, or 8 where latency counts)",
+        help="ranks are multiples of K (default: 1; 8 where latency counts, and between Convs)",
     )
     group(parser, "latency").add_argument(
         "--optimize-for",

@@ -20,7 +20,7 @@ from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.moves.moves import MOVES
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.cost import count_parameters
-from onnx_utilrank.ranking.decide import skipped_nodes
+from onnx_utilrank.ranking.skipped import skipped_nodes
 from onnx_utilrank.runtime.providers import find_provider
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites, has_sites_in_functions

@@ -16,8 +16,8 @@ from onnx_utilrank.latency.excerpt import Excerpt, excerpt, values_read
 from onnx_utilrank.latency.timing import relative_time, run_overhead, seconds_of, warm
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.move import MoveKind
+from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.runtime.device import device_key
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
@@ -190,8 +190,10 @@ def _moved(whole: Excerpt, kind: MoveKind, rank: int) -> ModelStore:
     site = whole.site
     m, d = site.m, site.d
     inner = outer = rank
-    if kind is CHANNELS:
-        inner, d = rank * _taps(site), site.d // _taps(site)
+    if isinstance(kind, TwoConvs):
+        split = kind.split(site)
+        assert split is not None
+        inner, d = rank * split.taps, split.features
     rng = np.random.default_rng(0)
     factors = Factors(
         left=rng.standard_normal((m, inner)) / np.sqrt(inner),

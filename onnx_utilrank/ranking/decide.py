@@ -1,33 +1,37 @@
 """Turn measurements into a plan: offer moves, let the method allocate, give every reason."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, TargetMissedError
 from onnx_utilrank.model.graph import GraphIndex, node_label
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK
+from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
-from onnx_utilrank.ranking.method import Choice, Measured, Method, Move, candidate_ranks
-from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan, SkippedNode
+from onnx_utilrank.ranking.method import (
+    Choice,
+    Measured,
+    Method,
+    Move,
+    candidate_ranks,
+    rank_multiple,
+)
+from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan
+from onnx_utilrank.ranking.skipped import skipped_nodes, unfactorable
 from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.ranking.utilized_rank import at_energy
-from onnx_utilrank.sites.find import SITE_KINDS, site_matrix
+from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
-__all__ = ["Decision", "Offers", "kinds_offered", "skipped_nodes", "unfactorable"]
-
-# Reasons that one message gives.
-MOST_REASONS = 3
+__all__ = ["Decision", "Offers", "kinds_offered"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,19 +240,6 @@ class Offers:
         )
 
 
-def unfactorable(label: str, skips: Sequence[Skip | SkippedNode]) -> str:
-    """What to say of a model without a site: the reasons, the commonest first."""
-    known = ", ".join(kind.op_type for kind in SITE_KINDS)
-    reasons = Counter(s.reason for s in skips).most_common(MOST_REASONS)
-    why = "; ".join(f"{n} x {reason}" for reason, n in reasons)
-    return f"{label}: no weight can be factored: {why or f'none of its nodes is of {known}'}"
-
-
-def skipped_nodes(skips: Sequence[Skip]) -> tuple[SkippedNode, ...]:
-    """Nodes that are no sites, as plans and reports list them."""
-    return tuple(SkippedNode(node=s.node, op_type=s.op_type, reason=s.reason) for s in skips)
-
-
 def _dense_parameters(site: Site) -> int:
     # A weight that stays whatever happens to this site is none of its cost.
     return site.parameters if site.freed else 0
@@ -276,7 +267,7 @@ def _choice(
         ranks = candidate_ranks(
             site,
             kind.top_rank(site),
-            config.multiple,
+            rank_multiple(site, method, config),
             force=config.force and kind is LOW_RANK,
         )
         for move in _offered(measured, kind, ranks):
@@ -304,11 +295,9 @@ def _choice(
 
 def _offered(measured: Measured, kind: MoveKind, ranks: Sequence[int]) -> list[Move]:
     """What a kind of move loses at each rank; none where the site was not measured for it."""
-    if kind is not CHANNELS:
+    if not isinstance(kind, TwoConvs):
         return measured.moves(ranks)
-    if isinstance(measured, TwoSidedSite) and measured.channels is not None:
-        return measured.channel_moves(ranks)
-    return []
+    return measured.inner_moves(kind.key, ranks) if isinstance(measured, TwoSidedSite) else []
 
 
 def _shrunk(

@@ -1,4 +1,4 @@
-"""What lies around a weight, decomposed: the features it makes, the channels or units it reads."""
+"""What lies around a weight, decomposed: the features it makes, those or the units it reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
 from onnx_utilrank.statistics.selection import Selection, select
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
-__all__ = ["Heads", "InputChannels", "Units", "forgiven"]
+__all__ = ["Heads", "InnerFeatures", "Units", "forgiven"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,22 +72,24 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InputChannels:
-    """The input channels of a Conv, decomposed: x ≈ L K (x − μ) + μ at every position.
+class InnerFeatures:
+    """What the first of two Convs reads, decomposed: x ≈ L K (x − μ) + μ at every position.
 
     Attributes:
+        move: Key of the move that makes them: `Split.features` says which they are.
         found: L and K.
         errors: Predicted loss of the model at each rank.
-        mean: μ where the bias makes up for what is lost of it, else 0, [C].
+        mean: μ where the bias makes up for what is lost of it, else 0, [features].
     """
 
+    move: str
     found: Decomposition
     errors: np.ndarray
     mean: np.ndarray
 
     @classmethod
-    def of(cls, seen: Sensitivity, *, centred: bool) -> "InputChannels":
-        """Decompose channels of which rows and gradients were seen.
+    def of(cls, move: str, seen: Sensitivity, *, centred: bool) -> "InnerFeatures":
+        """Decompose features of which rows and gradients were seen.
 
         A change of the input is worth what its gradient there says, as a change of the output is:
         the optimum is that of a weight which is the identity, in the metric of the input's
@@ -97,12 +99,12 @@ class InputChannels:
         eye, metric = np.eye(moment.width), Metric.of(seen.fisher())
         found = optimal(eye, metric, outputs=moment, centred=centred)
         mean = moment.mean if centred else np.zeros(moment.width)
-        return cls(found=found, errors=found.errors / 2, mean=mean)
+        return cls(move=move, found=found, errors=found.errors / 2, mean=mean)
 
     def factors(self, weight: np.ndarray, rank: int) -> Factors:
-        """W' [m, r taps] and K [r, C], balanced."""
-        m, channels = len(weight), len(self.found.expand)
-        taps = weight.reshape(m, channels, -1)
+        """W' [m, r taps] and K [r, features], balanced."""
+        m, features = len(weight), len(self.found.expand)
+        taps = weight.reshape(m, features, -1)
         reduced = np.einsum("mct,cr->mtr", taps, self.found.expand[:, :rank], optimize=True)
         both = factored(reduced.reshape(-1, rank), self.found.reduce[:rank])
         left = both.left.reshape(m, -1, rank).transpose(0, 2, 1).reshape(m, -1)

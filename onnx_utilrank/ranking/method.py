@@ -1,12 +1,15 @@
 """What a method of ranking offers to the pipeline, and the moves it chooses from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.moves.low_rank import LOW_RANK
+from onnx_utilrank.moves.shrink import FAST_CHANNELS
 from onnx_utilrank.sites.site import RowView, Side, Site, Use
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.statistics.moments import SecondMoment
@@ -18,6 +21,7 @@ __all__ = [
     "MomentMethod",
     "Move",
     "candidate_ranks",
+    "rank_multiple",
     "site_moment",
     "use_view",
 ]
@@ -134,6 +138,17 @@ def candidate_ranks(site: Site, top: int, multiple: int, *, force: bool) -> list
     if force and site.full_rank not in ranks:
         ranks.append(site.full_rank)
     return ranks
+
+
+def rank_multiple(site: Site, method: Method, config: CompressConfig) -> int:
+    """What ranks are multiples of: those between two Convs are channels, see `FAST_CHANNELS`.
+
+    Those that are asked for by name may be slower, and baselines stay what they are.
+    """
+    named = config.moves is not None or config.rank_multiple is not None or config.force
+    if named or method.moves is not None or site.op_type != "Conv":
+        return config.multiple
+    return math.lcm(config.multiple, FAST_CHANNELS)
 
 
 def use_view(use: Use, side: Side) -> RowView:

@@ -12,8 +12,8 @@ from typing import Any
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.store import atomic_write
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.moves import MOVES
+from onnx_utilrank.moves.two_convs import TWO_CONVS
 from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.statistics.divergence import WEIGHTINGS, Weighting
 
@@ -324,8 +324,9 @@ def _spelled(declared: object) -> str:
 def _check_entry(entry: PlanEntry, place: str) -> None:
     """Ranges that hold for any model; the pipeline checks the entry against its own."""
     place = f"{place} ({entry.site!r})"
-    # Input channels are counted by themselves: there may be more of them than outputs.
-    full = entry.d if entry.move == CHANNELS.key else min(entry.m, entry.d)
+    # What the first of two Convs reads is counted by itself: there may be more than outputs.
+    inner = entry.move in {move.key for move in TWO_CONVS}
+    full = entry.d if inner else min(entry.m, entry.d)
     if entry.rank is not None and not 1 <= entry.rank <= full:
         raise ModelError(f"{place}: rank {entry.rank} is not between 1 and {full}")
     if entry.subspaces is not None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.moves.channels import CHANNELS
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import find_move
+from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.method import Move
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.plan import RankPlan
@@ -40,7 +40,7 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
         kind = find_move(entry.move or LOW_RANK.key)
         own = find_method(plan.method).moves
         fits = own is None or kind.key in own
-        if kind is CHANNELS and kind.applies(index, site):
+        if isinstance(kind, TwoConvs) and kind.applies(index, site):
             fits = fits and (entry.rank or 0) <= kind.top_rank(site)
         if not fits or not kind.applies(index, site):
             raise ModelError(

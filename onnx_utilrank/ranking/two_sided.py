@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.inner import Heads, InputChannels, Units
+from onnx_utilrank.ranking.inner import Heads, InnerFeatures, Units
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Side, Site
@@ -25,8 +25,8 @@ __all__ = [
     "TwoSided",
     "TwoSidedSite",
     "two_sided_site",
-    "with_channels",
     "with_heads",
+    "with_inner",
     "with_units",
 ]
 
@@ -48,7 +48,8 @@ class TwoSidedSite:
         gamma: Γ [p, p], what a change of z counts.
         errors: Predicted loss of the model at each rank, in nats or relative squared error.
         bias_cost: Elements that correcting the bias adds.
-        channels: Of a Conv that looks at its neighbours too: its input channels, decomposed.
+        inner: Of a Conv that looks at its neighbours too: what it reads, for each way to make two
+            Convs of it.
         heads: Where the outputs are hidden features that may shrink: the decomposition by groups
             of W x + b, every G columns one direction of each of its G groups. None elsewhere.
         units: Where it reads hidden units that may become fewer.
@@ -62,7 +63,7 @@ class TwoSidedSite:
     errors: np.ndarray
     bias_cost: int
     heads: Heads | None = None
-    channels: InputChannels | None = None
+    inner: tuple[InnerFeatures, ...] = ()
     units: Units | None = None
     input_mean: np.ndarray | None = None
 
@@ -94,34 +95,33 @@ class TwoSidedSite:
         whole samples sees those, but rests on few of them.
 
         Args:
-            quadratics: Of `found`, then of `heads`, `channels` and `units` if there are any.
+            quadratics: Of `found`, then of `heads`, all of `inner` and `units` if there are any.
         """
         first, *rest = quadratics
-        heads, channels, units = self.heads, self.channels, self.units
+        heads, units = self.heads, self.units
         if heads is not None:
             heads = replace(heads, errors=_larger(heads.errors, rest.pop(0)))
-        if channels is not None:
-            channels = replace(channels, errors=_larger(channels.errors, rest.pop(0)))
+        inner = tuple(replace(i, errors=_larger(i.errors, rest.pop(0))) for i in self.inner)
         if units is not None:
             units = replace(units, errors=_larger(units.errors, rest.pop(0)))
         errors = _larger(self.errors, first)
-        return replace(self, errors=errors, heads=heads, channels=channels, units=units)
+        return replace(self, errors=errors, heads=heads, inner=inner, units=units)
 
     def expecting(self, others: Sequence["TwoSidedSite"]) -> "TwoSidedSite":
         """The same with the mean of what others of the same site are predicted to lose."""
         if not others:
             return self
-        heads, channels, units = self.heads, self.channels, self.units
+        heads, units = self.heads, self.units
         if heads is not None:
             heads = replace(heads, errors=_mean([o.heads for o in others], heads.errors))
-        if channels is not None:
-            channels = replace(
-                channels, errors=_mean([o.channels for o in others], channels.errors)
-            )
+        inner = tuple(
+            replace(i, errors=_mean([o.inner_of(i.move) for o in others], i.errors))
+            for i in self.inner
+        )
         if units is not None:
             units = replace(units, errors=_mean([o.units for o in others], units.errors))
         errors = np.mean([o.errors for o in others], axis=0)
-        return replace(self, errors=errors, heads=heads, channels=channels, units=units)
+        return replace(self, errors=errors, heads=heads, inner=inner, units=units)
 
     def shrunk_error(self, hidden: Hidden, kept: int) -> float:
         """What the model is predicted to lose where so many features of each group are kept.
@@ -144,10 +144,14 @@ class TwoSidedSite:
         """See `Measured.moves`."""
         return self._moves(ranks, self.errors)
 
-    def channel_moves(self, ranks: Sequence[int]) -> list[Move]:
-        """The same for its input channels, in the place of its outputs."""
-        assert self.channels is not None
-        return self._moves(ranks, self.channels.errors)
+    def inner_of(self, move: str) -> InnerFeatures | None:
+        """What the first of two Convs reads, by key of the move; None where it was not measured."""
+        return next((i for i in self.inner if i.move == move), None)
+
+    def inner_moves(self, move: str, ranks: Sequence[int]) -> list[Move]:
+        """The same for what it reads, in the place of its outputs."""
+        inner = self.inner_of(move)
+        return [] if inner is None else self._moves(ranks, inner.errors)
 
     def _moves(self, ranks: Sequence[int], errors: np.ndarray) -> list[Move]:
         extra = self.bias_cost if self.centred else 0
@@ -243,17 +247,19 @@ def with_heads(
     return replace(site, heads=Heads.of(groups, gammas, mean, covariance, behind))
 
 
-def with_channels(site: TwoSidedSite, found: Sensitivity) -> TwoSidedSite:
-    """The site with its input channels decomposed too.
+def with_inner(site: TwoSidedSite, move: str, found: Sensitivity) -> TwoSidedSite:
+    """The site with what the first of two Convs reads decomposed too.
 
     A change of the input is worth what its gradient there says, as a change of the output is: the
     optimum is that of a weight which is the identity, in the metric of the input's gradients.
 
     Args:
         site: The site.
-        found: Rows of the input channels [C] and the gradients there.
+        move: Key of the move.
+        found: Rows of those features and the gradients there.
     """
-    return replace(site, channels=InputChannels.of(found, centred=site.centred))
+    inner = InnerFeatures.of(move, found, centred=site.centred)
+    return replace(site, inner=(*site.inner, inner))
 
 
 def with_units(
@@ -282,7 +288,7 @@ def with_units(
 
 
 def _mean(
-    parts: Sequence[Heads | InputChannels | Units | None], otherwise: np.ndarray
+    parts: Sequence[Heads | InnerFeatures | Units | None], otherwise: np.ndarray
 ) -> np.ndarray:
     """The mean of their errors, as far as there are any."""
     known = [part.errors for part in parts if part is not None]

@@ -41,14 +41,13 @@ def fit_layer(layer: Layer, halves: tuple[CrossMoment, CrossMoment], shift: np.n
     now = fit @ (whole.regressors / max(whole.rows, 1) + shift)  # of M z'
     _, covariance = whole.centred()
     covariance = fit @ covariance @ fit.T
-    if layer.channels:
-        assert measured.channels is not None
+    if layer.inner is not None:
         assert layer.rank is not None
         return Refitted(
             weight=weight,
             lost_mean=mean - now,
             turn=fit,
-            factors=measured.channels.factors(fit @ weight, layer.rank),
+            factors=layer.inner_features.factors(fit @ weight, layer.rank),
         )
     fitted = fit @ weight if wide else weight @ fit
     if layer.rank is None:

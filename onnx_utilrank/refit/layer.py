@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from onnx_utilrank.ranking.inner import InnerFeatures
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.statistics.factorize import Decomposition, Factors
 from onnx_utilrank.statistics.spill import spilled
@@ -23,7 +24,7 @@ class Layer:
         rank: The rank of its factors; None where it shrinks.
         biases: What the node of each use adds to W x itself, [m], by node.
         behind: What an Add behind it adds, [m] (of a site that shrinks).
-        channels: Whether the factors are of its input channels.
+        inner: The move, where the factors are of what the first of two Convs reads; else None.
         kept: Columns of `measured.heads` that are kept; None where it makes no hidden features
             that shrink, and only meets or reads them.
         units: How many of the units that it reads are kept; None for all.
@@ -34,14 +35,14 @@ class Layer:
     rank: int | None
     biases: Mapping[int, np.ndarray]
     behind: np.ndarray
-    channels: bool = False
+    inner: str | None = None
     kept: int | None = None
     units: int | None = None
 
     @property
     def projected(self) -> bool:
-        """Whether its inputs, or of a Conv its input channels, are projected before all else."""
-        return self.channels or self.units is not None
+        """Whether what it reads is projected before all else."""
+        return self.inner is not None or self.units is not None
 
     @cached_property
     def projected_weight(self) -> np.ndarray:
@@ -64,10 +65,16 @@ class Layer:
         if self.units is not None:
             assert self.measured.units is not None
             return self.measured.units.selection.basis(self.units)
-        assert self.measured.channels is not None
         assert self.rank is not None
-        found = self.measured.channels.found
+        found = self.inner_features.found
         return found.expand[:, : self.rank], found.reduce[: self.rank]
+
+    @property
+    def inner_features(self) -> InnerFeatures:
+        """What the first of two Convs reads, decomposed."""
+        found = self.measured.inner_of(self.inner or "")
+        assert found is not None
+        return found
 
     @property
     def outputs(self) -> bool:
@@ -129,14 +136,12 @@ def as_measured(layer: Layer) -> Refitted:
             lost_mean=None,
             heads=None if heads is None else heads.found,
         )
-    if layer.channels:
-        assert measured.channels is not None
+    if layer.inner is not None:
+        inner = layer.inner_features
         return Refitted(
             weight=layer.weight,
-            lost_mean=measured.channels.lost(layer.weight, layer.rank)
-            if measured.centred
-            else None,
-            factors=measured.channels.factors(layer.weight, layer.rank),
+            lost_mean=inner.lost(layer.weight, layer.rank) if measured.centred else None,
+            factors=inner.factors(layer.weight, layer.rank),
         )
     lost = None
     if measured.centred:

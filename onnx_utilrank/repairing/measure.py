@@ -154,7 +154,7 @@ def _measured(
         gradients.data,
         gradients.samples,
         gradients.effort,
-        channels=False,
+        moves=(),
         seed=config.seed,
         progress=job.progress,
         cache=job.cache(gradients.data, gradients.samples, config),

@@ -13,7 +13,7 @@ from onnx_utilrank.errors import ModelError, TargetMissedError
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.quality import Judge, Quality
-from onnx_utilrank.ranking.decide import skipped_nodes
+from onnx_utilrank.ranking.skipped import skipped_nodes
 from onnx_utilrank.repairing.config import RepairConfig
 from onnx_utilrank.repairing.repairs import Choice, Repairs
 from onnx_utilrank.repairing.result import RepairedLayer, RepairResult

@@ -1,24 +1,24 @@
 """What is looked at of each site, and how it is decomposed by what was seen."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.moves.channels import channel_patches
+from onnx_utilrank.moves.two_convs import CHANNELS, TWO_CONVS
 from onnx_utilrank.ranking.cost import bias_cost
 from onnx_utilrank.ranking.inner import forgiven
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
     two_sided_site,
-    with_channels,
     with_heads,
+    with_inner,
     with_units,
 )
 from onnx_utilrank.sensitivity.collect import Collector, Seen
-from onnx_utilrank.sensitivity.gradients import GradientPass
+from onnx_utilrank.sensitivity.gradients import GradientPass, Splits
 from onnx_utilrank.sensitivity.quadratic import Probe
 from onnx_utilrank.sensitivity.side import Changes, SmallerSide
 from onnx_utilrank.sites.bias import own_biases
@@ -49,7 +49,7 @@ class Aspects:
         readers_of_units: Keys of those that read units.
         changes: What is decomposed in the place of the weights, if anything is.
         tied: Keys of tables and of the layers that share their weight.
-        kernels: Kernels of Convs whose input channels are looked at, by node.
+        splits: Of Convs that may become two, by node.
     """
 
     index: GraphIndex
@@ -61,7 +61,7 @@ class Aspects:
     readers_of_units: frozenset[str]
     changes: Changes | None
     tied: Mapping[str, str]
-    kernels: Mapping[int, np.ndarray]
+    splits: Mapping[int, Splits]
 
     @classmethod
     def of(
@@ -71,7 +71,7 @@ class Aspects:
         hidden: Sequence[Hidden],
         losses: Sequence[OutputLoss],
         *,
-        channels: bool,
+        moves: Collection[str],
         changes: Changes | None,
     ) -> "Aspects":
         """What has to be looked at.
@@ -81,7 +81,7 @@ class Aspects:
             sites: The sites.
             hidden: Features between them that may shrink.
             losses: What counts at the outputs.
-            channels: Whether Convs may get fewer input channels.
+            moves: Keys of those by which a Conv may become two.
             changes: What is decomposed in the place of the weights, if anything is.
         """
         basis = [h for h in hidden if not h.units]
@@ -100,7 +100,7 @@ class Aspects:
             readers_of_units=of_units,
             changes=changes,
             tied={table.key: head.key for table, head in find_tied(index, sites)},
-            kernels=_kernels(index, [s for s in sites if channels or s.key in of_units]),
+            splits=_splits(index, sites, frozenset(moves), of_units),
         )
 
     def joined(self, sites: Sequence[Site]) -> list[list[Site]]:
@@ -114,11 +114,9 @@ class Aspects:
 
     def sums(self, site: Site) -> dict[Hashable, int]:
         """Bytes of the running sums of a site."""
-        kernel = self.kernels.get(site.uses[0].node)
-        numbers = 2 * site.full_rank**2
-        if kernel is not None:
-            numbers += 2 * kernel.shape[1] ** 2
-        elif site.key in self.readers_of_units:
+        inner = self._inner(site)
+        numbers = 2 * (site.full_rank**2 + sum(n**2 for n in inner.values()))
+        if self._reads_units(site):
             numbers += site.d**2
         return {site.key: BYTES * numbers}
 
@@ -128,7 +126,7 @@ class Aspects:
             (
                 # Patterns choose uses: one key may stand for more of them, or fewer.
                 *(s.key, s.op_type, [use.node for use in s.uses], self.heads.get(s.key)),
-                s.uses[0].node in self.kernels,
+                tuple(self._inner(s)),
                 *(s.key in self.readers, s.key in self.readers_of_units),
             )
             for s in sites
@@ -157,7 +155,7 @@ class Aspects:
             draws=draws,
             smooth=smooth,
             seed=seed,
-            kernels=self.kernels,
+            splits=self.splits,
         )
 
     def collectors(self, sites: Sequence[Site]) -> dict[str, Collector]:
@@ -166,17 +164,24 @@ class Aspects:
         return {site.key: self._collector(site, sides[site.key]) for site in sites}
 
     def _collector(self, site: Site, side: SmallerSide) -> Collector:
-        kernel = self.kernels.get(site.uses[0].node)
-        of_inputs = site.key in self.readers_of_units and kernel is None
         return Collector(
             site,
             side,
             max(ROWS_PER_FEATURE_KEPT * site.full_rank, ROWS_KEPT),
-            channels=0 if kernel is None else kernel.shape[1],
+            inner=self._inner(site),
             groups=[rows for rows, _ in self.heads.get(site.key, ())],
             input_mean=site.key in self.readers,
-            inputs=site.d if of_inputs else 0,
+            inputs=site.d if self._reads_units(site) else 0,
         )
+
+    def _inner(self, site: Site) -> dict[str, int]:
+        """Features that the first of two Convs reads, by key of the move."""
+        found = self.splits.get(site.uses[0].node)
+        return {} if found is None else {key: s.features for key, s in found.moves.items()}
+
+    def _reads_units(self, site: Site) -> bool:
+        """Whether hidden units are its inputs, and not the channels of a Conv of several taps."""
+        return site.key in self.readers_of_units and CHANNELS.key not in self._inner(site)
 
     def decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
         """A site, by what was seen of it."""
@@ -190,30 +195,31 @@ class Aspects:
             own, gammas = self.biases[site.uses[0].node], seen.side.block_fishers()
             groups, added = self.heads[site.key], self.added[site.key]
             found = with_heads(found, weight, groups, gammas, own, added)
-        if seen.channels is not None and seen.channels.moment.rows:
-            found = with_channels(found, seen.channels)
+        for move, of_inner in seen.inner.items():
+            if of_inner.moment.rows:
+                found = with_inner(found, move, of_inner)
         if site.key in self.readers_of_units:
-            moment = seen.inputs if seen.channels is None else seen.channels.moment
+            channels = seen.inner.get(CHANNELS.key)
+            moment = seen.inputs if channels is None else channels.moment
             assert moment is not None
-            found = with_units(found, weight, moment, seen.channels)
+            found = with_units(found, weight, moment, channels)
         return found
 
     def probes(self, found: TwoSidedSite) -> list[Probe]:
         """In the order that `TwoSidedSite.corrected` wants."""
         mean = found.moment.mean if found.centred else np.zeros(found.moment.width)
         probes = [Probe(found=found.found, rows="smaller", mean=mean)]
-        heads, channels, units = found.heads, found.channels, found.units
+        heads, units = found.heads, found.units
         if heads is not None:
             lost = forgiven(heads.groups, heads.mean)
             probes.append(Probe(found=heads.found, rows="outputs", mean=lost - heads.behind))
-        if channels is not None:
-            probes.append(Probe(found=channels.found, rows="channels", mean=channels.mean))
+        probes += [Probe(found=i.found, rows=i.move, mean=i.mean) for i in found.inner]
         if units is not None:
-            inner = channels is None
+            inner = self._reads_units(found.site)
             probes.append(
                 Probe(
                     found=units.selection.found,
-                    rows="inputs" if inner else "channels",
+                    rows="inputs" if inner else CHANNELS.key,
                     mean=units.mean,
                     weight=site_matrix(self.index, found.site) if inner else None,
                 )
@@ -221,13 +227,19 @@ class Aspects:
         return probes
 
 
-def _kernels(index: GraphIndex, sites: Sequence[Site]) -> dict[int, np.ndarray]:
+def _splits(
+    index: GraphIndex, sites: Sequence[Site], moves: frozenset[str], of_units: frozenset[str]
+) -> dict[int, Splits]:
+    """Of Convs that may become two, or of which the channels are units, by node."""
     found = {}
     for site in sites:
-        if channel_patches(site) is not None:
+        wanted = moves | {CHANNELS.key} if site.key in of_units else moves
+        kinds = [kind for kind in TWO_CONVS if kind.key in wanted]
+        ways = {kind.key: split for kind in kinds if (split := kind.split(site)) is not None}
+        if ways:
             kernel = index.constant(site.weight)
             assert kernel is not None
-            found[site.uses[0].node] = kernel.astype(np.float32)
+            found[site.uses[0].node] = Splits(kernel=kernel.astype(np.float32), moves=ways)
     return found
 
 

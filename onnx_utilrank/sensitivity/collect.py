@@ -1,7 +1,7 @@
 """Collect, in one pass over the samples, what the two-sided factors of every site rest on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class Seen:
 
     Attributes:
         side: Of its smaller side.
-        channels: Of the input channels of a Conv, where they were looked at.
+        inner: Of what the first of two Convs reads, by key of the move.
         inputs: The moment of the inputs, where it was asked for.
         input_total: Their sum, where it was asked for, [d].
         input_rows: Rows of that sum.
@@ -132,7 +132,7 @@ class Seen:
     """
 
     side: Sensitivity
-    channels: Sensitivity | None = None
+    inner: Mapping[str, Sensitivity] = field(default_factory=dict)
     inputs: SecondMoment | None = None
     input_total: np.ndarray | None = None
     input_rows: int = 0
@@ -146,16 +146,14 @@ class Seen:
     @property
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
-        sides = [side for side in (self.side, self.channels) if side is not None]
+        sides = [self.side, *self.inner.values()]
         sums = [part for side in sides for part in (side.moment.outer, side.gamma, *side.blocks)]
         sums += [part.outer for part in (self.inputs,) if part is not None]
         sums += [part for part in (self.input_total,) if part is not None]
         return all(bool(np.isfinite(part).all()) for part in sums)
 
     def __add__(self, other: "Seen") -> "Seen":
-        channels, inputs, total = self.channels, self.inputs, self.input_total
-        if channels is not None and other.channels is not None:
-            channels = channels + other.channels
+        inputs, total = self.inputs, self.input_total
         if inputs is not None and other.inputs is not None:
             inputs = inputs + other.inputs
         if total is not None and other.input_total is not None:
@@ -165,7 +163,7 @@ class Seen:
             tokens = tokens + other.tokens
         return Seen(
             side=self.side + other.side,
-            channels=channels,
+            inner={move: own + other.inner[move] for move, own in self.inner.items()},
             inputs=inputs,
             input_total=total,
             input_rows=self.input_rows + other.input_rows,
@@ -182,7 +180,7 @@ class Collector:
         side: SmallerSide,
         rows_wanted: int,
         *,
-        channels: int = 0,
+        inner: Mapping[str, int] | None = None,
         groups: Sequence[slice] = (),
         input_mean: bool = False,
         inputs: int = 0,
@@ -193,7 +191,7 @@ class Collector:
             site: The site.
             side: Its rows.
             rows_wanted: Rows that moments are formed from, about.
-            channels: Input channels that are looked at beside W; 0 for none.
+            inner: How many features the first of two Convs reads, by key of the move.
             groups: Outputs that make up a group of hidden features, equally many each.
             input_mean: Whether the mean of the inputs is asked for.
             inputs: Width of the inputs, where their second moment is asked for; 0 elsewhere.
@@ -202,7 +200,7 @@ class Collector:
         self._side = side
         self._rows = RowSums(side.width, rows_wanted)
         self._samples = self._decisions = 0
-        self._channels = RowSums(channels, rows_wanted) if channels else None
+        self._inner = {move: RowSums(n, rows_wanted) for move, n in (inner or {}).items()}
         self._inputs = RowSums(inputs, max(ROWS_PER_INPUT * inputs, ROWS_KEPT)) if inputs else None
         self._groups = tuple(groups)
         self._blocks = [
@@ -217,7 +215,7 @@ class Collector:
         """What was collected."""
         return Seen(
             side=self._sensitivity(self._rows, [block.numpy() for block in self._blocks]),
-            channels=self._sensitivity(self._channels) if self._channels else None,
+            inner={move: self._sensitivity(sums) for move, sums in self._inner.items()},
             inputs=self._inputs.moment if self._inputs else None,
             input_total=self._input_total,
             input_rows=self._input_rows,
@@ -249,10 +247,10 @@ class Collector:
             self._input_rows += len(x)
         if self._inputs:
             self._inputs.add(as_rows(rows.inputs, use.inputs, samples), (), live, share, phase)
-        if self._channels and rows.channels:
-            x, of_channels = rows.channels
-            alive = torch.stack([g.abs().amax(-1) for g in of_channels]).amax(0) > 0
-            self._channels.add(x, of_channels, alive, share, phase)
+        for move, sums in self._inner.items():
+            x, gradients = rows.inner[move]
+            alive = torch.stack([g.abs().amax(-1) for g in gradients]).amax(0) > 0
+            sums.add(x, gradients, alive, share, phase)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -303,7 +301,7 @@ class Collector:
 
     @property
     def _sums(self) -> dict[str, RowSums]:
-        found = {"side": self._rows, "channels": self._channels, "inputs": self._inputs}
+        found = {"side": self._rows, **self._inner, "inputs": self._inputs}
         return {name: sums for name, sums in found.items() if sums is not None}
 
     def count(self, samples: int, decisions: int) -> None:

@@ -1,20 +1,21 @@
 """Run the model forwards and backwards, and hand out the rows of every use of a weight."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from onnx_utilrank.errors import ModelError
+from onnx_utilrank.moves.two_convs import Split
 from onnx_utilrank.sensitivity.draws import Draw
-from onnx_utilrank.sensitivity.rows import as_rows, channel_gradient, channel_rows
+from onnx_utilrank.sensitivity.rows import as_rows, split_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
-__all__ = ["Drawn", "GradientPass", "UseRows"]
+__all__ = ["Drawn", "GradientPass", "Splits", "UseRows"]
 
 # What is drawn for a run: of each loss that depends on the uses, its place among all, the numbers
 # that its value has, and their type.
@@ -30,15 +31,28 @@ class UseRows:
         outputs: The node's output as rows [samples, positions, m].
         gradients: For each draw, its gradient with respect to W x, [samples, positions, m].
         decisions: Rows of the model's outputs that directions were drawn for.
-        channels: Of a Conv whose channels are looked at: its input as rows [samples, positions, C],
-            and for each draw the gradient there. None elsewhere.
+        inner: Of a Conv that may become two, by key of the move: what the first reads, as rows
+            [samples, positions, features], and for each draw the gradient there.
     """
 
     inputs: torch.Tensor
     outputs: torch.Tensor
     gradients: tuple[torch.Tensor, ...]
     decisions: int
-    channels: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+    inner: Mapping[str, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """A Conv that may become two.
+
+    Attributes:
+        kernel: Its weight, float32 [m, C, …].
+        moves: What the two see, by key of the move.
+    """
+
+    kernel: np.ndarray
+    moves: Mapping[str, Split]
 
 
 class GradientPass:
@@ -60,7 +74,7 @@ class GradientPass:
         draws: int,
         smooth: bool,
         seed: int,
-        kernels: Mapping[int, np.ndarray] | None = None,
+        splits: Mapping[int, Splits] | None = None,
     ) -> None:
         """Prepare the passes.
 
@@ -71,9 +85,9 @@ class GradientPass:
             draws: Directions for each run.
             smooth: See `Draw`.
             seed: Of the directions.
-            kernels: By node, the kernels of Convs whose channels are looked at.
+            splits: By node, of Convs that may become two.
         """
-        self._kernels = kernels or {}
+        self._splits = splits or {}
         self.dropped = 0
         self.graph = graph
         self.uses = tuple(uses)
@@ -154,7 +168,7 @@ class GradientPass:
                 outputs=as_rows(held[use.result.tensor].detach(), use.result, samples),
                 gradients=tuple(use.gain * as_rows(g, use.result, samples) for g in of_use),
                 decisions=decisions,
-                channels=self._channels(use, held, of_use, samples),
+                inner=self._inner(use, held, of_use, samples),
             )
             yield use, rows
 
@@ -168,20 +182,22 @@ class GradientPass:
         kept = gradient.reshape(first, -1).masked_fill(bad[:, None], 0.0)
         return kept.reshape(gradient.shape)
 
-    def _channels(
+    def _inner(
         self,
         use: Use,
         held: Mapping[str, torch.Tensor],
         gradients: Sequence[torch.Tensor],
         samples: int,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-        patches = use.inputs.patches
-        if use.node not in self._kernels or patches is None:
-            return None
+    ) -> dict[str, tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+        found = self._splits.get(use.node)
+        if found is None:
+            return {}
         x = held[use.inputs.tensor].detach()
-        kernel = torch.from_numpy(self._kernels[use.node]).to(x)
-        found = (channel_gradient(x, g, kernel, patches) for g in gradients)
-        return channel_rows(x, samples), tuple(channel_rows(g, samples) for g in found)
+        kernel = torch.from_numpy(found.kernel).to(x)
+        return {
+            move: split_rows(x, gradients, kernel, split, samples)
+            for move, split in found.moves.items()
+        }
 
     def _forward(self, feed: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """The values that rows and gradients are taken of, the outputs of uses with gradients."""

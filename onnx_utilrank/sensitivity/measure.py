@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ def measure_sensitivity(
     samples: Sequence[int],
     effort: Effort,
     *,
-    channels: bool,
+    moves: Collection[str],
     seed: int,
     progress: Progress,
     cache: Cache | None = None,
@@ -72,7 +72,7 @@ def measure_sensitivity(
     """
     measuring = _Measuring(
         graph=graph,
-        aspects=Aspects.of(index, sites, hidden, losses, channels=channels, changes=changes),
+        aspects=Aspects.of(index, sites, hidden, losses, moves=moves, changes=changes),
         data=data,
         effort=effort,
         seed=seed,

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,15 +23,15 @@ class Probe:
 
     Attributes:
         found: L and K.
-        rows: Of what: the smaller side of the site, the node's output, the input channels, or the
-            inputs, whose gradient is had from that of the output.
+        rows: Of what: the smaller side of the site, the node's output, the inputs, whose gradient
+            is had from that of the output, or, by key of a move, what the first of two Convs reads.
         mean: What is taken off the rows before L and K apply: their mean, where a bias makes up
             for what is lost of it.
         weight: W [m, d], for the inputs.
     """
 
     found: Decomposition
-    rows: Literal["smaller", "outputs", "channels", "inputs"]
+    rows: str
     mean: np.ndarray
     weight: np.ndarray | None = None
 
@@ -113,9 +112,8 @@ class Quadratics:
                         values, gradients = sides[key].rows(use, rows, n)
                     elif kind == "inputs":
                         values = as_rows(rows.inputs, use.inputs, n)
-                    elif kind == "channels":
-                        assert rows.channels is not None
-                        values, gradients = rows.channels
+                    elif kind in rows.inner:
+                        values, gradients = rows.inner[kind]
                     reduce, expand, mean = (part.to(values) for part in basis)
                     # What is not finite has no gradient.
                     hidden = torch.nan_to_num(values - mean, 0.0, 0.0, 0.0) @ reduce

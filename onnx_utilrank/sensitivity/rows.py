@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from onnx_utilrank.moves.two_convs import Split
 from onnx_utilrank.sites.site import Patches, RowView
 from onnx_utilrank.torch_graph.convolution import transposed_convolution
 from onnx_utilrank.torch_graph.operator import Context
 
-__all__ = ["as_rows", "channel_gradient", "channel_rows", "convolved"]
+__all__ = ["as_rows", "convolved", "input_gradient", "input_rows", "split_rows"]
 
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -33,7 +34,29 @@ def as_rows(value: torch.Tensor, view: RowView, samples: int) -> torch.Tensor:
     return rows.reshape(first, -1, view.width)
 
 
-def channel_rows(value: torch.Tensor, samples: int) -> torch.Tensor:
+def split_rows(
+    x: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
+    kernel: torch.Tensor,
+    split: Split,
+    samples: int,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """What the first of two Convs reads, and the gradients there, [samples, positions, features].
+
+    Args:
+        x: The input of the Conv that they take the place of, [N, C, …].
+        gradients: With respect to its output.
+        kernel: Its weight [m, C, …].
+        split: What the two see.
+        samples: Samples in the run.
+    """
+    seen = x if math.prod(split.first.kernel) == 1 else _unfolded(x, split.first)
+    kernel = kernel.reshape(len(kernel), split.features, *split.second.kernel)
+    found = (input_gradient(seen, g, kernel, split.second) for g in gradients)
+    return input_rows(seen, samples), tuple(input_rows(g, samples) for g in found)
+
+
+def input_rows(value: torch.Tensor, samples: int) -> torch.Tensor:
     """A Conv's input [N, C, …] as [samples, positions, C]."""
     rows = value.movedim(1, -1)
     first = samples if value.shape[0] % samples == 0 else 1
@@ -54,7 +77,7 @@ def convolved(
     )
 
 
-def channel_gradient(
+def input_gradient(
     x: torch.Tensor, gradient: torch.Tensor, kernel: torch.Tensor, patches: Patches
 ) -> torch.Tensor:
     """The gradient with respect to a Conv's input that its output's gradient stands for."""

@@ -5,7 +5,8 @@ A *use* is one node with a constant weight, seen as y = W x + b over rows x in R
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -65,6 +66,27 @@ class Patches:
         """Whether each position sees just its own channels, so that there is nothing to unfold."""
         alone = not any((*self.pads, *self.output_padding, *self.output_shape))
         return {*self.kernel, *self.strides} == {1} and alone
+
+    def along(self, axes: Collection[int], channels: int) -> "Patches":
+        """What a Conv sees that goes along some of the spatial axes only.
+
+        Args:
+            axes: Those that it goes along; each position sees just itself on the others.
+            channels: Its input channels.
+        """
+        spatial = len(self.kernel)
+
+        def part(values: tuple[int, ...], otherwise: int) -> tuple[int, ...]:
+            return tuple(v if k % spatial in axes else otherwise for k, v in enumerate(values))
+
+        return replace(
+            self,
+            channels=channels,
+            kernel=part(self.kernel, 1),
+            strides=part(self.strides, 1),
+            dilations=part(self.dilations, 1),
+            pads=part(self.pads, 0),
+        )
 
     @property
     def density(self) -> float:

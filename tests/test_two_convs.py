@@ -1,4 +1,4 @@
-"""Fewer input channels of a Conv: the rewritten graph, its gradients, and whole compressions."""
+"""A Conv as two: the rewritten graph, gradients between them, and whole compressions."""
 
 import itertools
 import math
@@ -14,11 +14,18 @@ from torch.nn import functional
 
 from onnx_utilrank import CompressConfig, ModelError, RankPlan, compress
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.moves.channels import CHANNELS
-from onnx_utilrank.ranking.two_sided import InputChannels, TwoSidedSite, with_channels
+from onnx_utilrank.moves.moves import find_move
+from onnx_utilrank.moves.two_convs import CHANNELS, SEPARABLE, TWO_CONVS, TwoConvs
+from onnx_utilrank.ranking.two_sided import InnerFeatures, TwoSidedSite, with_inner
 from onnx_utilrank.refit.layer import Layer
 from onnx_utilrank.refit.propagate import propagate
-from onnx_utilrank.sensitivity.rows import CONVOLUTIONS, channel_gradient, channel_rows, convolved
+from onnx_utilrank.sensitivity.rows import (
+    CONVOLUTIONS,
+    convolved,
+    input_gradient,
+    input_rows,
+    split_rows,
+)
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.site import Patches, Site
 from onnx_utilrank.statistics.factorize import Decomposition, Metric, optimal
@@ -84,19 +91,22 @@ def only_site(proto: onnx.ModelProto) -> tuple[GraphIndex, Site]:
     return graph, site
 
 
-def decomposed(seed: int, channels: int = C) -> InputChannels:
+def decomposed(seed: int, channels: int = C) -> InnerFeatures:
     """Channels in a basis that is not orthonormal, as a metric makes it."""
     reduce = np.eye(channels) + 0.3 * noise(seed, channels, channels)
     found = Decomposition(
         expand=np.linalg.inv(reduce), reduce=reduce, errors=np.zeros(channels + 1), energy=1.0
     )
-    return InputChannels(found=found, errors=found.errors, mean=activations(seed, channels))
+    return InnerFeatures(
+        move=CHANNELS.key, found=found, errors=found.errors, mean=activations(seed, channels)
+    )
 
 
-def projected(channels: InputChannels, kernel: np.ndarray, rank: int) -> np.ndarray:
-    """W (I ⊗ L K)."""
-    kept = channels.found.expand[:, :rank] @ channels.found.reduce[:rank]
-    return np.einsum("mc...,cd->md...", kernel.astype(np.float64), kept)
+def projected(inner: InnerFeatures, kernel: np.ndarray, rank: int) -> np.ndarray:
+    """W (I ⊗ L K), for features that are the first axes of the kernel after its outputs."""
+    kept = inner.found.expand[:, :rank] @ inner.found.reduce[:rank]
+    taps = kernel.astype(np.float64).reshape(len(kernel), len(kept), -1)
+    return np.einsum("mct,cd->mdt", taps, kept).reshape(kernel.shape)
 
 
 def with_kernel(proto: onnx.ModelProto, kernel: np.ndarray) -> onnx.ModelProto:
@@ -110,40 +120,52 @@ def with_kernel(proto: onnx.ModelProto, kernel: np.ndarray) -> onnx.ModelProto:
 # --- the rewritten graph ------------------------------------------------------------------------
 
 
+# Which Convs each can take the place of: `separable` needs taps on both sides.
+SPLIT = [("channels", name) for name in SETTINGS]
+SPLIT += [("separable", name) for name, case in SETTINGS.items() if len(case.kernel) > 1]
+
+
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("bias", ["input", "add", "none"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_rewritten_model_is_the_one_with_projected_channels(name: str, bias: str, corrected: bool):
+@pytest.mark.parametrize(("move", "name"), SPLIT)
+def test_rewritten_model_is_the_one_with_projected_features(
+    move: str, name: str, bias: str, corrected: bool
+):
     case = replace(SETTINGS[name], bias=bias)
     proto = case.proto()
     graph, site = only_site(proto)
+    kind = find_move(move)
     kernel, taps = constants(proto)["W"], math.prod(case.kernel)
-    channels = decomposed(3)
+    features, last = (
+        (C, taps) if kind is CHANNELS else (C * taps // case.kernel[-1], case.kernel[-1])
+    )
+    inner = decomposed(3, features)
     lost = noise(9, M) if corrected else None
-    assert CHANNELS.applies(graph, site)
-    for rank in range(1, CHANNELS.top_rank(site) + 1):
-        factors = channels.factors(site_matrix(graph, site), rank)
-        store = rewrite(
-            graph, [Replacement(site=site, move="channels", factors=factors, lost_mean=lost)]
-        )
+    assert kind.applies(graph, site)
+    for rank in range(1, kind.top_rank(site) + 1):
+        factors = inner.factors(site_matrix(graph, site), rank)
+        store = rewrite(graph, [Replacement(site=site, move=move, factors=factors, lost_mean=lost)])
         check_contract(graph.store, store)
         onnx.checker.check_model(store.proto, full_check=True)
         assert ops(store.proto) == ["Conv", "Conv"] + ["Add"] * (bias == "add")
 
         stored = sum(math.prod(t.dims) for t in store.proto.graph.initializer)
         kept = M if corrected or bias != "none" else 0
-        assert stored == CHANNELS.parameters(site, rank) + kept
-        assert CHANNELS.parameters(site, rank) == rank * (C + M * taps)
+        assert stored == kind.parameters(site, rank) + kept
+        assert kind.parameters(site, rank) == rank * (features + M * last)
+        sizes = [math.prod(t.dims) for t in store.proto.graph.initializer]
+        assert all(m * d in sizes for _, m, d in kind.matrices(site, rank))
 
-        new = projected(channels, kernel, rank)
+        new = projected(inner, kernel, rank)
         feed = {"x": activations(5, 2, C, *case.sizes).astype(np.float32)}
         expected = run(with_kernel(proto, new), feed)["y"].astype(np.float64)
         if lost is not None:
             expected = expected + lost.reshape(-1, *(1,) * len(case.kernel))
-        # Sums of C, then of r taps, products, beside those of the dense kernel: independent errors.
+        # Sums of features, then of r taps, products, beside those of the dense kernel: independent
+        # errors.
         size = np.linalg.norm(factors.left) * np.linalg.norm(factors.right) + np.linalg.norm(new)
         size = size * math.sqrt(C * taps) * np.abs(feed["x"]).max() + np.abs(expected).max()
-        atol = 4 * EPS * math.sqrt(C + rank * taps + C * taps) * size
+        atol = 4 * EPS * math.sqrt(features + rank * last + C * taps) * size
         np.testing.assert_allclose(run(store, feed)["y"], expected, rtol=0, atol=atol)
 
 
@@ -162,11 +184,12 @@ def test_bias_that_is_named_by_an_empty_string_is_none(tail: str, corrected: boo
     assert run(store, {"x": activations(5, 2, C, *case.sizes).astype(np.float32)})["y"].size
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_top_rank_is_the_largest_that_is_smaller(name: str):
+@pytest.mark.parametrize(("move", "name"), SPLIT)
+def test_top_rank_is_the_largest_that_is_smaller(move: str, name: str):
     _, site = only_site(SETTINGS[name].proto())
-    smaller = [r for r in range(1, C) if CHANNELS.parameters(site, r) < site.parameters]
-    assert CHANNELS.top_rank(site) == max(smaller)
+    kind = find_move(move)
+    smaller = [r for r in range(1, site.d) if kind.parameters(site, r) < site.parameters]
+    assert kind.top_rank(site) == max(r for r in smaller if r < kind.matrices(site, 1)[0][2])
 
 
 def test_strides_make_the_first_conv_dearer():
@@ -178,6 +201,19 @@ def test_strides_make_the_first_conv_dearer():
     ]
     assert CHANNELS.pays(sites[0], 4, 1.0)
     assert not CHANNELS.pays(sites[1], 4, 1.0)
+    # Of a first Conv that goes along the columns, those of the row alone are skipped.
+    assert [SEPARABLE.multiplications(s, 2) for s in sites] == [
+        2 * (3 * C + 3 * M),
+        2 * (3 * 3 * C + 3 * M),
+    ]
+
+
+@pytest.mark.parametrize("kernel", [(3,), (3, 1), (1, 3), (1, 1, 3), (2, 3, 1)])
+def test_taps_along_one_axis_are_not_separated(kernel: Shape):
+    case = Case(sizes=(9, 8, 7)[: len(kernel)], kernel=kernel)
+    graph, site = only_site(case.proto())
+    assert not SEPARABLE.applies(graph, site)
+    assert CHANNELS.applies(graph, site)
 
 
 REFUSED = {
@@ -197,7 +233,7 @@ def test_channels_stay_elsewhere(name: str):
     graph = index(model(signature, body, W=noise(1, *shape).astype(np.float32)))
     sites, _ = find_sites(graph)
     assert len(sites) == (name != "depthwise")
-    assert not any(CHANNELS.applies(graph, site) for site in sites)
+    assert not any(kind.applies(graph, site) for site in sites for kind in TWO_CONVS)
 
 
 def test_one_channel_is_not_reduced():
@@ -206,7 +242,7 @@ def test_one_channel_is_not_reduced():
         "y = Conv(x, W)",
         W=noise(1, 5, 1, 3, 3).astype(np.float32),
     )
-    assert not CHANNELS.applies(*only_site(proto))
+    assert not any(kind.applies(*only_site(proto)) for kind in TWO_CONVS)
 
 
 # --- decompositions -----------------------------------------------------------------------------
@@ -265,8 +301,7 @@ def test_channels_are_the_optimum_of_their_rows_and_gradients(centred: bool):
         errors=np.zeros(C + 1),
         bias_cost=0,
     )
-    channels = with_channels(plain, seen).channels
-    assert channels is not None
+    (channels,) = with_inner(plain, CHANNELS.key, seen).inner
     mean = x.mean(0) if centred else np.zeros(C)
     np.testing.assert_allclose(channels.mean, mean, rtol=0, atol=1e-12 * np.abs(x).max())
     second = (x - mean).T @ (x - mean) / len(x)
@@ -320,12 +355,34 @@ def test_channel_gradient_is_that_of_the_plain_convolution(sizes: Shape, seen: P
     (expected,) = torch.autograd.grad(y, x, gradient)
     with torch.no_grad():  # as it is called
         assert torch.equal(convolved(x, kernel, seen), y)
-        found = channel_gradient(x, gradient, kernel, seen)
+        found = input_gradient(x, gradient, kernel, seen)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert not found.requires_grad
-    rows = channel_rows(found, 3)
+    rows = input_rows(found, 3)
     assert rows.shape == (3, math.prod(sizes), C)
     assert torch.equal(rows[1, 0], found[1, :, *(0,) * spatial])
+
+
+@pytest.mark.parametrize("kind", TWO_CONVS, ids=lambda kind: kind.key)
+@pytest.mark.parametrize(
+    "name", ["2d", "2d uneven", "2d dilated", "2d upper", "2d lower", "3d same"]
+)
+def test_features_between_two_convs_make_the_output_and_its_gradient(kind: TwoConvs, name: str):
+    """y = W' x' over what the first reads, and g^T W' δ is what g says of a change δ there."""
+    case = SETTINGS[name]
+    _, site = only_site(case.proto())
+    split, seen = kind.split(site), site.uses[0].inputs.patches
+    assert split is not None
+    assert seen is not None
+    x = torch.from_numpy(noise(1, 3, C, *case.sizes))
+    kernel = torch.from_numpy(noise(2, M, C, *case.kernel))
+    y = convolved(x, kernel, seen)
+    gradient = torch.from_numpy(noise(3, *y.shape))
+    rows, (found,) = split_rows(x, (gradient,), kernel, split, 3)
+    assert rows.shape == found.shape == (3, rows.shape[1], split.features)
+    # The weight is linear: gradient times features sums to gradient times outputs.
+    expected = (gradient * y).flatten(1).sum(1)
+    torch.testing.assert_close((rows * found).sum((1, 2)), expected, rtol=1e-10, atol=1e-10)
 
 
 # --- whole compressions -------------------------------------------------------------------------
@@ -354,23 +411,29 @@ def data():
 
 
 # Both layers change: a refit of the first alone has nothing before it to make up for.
-CONFIG = CompressConfig(param_ratio=0.6, moves=("channels",))
+CONFIG = CompressConfig(param_ratio=0.6)
+
+
+@pytest.fixture(scope="module", params=["channels", "separable"])
+def move(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def made(data):
+def made(data, move):
+    config = replace(CONFIG, moves=(move,))
     return {
-        refit: compress(network(), data, replace(CONFIG, refit=refit)) for refit in (True, False)
+        refit: compress(network(), data, replace(config, refit=refit)) for refit in (True, False)
     }
 
 
 @pytest.mark.parametrize("refit", [True, False])
-def test_ratio_is_met_and_loss_foreseen(made, refit: bool):
+def test_ratio_is_met_and_loss_foreseen(made, move: str, refit: bool):
     result = made[refit]
     plan = result.plan
     assert plan.refit == refit
     assert plan.factored
-    assert {e.move for e in plan.factored} == {"channels"}
+    assert {e.move for e in plan.factored} == {move}
     stored = sum(math.prod(t.dims) for t in result.model.graph.initializer)
     assert stored == plan.parameters_after <= 0.6 * plan.parameters_before
     onnx.checker.check_model(result.model, full_check=True)
@@ -394,14 +457,15 @@ def test_plan_is_replayed(made, data, refit: bool, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rank": 11}, {"method": "one-sided"}, {"method": "svd"}],
+    [{"rank": None}, {"method": "one-sided"}, {"method": "svd"}],
     ids=["rank", "one-sided", "svd"],
 )
-def test_plans_that_channels_cannot_follow_are_refused(made, data, changes: dict):
+def test_plans_that_cannot_be_followed_are_refused(made, data, move: str, changes: dict):
     plan = made[False].plan
     entries = plan.entries
-    if "rank" in changes:  # more than there are channels, though less than m and d
-        entries = tuple(replace(e, rank=11) if e.site == "W" else e for e in entries)
+    if "rank" in changes:  # as many as there are features, though less than d
+        most = {"channels": 10, "separable": 30}[move]
+        entries = tuple(replace(e, rank=most) if e.site == "W" else e for e in entries)
     if "method" in changes:
         entries = tuple(replace(e, bias=False) for e in entries)
         plan = replace(plan, method=changes["method"], predicted_divergence=None)
@@ -430,7 +494,7 @@ class Spied:
     "bias",
     ["input", "new", "none"],
 )
-def test_refit_walks_on_with_what_the_model_gives(data, bias: str):
+def test_refit_walks_on_with_what_the_model_gives(data, move: str, bias: str):
     conv = "h = Conv(x, W)" if bias == "new" else "h = Conv(x, W, b)"
     b = noise(2, 12).astype(np.float32)
     proto = model(
@@ -441,17 +505,18 @@ def test_refit_walks_on_with_what_the_model_gives(data, bias: str):
     )
     graph, site = only_site(proto)
     assert site.bias == bias
-    channels = decomposed(3, 10)
+    features = {"channels": 10, "separable": 30}[move]
+    inner = replace(decomposed(3, features), move=move)
     if bias == "none":
-        channels = replace(channels, mean=np.zeros(10))
+        inner = replace(inner, mean=np.zeros(features))
     measured = TwoSidedSite(
         site=site,
         moment=SecondMoment.zero(12),
-        found=channels.found,
+        found=inner.found,
         gamma=np.eye(12),
         errors=np.zeros(13),
         bias_cost=0,
-        channels=channels,
+        inner=(inner,),
     )
     layer = Layer(
         measured=measured,
@@ -459,12 +524,12 @@ def test_refit_walks_on_with_what_the_model_gives(data, bias: str):
         rank=4,
         biases={site.uses[0].node: b.astype(float) if bias == "input" else np.zeros(12)},
         behind=np.zeros(12),
-        channels=True,
+        inner=move,
     )
     feed = {"x": data["x"][:4], "z": np.full(12, 5, np.float32)}
     spied = Spied(TorchGraph.build(graph.store))
     new = propagate(spied, [layer], [feed], None, lambda *_: None)[site.key]  # type: ignore
-    made = Replacement(site=site, move="channels", factors=new.factors, lost_mean=new.lost_mean)
+    made = Replacement(site=site, move=move, factors=new.factors, lost_mean=new.lost_mean)
     expected = run(rewrite(graph, [made]), feed)["y"]
-    scale = np.abs(expected).max() * np.linalg.cond(channels.found.reduce)
+    scale = np.abs(expected).max() * np.linalg.cond(inner.found.reduce)
     np.testing.assert_allclose(spied.last, expected, rtol=0, atol=100 * EPS * scale)
