@@ -212,7 +212,7 @@ def test_pivots_are_refused_where_the_bias_cannot_follow(name: str):
 def test_moves_that_do_not_exist_are_refused():
     assert [find_move(kind.key) for kind in MOVES] == list(MOVES)
     with pytest.raises(
-        ConfigError, match=r"'tucker' is not known; choose from: low-rank, channels, pivot"
+        ConfigError, match=r"'tucker' is not known; choose from: low-rank, channels, separable"
     ):
         find_move("tucker")
     form = right(2)

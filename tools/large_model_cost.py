@@ -328,7 +328,7 @@ def _counted(shape: VitShape, samples: int, budget: int) -> _Done:
     job = Job.open(build(shape), data, config, silent)
     chosen = range(samples)
     gradients = job.gradients(chosen, config)
-    aspects = Aspects.of(job.index, job.sites, (), gradients.losses, channels=False, changes=None)
+    aspects = Aspects.of(job.index, job.sites, (), gradients.losses, moves=(), changes=None)
     # As they are held, by every collector.
     states = [each.state for each in aspects.collectors(job.sites).values()]
     sums = sum(
