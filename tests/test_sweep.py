@@ -143,7 +143,7 @@ def test_sweeps_that_make_no_sense_are_refused(files, options, config, message):
 
 def test_report_is_strict_json(report, result):
     text = strict(report.read_text())
-    assert set(text) == {"run", "model", "notes", "layers", "points"}
+    assert set(text) == {"run", "model", "engine", "notes", "layers", "points"}
     assert [p["ratio"] for p in text["points"]] == [p.ratio for p in result.points]
     for made, point in zip(text["points"], result.points, strict=True):
         assert RankPlan.from_json(json.dumps(made["plan"])) == point.plan

@@ -130,8 +130,10 @@ def test_model_does_at_most_the_operations_asked_for(method: str, ratio: float):
     assert figures.reference.flops == 2 * operations(proto)
     assert figures.candidate.flops == 2 * operations(result.model)
     assert figures.candidate.flops <= ratio * figures.reference.flops
-    # A rank of the Conv is 36 positions times 32 + 144.
-    assert figures.candidate.flops > (ratio - 0.1) * figures.reference.flops
+    # A rank of the Conv is 36 positions times 32 + 144, and may come in steps of 8.
+    step = {"two-sided": 8, "one-sided": 8}.get(method, 1)
+    slack = 0.1 + step * 2 * 36 * (32 + 144) / figures.reference.flops
+    assert figures.candidate.flops > (ratio - slack) * figures.reference.flops
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.5])

@@ -2,7 +2,7 @@
 
     A    k x k to r, then 1 x 1 (`low-rank`)
     B    1 x 1 to r, then k x k (`channels`)
-    C    k x 1 to r, then 1 x k: separable in space
+    C    k x 1 to r, then 1 x k (`separable`)
     D    1 x 1 to r, k x k from r to r, 1 x 1: Tucker-2
 
 For each Conv of several taps, scheme and share of the layer's parameters, the factors are fitted to
@@ -30,7 +30,7 @@ from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.errors import ModelError, UtilrankError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.moves.channels import channel_patches
+from onnx_utilrank.moves.two_convs import CHANNELS
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.find import find_sites
@@ -177,7 +177,8 @@ def rows_of(label: str, store: ModelStore, data: Path) -> list[list[str]]:
     """The rows of one model: an error for each scheme, at each share."""
     index = GraphIndex.build(store)
     found, _ = find_sites(index)
-    sites = [s for s in found if (p := channel_patches(s)) is not None and len(p.kernel) == 2]
+    splits = {s.key: CHANNELS.split(s) for s in found}
+    sites = [s for s in found if (p := splits[s.key]) and len(p.second.kernel) == 2]
     if not sites:
         raise ModelError(f"{label}: no Conv of several taps")
     moments = _moments(store, sites, data)

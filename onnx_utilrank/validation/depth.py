@@ -76,7 +76,8 @@ def error_through_depth(
             mask = padding_mask([feed], y.shape)
             if mask is not None:
                 y, z = (value[feed[mask] > 0] for value in (y, z))
-            y = y.astype(np.float64)
+            known = np.isfinite(y)  # what is infinite by design has no error
+            y, z = y[known].astype(np.float64), z[known]
             lost[name] += float(np.sum((y - z) ** 2))
             whole[name] += float(np.sum(y**2))
     return tuple(
