@@ -17,6 +17,7 @@ from PIL import Image
 
 import synthetic_bert
 from digits import load_digits_split, write_npz
+from onnx_utilrank.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = Path(os.environ.get("ONNX_UTILRANK_ZOO") or ROOT.parent / "shared" / "zoo")
@@ -111,10 +112,33 @@ def thin(folder):
             np.savez(file, **{name: array[:SAMPLES] for name, array in held.items()})
 
 
+def commands(text):
+    """The words of each command; None where they are more than words, and need a shell."""
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    if re.search(r"[|&;<>$`*#]", text):
+        return None
+    return [shlex.split(line) for line in lines]
+
+
+def run_block(language, text, folder, environment):
+    """Run a block as a reader would; our own commands in this process, which has loaded torch."""
+    plain = commands(text) if language == "sh" else None
+    steps = [["bash", "-euc", text]] if language == "sh" else [[sys.executable, "-c", text]]
+    for words in plain or steps:
+        if words[0] == "onnx-utilrank":
+            assert main(words[1:]) == 0, words
+            continue
+        done = subprocess.run(
+            words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
 )
-def test_blocks_run(page, tmp_path):
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     STAND_INS.get(page.name, lambda _: None)(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -128,15 +152,7 @@ def test_blocks_run(page, tmp_path):
             continue
         if "olive run" in text and importlib.util.find_spec("olive") is None:
             pytest.skip("Olive is not installed (extra `olive`)")
-        done = subprocess.run(
-            ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text],
-            cwd=tmp_path,
-            env=os.environ | quiet,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        run_block(language, text, tmp_path, os.environ | quiet)
         thin(tmp_path)
 
 
