@@ -274,6 +274,12 @@ def test_offered_ranks_are_the_multiples_that_save_parameters(m, d, multiple):
     assert candidate_ranks(where, LOW_RANK.top_rank(where), multiple, force=False) == expected
 
 
+def test_ranks_between_convs_are_small_or_fast():
+    where = site(64, 64)
+    assert candidate_ranks(where, 25, 1, force=False, fast=8) == [*range(1, 9), 16, 24]
+    assert candidate_ranks(where, 25, 12, force=False, fast=24) == [12, 24]
+
+
 @law
 @given(m=st.integers(1, 40), d=st.integers(1, 40), multiple=st.integers(1, 9))
 def test_forced_ranks_are_all_multiples_and_the_full_rank(m, d, multiple):

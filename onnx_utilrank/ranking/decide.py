@@ -20,7 +20,7 @@ from onnx_utilrank.ranking.method import (
     Method,
     Move,
     candidate_ranks,
-    rank_multiple,
+    fast_multiple,
 )
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan
 from onnx_utilrank.ranking.skipped import skipped_nodes, unfactorable
@@ -267,8 +267,9 @@ def _choice(
         ranks = candidate_ranks(
             site,
             kind.top_rank(site),
-            rank_multiple(site, method, config),
+            config.multiple,
             force=config.force and kind is LOW_RANK,
+            fast=fast_multiple(site, method, config),
         )
         for move in _offered(measured, kind, ranks):
             assert move.rank is not None

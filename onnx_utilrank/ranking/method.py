@@ -21,7 +21,7 @@ __all__ = [
     "MomentMethod",
     "Move",
     "candidate_ranks",
-    "rank_multiple",
+    "fast_multiple",
     "site_moment",
     "use_view",
 ]
@@ -128,20 +128,23 @@ class MomentMethod(Method, Protocol):
         ...
 
 
-def candidate_ranks(site: Site, top: int, multiple: int, *, force: bool) -> list[int]:
+def candidate_ranks(
+    site: Site, top: int, multiple: int, *, force: bool, fast: int = 1
+) -> list[int]:
     """Ranks worth offering: multiples up to `top`, where they still save.
 
-    With `force` every multiple counts and the full rank too.
+    With `force` every multiple counts and the full rank too. From `fast` on, ranks are multiples of
+    that too: smaller ones are none, and the only way to small sizes.
     """
     top = site.full_rank if force else top
-    ranks = list(range(multiple, top + 1, multiple))
+    ranks = [r for r in range(multiple, top + 1, multiple) if r < fast or r % fast == 0]
     if force and site.full_rank not in ranks:
         ranks.append(site.full_rank)
     return ranks
 
 
-def rank_multiple(site: Site, method: Method, config: CompressConfig) -> int:
-    """What ranks are multiples of: those between two Convs are channels, see `FAST_CHANNELS`.
+def fast_multiple(site: Site, method: Method, config: CompressConfig) -> int:
+    """Of what ranks are fast: those between two Convs are channels, see `FAST_CHANNELS`.
 
     Those that are asked for by name may be slower, and baselines stay what they are.
     """
