@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
@@ -12,14 +13,12 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     run_options,
-    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import DEFAULT_ENERGY, AnalyzeConfig
 from onnx_utilrank.pipeline import analyze
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import utilization_tables
 
 __all__ = ["add_arguments", "run"]
@@ -60,5 +59,5 @@ def run(args: argparse.Namespace) -> int:
     )
     with ProgressBars() as progress:
         report = analyze(args.model, args.data, config, progress=progress)
-    emit(report, utilization_tables(report), run_record(args), json=args.json, file=args.report)
+    emit(args, report, utilization_tables(report))
     return 0

@@ -4,6 +4,7 @@ import argparse
 
 from onnx_utilrank.benchmarking.config import BenchmarkConfig
 from onnx_utilrank.benchmarking.run import benchmark
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_data_options,
     add_output_options,
@@ -11,12 +12,10 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     providers_options,
-    run_record,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.report.benchmark_tables import benchmark_tables
-from onnx_utilrank.report.emit import emit
 
 __all__ = ["add_arguments", "run"]
 
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with ProgressBars() as progress:
         report = benchmark(args.reference, args.candidates, args.data, config, progress=progress)
-    emit(report, benchmark_tables(report), run_record(args), json=args.json, file=args.report)
+    emit(args, report, benchmark_tables(report))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
@@ -15,7 +16,6 @@ from onnx_utilrank.cli.options import (
     method_options,
     number,
     run_options,
-    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -31,7 +31,6 @@ from onnx_utilrank.config import (
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.pipeline import compress
 from onnx_utilrank.ranking.plan import RankPlan
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import compression_tables
 
 __all__ = ["add_arguments", "run"]
@@ -179,11 +178,5 @@ def run(args: argparse.Namespace) -> int:
         result.plan.save(args.plan_out)
     if not args.dry_run:
         result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(
-        result,
-        compression_tables(result, args.output),
-        run_record(args),
-        json=args.json,
-        file=args.report,
-    )
+    emit(args, result, compression_tables(result, args.output))
     return 0

@@ -2,12 +2,12 @@
 
 import argparse
 
-from onnx_utilrank.cli.output import add_output_options, check_outputs, run_record
+from onnx_utilrank.cli.emit import emit
+from onnx_utilrank.cli.output import add_output_options, check_outputs
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ProviderUnavailableError
 from onnx_utilrank.installation.doctor import doctor
 from onnx_utilrank.report.doctor_tables import doctor_tables
-from onnx_utilrank.report.emit import emit
 
 __all__ = ["add_arguments", "run"]
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     check_outputs([], [args.report])
     report = doctor(args.provider)
-    emit(report, doctor_tables(report), run_record(args), json=args.json, file=args.report)
+    emit(args, report, doctor_tables(report))
     if report.fault is not None:
         raise ProviderUnavailableError(f"provider {report.asked}: {report.fault}")
     return 0

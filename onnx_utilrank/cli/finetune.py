@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
@@ -11,14 +12,12 @@ from onnx_utilrank.cli.options import (
     add_training_options,
     check_outputs,
     run_options,
-    run_record,
     training_options,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import FINETUNE_METHODS, FinetuneConfig
 from onnx_utilrank.finetuning import finetune
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.training_tables import finetune_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 from onnx_utilrank.training.setting import DEFAULT_STEPS
@@ -95,11 +94,5 @@ def run(args: argparse.Namespace) -> int:
     with ProgressBars() as progress:
         result = finetune(args.reference, args.candidate, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(
-        result,
-        finetune_tables(result, args.output),
-        run_record(args),
-        json=args.json,
-        file=args.report,
-    )
+    emit(args, result, finetune_tables(result, args.output))
     return 0

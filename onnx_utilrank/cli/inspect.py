@@ -2,14 +2,13 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_library_option,
     add_output_options,
     check_outputs,
-    run_record,
 )
 from onnx_utilrank.inspection.inspect import inspect
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.inspection_tables import inspection_tables
 
 __all__ = ["add_arguments", "run"]
@@ -33,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     check_outputs([args.model], [args.report])
     report = inspect(args.model, custom_op_libraries=args.custom_op_library)
-    emit(report, inspection_tables(report), run_record(args), json=args.json, file=args.report)
+    emit(args, report, inspection_tables(report))
     return 0

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from onnx_utilrank.cli.output import add_output_options, check_outputs, run_record
+from onnx_utilrank.cli.output import add_output_options, check_outputs
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.provider_options import (
     add_library_option,
@@ -37,7 +37,6 @@ __all__ = [
     "number",
     "providers_options",
     "run_options",
-    "run_record",
     "site_options",
     "training_options",
 ]

@@ -1,17 +1,12 @@
 """How results come out; this module loads next to nothing."""
 
 import argparse
-import time
 from pathlib import Path
 
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.errors import ConfigError
-from onnx_utilrank.report.run import RunRecord
 
-__all__ = ["add_output_options", "check_outputs", "run_record"]
-
-# Arguments that name files which a verb reads or writes, by what they are called.
-FILES = ("model", "reference", "candidate", "candidates", "quantized", "plan", "data", "output")
+__all__ = ["add_output_options", "check_outputs"]
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -44,20 +39,3 @@ def check_outputs(sources: list[str | None], targets: list[str | None]) -> None:
         if path.resolve() in taken:
             raise ConfigError(f"{target}: would overwrite another file of this command")
         taken.add(path.resolve())
-
-
-def run_record(args: argparse.Namespace) -> RunRecord:
-    """What is told of this run: its words and files, and the time since `args.began`."""
-    named = ((role, getattr(args, role, None)) for role in FILES)
-    files = [
-        (role.removesuffix("s"), path)
-        for role, given in named
-        if given
-        for path in (given if isinstance(given, list) else [given])
-    ]
-    return RunRecord.of(
-        args.verb,
-        command=("onnx-utilrank", *args.words),
-        seconds=round(time.monotonic() - args.began, 1),
-        files=files,
-    )

@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_data_options,
     add_metric_options,
@@ -9,14 +10,12 @@ from onnx_utilrank.cli.options import (
     add_output_options,
     add_provider_option,
     check_outputs,
-    run_record,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import SCHEME_KEYS
 from onnx_utilrank.plain_quantization import quantize
 from onnx_utilrank.quantization.config import QuantizeConfig
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.quantization_tables import quantization_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
@@ -74,11 +73,5 @@ def run(args: argparse.Namespace) -> int:
     with ProgressBars() as progress:
         result = quantize(args.model, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(
-        result,
-        quantization_tables(result, args.output),
-        run_record(args),
-        json=args.json,
-        file=args.report,
-    )
+    emit(args, result, quantization_tables(result, args.output))
     return 0

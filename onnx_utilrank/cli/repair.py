@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
@@ -14,7 +15,6 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     run_options,
-    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -22,7 +22,6 @@ from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import QUALITY_KEYS, QualityTarget
 from onnx_utilrank.repairing.config import RepairConfig
 from onnx_utilrank.repairing.repair import repair
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.repair_tables import repair_tables
 from onnx_utilrank.statistics.divergence import WEIGHTINGS
 
@@ -113,11 +112,5 @@ def run(args: argparse.Namespace) -> int:
     with ProgressBars() as progress:
         result = repair(args.reference, args.quantized, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(
-        result,
-        repair_tables(result, args.output),
-        run_record(args),
-        json=args.json,
-        file=args.report,
-    )
+    emit(args, result, repair_tables(result, args.output))
     return 0

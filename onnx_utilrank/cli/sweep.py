@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
@@ -15,7 +16,6 @@ from onnx_utilrank.cli.options import (
     method_options,
     number,
     run_options,
-    run_record,
     site_options,
 )
 from onnx_utilrank.cli.parser import group
@@ -23,7 +23,6 @@ from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.pipeline import SWEEP_RATIOS, sweep
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.plot import check_plot, plot_sweep
 from onnx_utilrank.report.tables import sweep_tables
 
@@ -87,13 +86,7 @@ def run(args: argparse.Namespace) -> int:
         result.save(args.output, save_as_external_data=args.save_as_external_data)
     if args.plot:
         plot_sweep(result, args.plot)
-    emit(
-        result,
-        sweep_tables(result, args.pick, args.output),
-        run_record(args),
-        json=args.json,
-        file=args.report,
-    )
+    emit(args, result, sweep_tables(result, args.pick, args.output))
     return 0
 
 

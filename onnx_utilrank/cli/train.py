@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_calibration_options,
     add_data_options,
@@ -11,14 +12,12 @@ from onnx_utilrank.cli.options import (
     add_training_options,
     check_outputs,
     run_options,
-    run_record,
     training_options,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import TRAIN_METHODS, TrainConfig
 from onnx_utilrank.low_rank_training import train
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.training_tables import train_tables
 from onnx_utilrank.training.setting import DEFAULT_STEPS
 
@@ -79,11 +78,5 @@ def run(args: argparse.Namespace) -> int:
     with ProgressBars() as progress:
         result = train(args.model, args.data, config, progress=progress)
     result.save(args.output, save_as_external_data=args.save_as_external_data)
-    emit(
-        result,
-        train_tables(result, args.output),
-        run_record(args),
-        json=args.json,
-        file=args.report,
-    )
+    emit(args, result, train_tables(result, args.output))
     return 0

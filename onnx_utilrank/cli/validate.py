@@ -2,6 +2,7 @@
 
 import argparse
 
+from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_data_options,
     add_output_options,
@@ -9,14 +10,12 @@ from onnx_utilrank.cli.options import (
     check_outputs,
     number,
     providers_options,
-    run_record,
 )
 from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import ValidateConfig
 from onnx_utilrank.errors import TargetMissedError
 from onnx_utilrank.pipeline import validate
-from onnx_utilrank.report.emit import emit
 from onnx_utilrank.report.tables import validation_tables
 
 __all__ = ["add_arguments", "run"]
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with ProgressBars() as progress:
         report = validate(args.reference, args.candidate, args.data, config, progress=progress)
-    emit(report, validation_tables(report), run_record(args), json=args.json, file=args.report)
+    emit(args, report, validation_tables(report))
     if not report.passed:
         raise TargetMissedError("; ".join(report.failures))
     return 0
