@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from builders import model, noise
+from builders import activations, model, noise
 from onnx import numpy_helper
 
 from onnx_utilrank.model.store import ModelStore
@@ -96,6 +96,29 @@ def test_padding_does_not_count(cpu):
     unmasked = error_through_depth(store, other, [feed()], cpu)
     assert unmasked[0].relative_error is not None
     assert unmasked[0].relative_error > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_what_the_original_leaves_infinite_has_no_error(cpu, bad: float):
+    held = noise(1, 8, 8).astype(np.float32)
+    other = held * np.float32(1.01)
+    held[:, 3] = other[:, 3] = bad  # of one feature alone
+    bodies = ("(float[n,8] x) => (float[n,8] y)", "y = MatMul(x, A)")
+    first, second = (ModelStore.load(model(*bodies, A=a)) for a in (held, other))
+    values = {"x": activations(3, 5, 8).astype(np.float32)}
+    (found,) = error_through_depth(first, second, [values], cpu)
+    assert found.relative_error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_what_only_the_candidate_makes_infinite_is_no_figure(cpu):
+    held = noise(1, 8, 8).astype(np.float32)
+    other = held.copy()
+    other[:, 3] = np.inf
+    bodies = ("(float[n,8] x) => (float[n,8] y)", "y = MatMul(x, A)")
+    first, second = (ModelStore.load(model(*bodies, A=a)) for a in (held, other))
+    values = {"x": activations(3, 5, 8).astype(np.float32)}
+    (found,) = error_through_depth(first, second, [values], cpu)
+    assert found.relative_error is None
 
 
 def test_values_of_other_shapes_and_names_are_left_out(cpu):

@@ -9,13 +9,22 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.method import Choice, Measured, Move, candidate_ranks, site_moment
+from onnx_utilrank.ranking.method import (
+    Choice,
+    Measured,
+    Move,
+    candidate_ranks,
+    fast_multiple,
+    site_moment,
+)
 from onnx_utilrank.ranking.methods import METHODS, find_method
 from onnx_utilrank.ranking.one_sided import ONE_SIDED, OneSidedSite
 from onnx_utilrank.ranking.plain_svd import PLAIN_SVD
+from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK, UtilizedSite, at_energy
 from onnx_utilrank.sites.site import BiasSlot, RowView, Site, Use
 from onnx_utilrank.statistics.factorize import Metric, feature_scale, optimal
@@ -278,6 +287,26 @@ def test_ranks_between_convs_are_small_or_fast():
     where = site(64, 64)
     assert candidate_ranks(where, 25, 1, force=False, fast=8) == [*range(1, 9), 16, 24]
     assert candidate_ranks(where, 25, 12, force=False, fast=24) == [12, 24]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        (TWO_SIDED, {}, 8),
+        (ONE_SIDED, {}, 1),
+        (TWO_SIDED, {"rank_multiple": 12}, 12),
+        (TWO_SIDED, {"moves": ("low-rank",)}, 1),
+        (TWO_SIDED, {"force": True}, 1),
+        (UTILIZED_RANK, {}, 1),
+        (PLAIN_SVD, {}, 1),
+    ],
+)
+def test_ranks_between_convs_are_fast_unless_told_or_published(method, options, expected):
+    config = CompressConfig(param_ratio=0.5, **options)
+    gemm = site(64, 64)
+    conv = dataclasses.replace(gemm, op_type="Conv")
+    assert fast_multiple(conv, method, config) == expected
+    assert fast_multiple(gemm, method, config) == config.multiple
 
 
 @law

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from command_line import failed, new_parser
 from tables import command, markdown
 
 from onnx_utilrank.calibration.collect import collect, silent, usable_batch
@@ -355,11 +356,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="calibration_overhead.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("calibration_overhead.py", __doc__)
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -431,8 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             costs += _measure(job, options)
     except UtilrankError as e:
-        print(f"{parser.prog}: error: {e}", file=sys.stderr)
-        return e.exit_status
+        return failed(parser.prog, e)
     print(f"{command(parser.prog, given)}\n")
     print(table(costs))
     return 0

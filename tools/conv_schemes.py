@@ -12,18 +12,17 @@ relative to their energy, is measured on the patches of other samples, and avera
 stride 1 all schemes multiply as often as they have parameters.
 """
 
-import argparse
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import failed, new_parser
 from tables import NOTHING, command, markdown
 from torch import Tensor
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
+from zoo_commands import SAID, StepError, add_zoo_option, check_zoo, open_zoo
 
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.calibration.survey import survey
@@ -202,30 +201,20 @@ def rows_of(label: str, store: ModelStore, data: Path) -> list[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="conv_schemes.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("conv_schemes.py", __doc__)
     add_zoo_option(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
     where = check_zoo(parser, options.zoo)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        zoo = Zoo(folder=where, program="", work=Path(folder), samples=SAMPLES, limit=None)
+    with open_zoo(where, samples=SAMPLES) as zoo:
         try:
             for name in options.models:
                 data = zoo.work / zoo.calibrate(name)
                 rows += rows_of(name, ModelStore.load(zoo.model(name)), data)
-        except StepError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return 1
-        except UtilrankError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return e.exit_status
+        except (StepError, UtilrankError) as e:
+            return failed(parser.prog, e)
     print(f"{command(parser.prog, given, SAID)}\n")
     print(markdown(COLUMNS, rows, COLUMNS[:1]))
     return 0

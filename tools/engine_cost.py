@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from command_line import failed, new_parser
 from tables import command, markdown
 
 from onnx_utilrank import CompressConfig, compress
@@ -111,11 +112,7 @@ def _synthetic(shape: str, config: CompressConfig) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="engine_cost.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("engine_cost.py", __doc__)
     parser.add_argument("--shapes", nargs="+", choices=SYNTHETIC, help="synthetic transformers")
     parser.add_argument("--model", type=Path, metavar="FILE", help="a model, with --data")
     parser.add_argument("--data", metavar="DATA", help="its samples")
@@ -153,8 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.model:
             rows.append(_row(options.model.stem, options.model, options.data, config))
     except UtilrankError as e:
-        print(f"{parser.prog}: error: {e}", file=sys.stderr)
-        return e.exit_status
+        return failed(parser.prog, e)
     print(f"{command(parser.prog, given)}\n")
     print(markdown(COLUMNS, rows, ["model"]))
     return 0

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import failed, new_parser
 from latency_table import SHAPES, make_shape
 from tables import NOTHING, command, markdown
 
@@ -103,12 +104,7 @@ def _tests() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpu_check.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("gpu_check.py", __doc__)
     parser.add_argument("--provider", default="cuda", help="default: %(default)s")
     parser.add_argument(
         "--shapes", nargs="*", choices=SHAPES, default=["vit-b", "vit-l", "bert-base"]
@@ -148,8 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 print(" | ".join(row), file=sys.stderr, flush=True)
     except UtilrankError as e:
-        print(f"gpu_check.py: error: {e}", file=sys.stderr)
-        return e.exit_status
+        return failed("gpu_check.py", e)
     head = ("model", "samples", f"on {options.provider}, s", "on cpu, s", "cpu / it")
     print(f"\n{markdown(head, calibrations, head[:1])}\n")
     print(markdown(COLUMNS, rows, COLUMNS[:2]))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from command_line import failed, new_parser
 from engine_cost import plain_seconds
 from onnx import TensorProto, helper
 from tables import command, markdown
@@ -154,11 +155,7 @@ def _measure(folder: Path, options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="large_model.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("large_model.py", __doc__)
     for name, default, words in (
         ("--gib", 3.0, "size of the model"),
         ("--memory-budget", 1.0, "what compress may plan with, in GiB"),
@@ -188,8 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             row = _measure(Path(folder), options)
     except UtilrankError as e:
-        print(f"{parser.prog}: error: {e}", file=sys.stderr)
-        return e.exit_status
+        return failed(parser.prog, e)
     except subprocess.CalledProcessError as e:
         print(f"{parser.prog}: error: compress ended with status {e.returncode}", file=sys.stderr)
         return 1

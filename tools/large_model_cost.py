@@ -10,9 +10,7 @@ operation. Only the move `low-rank` is looked at, without variations of samples.
 """
 
 import argparse
-import itertools
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import failed, new_parser
+from tables import command, markdown
 from torch.utils.flop_counter import FlopCounterMode
 
 from onnx_utilrank.calibration.collect import in_passes, silent
@@ -388,11 +388,7 @@ def _cases(quick: bool) -> list[tuple[int, int, int, int]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="large_model_cost.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("large_model_cost.py", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shape", choices=SHAPES, help="print the arithmetic for this decoder")
     what.add_argument("--check", action="store_true", help="hold formulas to what is done")
@@ -418,20 +414,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
+    head: tuple[str, ...]
     rows: list[tuple[str, ...]]
     try:
         if options.shape:
-            rows = [("what", options.shape), *_arithmetic(options.shape, options)]
+            head, words = ("what", options.shape), ["what"]
+            rows = list(_arithmetic(options.shape, options))
         else:
-            cases = _checked(_cases(options.quick), times=options.times)
-            rows = [(*COLUMNS, *(TIMES if options.times else ())), *cases]
+            head, words = (*COLUMNS, *(TIMES if options.times else ())), []
+            rows = list(_checked(_cases(options.quick), times=options.times))
     except UtilrankError as e:
-        print(f"large_model_cost.py: error: {e}", file=sys.stderr)
-        return e.exit_status
-    print(f"    python tools/{shlex.join(['large_model_cost.py', *given])}\n")
-    rule = ("---" if options.shape else "---:", *("---:" for _ in rows[0][1:]))
-    for line in itertools.chain(rows[:1], [rule], rows[1:]):
-        print(f"| {' | '.join(line)} |")
+        return failed("large_model_cost.py", e)
+    print(f"{command('large_model_cost.py', given)}\n")
+    print(markdown(head, rows, words))
     return 0
 
 

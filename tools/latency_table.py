@@ -13,15 +13,15 @@ for runs of every batch size that is asked for, and timed against its original i
 import argparse
 import importlib
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from command_line import failed, new_parser
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
+from zoo_commands import SAID, StepError, add_zoo_option, check_zoo, open_zoo
 
 from onnx_utilrank import CompressConfig, CompressResult, TargetMissedError, compress
 from onnx_utilrank.errors import UtilrankError
@@ -86,12 +86,7 @@ def make_shape(label: str, samples: int) -> tuple[onnx.ModelProto, dict[str, Any
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="latency_table.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("latency_table.py", __doc__)
     add_zoo_option(parser)
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME", help="of the zoo")
     parser.add_argument("--shapes", nargs="*", default=[], choices=SHAPES, metavar="SHAPE")
@@ -124,31 +119,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row(label, batch, options.latency_ratio, result))
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for label in options.shapes:
-                # A fifth is held back to be timed on: one run of the largest batch.
-                model, data = make_shape(label, 5 * max(options.batch))
-                for batch in options.batch:
-                    add(label, batch, model, data, method="svd")
-            if where is not None:
-                zoo = Zoo(
-                    folder=where,
-                    program="onnx-utilrank",
-                    work=Path(folder),
-                    samples=options.samples,
-                    limit=None,
-                )
-            for name in options.models:
-                samples = str(zoo.work / zoo.calibrate(name))
-                for batch in options.batch:
-                    add(name, batch, zoo.model(name), samples, cache=zoo.work / f"{name}.cache")
-        except StepError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return 1
-        except UtilrankError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return e.exit_status
+    try:
+        for label in options.shapes:
+            # A fifth is held back to be timed on: one run of the largest batch.
+            model, data = make_shape(label, 5 * max(options.batch))
+            for batch in options.batch:
+                add(label, batch, model, data, method="svd")
+        if where is not None:
+            with open_zoo(where, samples=options.samples) as zoo:
+                for name in options.models:
+                    samples = str(zoo.work / zoo.calibrate(name))
+                    for batch in options.batch:
+                        add(name, batch, zoo.model(name), samples, cache=zoo.work / f"{name}.cache")
+    except (StepError, UtilrankError) as e:
+        return failed(parser.prog, e)
     print(f"{command(parser.prog, given, SAID if options.models else '')}\n")
     print(markdown(COLUMNS, rows, ["model"]))
     return 0

@@ -15,7 +15,6 @@ import gc
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from command_line import new_parser
 from rival_methods import ACTIVATION_SVD, GREEDY_SVD, WHITENED_SVD, measure_greedy, measure_rival
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, open_zoo
 
 from onnx_utilrank import __version__
 from onnx_utilrank.compression import build
@@ -318,11 +318,7 @@ def draw(entries: Sequence[Entry], file: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("method_comparison.py", __doc__)
     add_zoo_option(parser)
     add, every = parser.add_argument, list(CONTENDERS)
     add("--models", nargs="+", default=MODELS, metavar="NAME", help="models of the zoo")
@@ -373,8 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = dict.fromkeys(options.models)
     wanted = [(name, ratio, method) for name in models for ratio in ratios for method in methods]
     missing = [key for key in wanted if not results.holds(key, options.metric_methods)]
-    with tempfile.TemporaryDirectory() as work:
-        zoo = Zoo(folder=where, program="", work=Path(work), **settings)
+    with open_zoo(where, **settings) as zoo:
         failed = _fill(results, zoo, missing, options.metric_methods)
     entries = [results.entries[key] for key in wanted if key in results.entries]
     print(f"{_caption(options, given)}\n\n{tables(entries)}")

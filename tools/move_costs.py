@@ -14,7 +14,6 @@ Each model is timed by turns with the product that it is compared with, in one p
 are medians over pairs.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import onnx.parser
+from command_line import new_parser
 from tables import command, markdown
 
 from onnx_utilrank.model.store import ModelStore
@@ -139,11 +139,7 @@ def _channels(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="move_costs.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("move_costs.py", __doc__)
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--provider", choices=[p.key for p in PROVIDERS], default="cpu", help="default: %(default)s"

@@ -6,14 +6,21 @@ Size, latency and divergence are those of the report of the second: every stage 
 with the original, on the samples that are held back. The table is printed in Markdown.
 """
 
-import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from command_line import new_parser
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, find_program, read_json
+from zoo_commands import (
+    SAID,
+    StepError,
+    Zoo,
+    add_zoo_option,
+    check_zoo,
+    find_program,
+    open_zoo,
+    read_json,
+)
 
 __all__ = ["COLUMNS", "RATIOS", "SCHEMES", "main"]
 
@@ -100,12 +107,7 @@ def _spread(time: Mapping[str, float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill the table and print it; 0 where all went as it should, 1 where not, 2 for usage."""
-    parser = argparse.ArgumentParser(
-        prog="quantization_table.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("quantization_table.py", __doc__)
     add_zoo_option(parser)
     parser.add_argument("--models", nargs="+", default=list(RATIOS), metavar="NAME")
     parser.add_argument(
@@ -124,14 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"onnx-utilrank is not installed beside {sys.executable}")
     rows: list[list[str]] = []
     problems: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        zoo = Zoo(
-            folder=where,
-            program=program,
-            work=Path(folder),
-            samples=options.samples,
-            limit=options.limit,
-        )
+    with open_zoo(where, samples=options.samples, limit=options.limit, program=program) as zoo:
         for name in options.models:
             ratio = options.ratio or RATIOS.get(name, OTHER_RATIO)
             try:

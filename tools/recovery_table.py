@@ -11,12 +11,12 @@ before and after, on data that no choice is made by.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from command_line import failed, new_parser
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, open_zoo
 
 from onnx_utilrank import CompressConfig, FinetuneConfig, compress, finetune
 from onnx_utilrank.config import FinetuneMethod
@@ -112,12 +112,7 @@ def _without_folder(word: str, train: Mapping[str, str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="recovery_table.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("recovery_table.py", __doc__)
     add_zoo_option(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), metavar="R")
@@ -149,25 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := options.train.keys() - set(options.models):
         parser.error(f"--train: {', '.join(sorted(unknown))} is none of the models")
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        zoo = Zoo(
-            folder=where,
-            program="onnx-utilrank",
-            work=Path(folder),
-            samples=options.samples,
-            limit=None,
-        )
+    with open_zoo(where, samples=options.samples) as zoo:
         try:
             for name in options.models:
                 zoo.calibrate(name)
                 for ratio in options.ratios:
                     rows += rows_of(zoo, name, ratio, options)
-        except StepError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return 1
-        except UtilrankError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return e.exit_status
+        except (StepError, UtilrankError) as e:
+            return failed(parser.prog, e)
     shown = [_without_folder(word, options.train) for word in given]
     print(f"{command(parser.prog, shown, SAID)}\n")
     print(markdown(COLUMNS, rows, COLUMNS[:4]))

@@ -15,12 +15,11 @@ is made by.
 import argparse
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
+from command_line import failed, new_parser
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -30,7 +29,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, open_zoo
 
 from onnx_utilrank import RepairConfig, RepairResult, repair
 from onnx_utilrank.errors import UtilrankError
@@ -172,12 +171,7 @@ def _divergence(quality: Quality) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="repair_table.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("repair_table.py", __doc__)
     add_zoo_option(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument(
@@ -208,14 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = check_zoo(parser, options.zoo)
     logging.getLogger().setLevel(logging.ERROR)  # the quantizers advise at length
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        zoo = Zoo(
-            folder=where,
-            program="onnx-utilrank",
-            work=Path(folder),
-            samples=options.samples,
-            limit=options.limit,
-        )
+    with open_zoo(where, samples=options.samples, limit=options.limit) as zoo:
         try:
             for name in options.models:
                 zoo.calibrate(name)
@@ -223,12 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for row in rows_of(zoo, name, way, options.shares):
                         rows.append(row)
                         print(f"| {' | '.join(row)} |", file=sys.stderr, flush=True)
-        except StepError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return 1
-        except UtilrankError as e:
-            print(f"{parser.prog}: error: {e}", file=sys.stderr)
-            return e.exit_status
+        except (StepError, UtilrankError) as e:
+            return failed(parser.prog, e)
     print(f"{command(parser.prog, given, SAID)}\n")
     print(markdown(COLUMNS, rows, COLUMNS[:3]))
     return 0

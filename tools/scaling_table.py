@@ -12,7 +12,6 @@ model, before the clock runs. The ideal is the time of one worker over their num
 
 import argparse
 import logging
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -22,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
+from command_line import new_parser
+from tables import command, markdown
 
 from onnx_utilrank.calibration.collect import silent
 from onnx_utilrank.config import CompressConfig
@@ -66,11 +67,7 @@ def _measured(model: object, data: object, engine: str, samples: int) -> list[fl
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scaling_table.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("scaling_table.py", __doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--width", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="(default: %(default)s)")
@@ -110,9 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ideal = one / workers
         times = (f"{s:.1f}" for s in (*stages, whole, ideal))
         rows.append((f"{workers}", *times, f"{ideal / whole:.2f}"))
-    print(f"    python tools/{shlex.join(['scaling_table.py', *given])}\n")
-    for line in (COLUMNS, tuple("---:" for _ in COLUMNS), *rows):
-        print(f"| {' | '.join(line)} |")
+    print(f"{command('scaling_table.py', given)}\n")
+    print(markdown(COLUMNS, rows))
     return 0
 
 

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from command_line import new_parser
 from torture_model import BAD, CRASH, FOREIGN, NOTHING, REFUSED, STEPS, TIMEOUT, Outcome, examine
 from zoo_commands import ENVIRONMENT, add_zoo_option, check_zoo
 
@@ -140,11 +141,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torture.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("torture.py", __doc__)
     parser.add_argument(
         "models",
         nargs="*",

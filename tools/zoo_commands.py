@@ -13,6 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ __all__ = [
     "add_zoo_option",
     "check_zoo",
     "find_program",
+    "open_zoo",
     "read_json",
 ]
 
@@ -157,6 +161,15 @@ def check_zoo(parser: argparse.ArgumentParser, folder: Path | None) -> Path:
     if not (folder / "zoo.py").is_file():
         parser.error(f"{folder}: not a zoo, for there is no zoo.py in it")
     return folder.resolve()
+
+
+@contextmanager
+def open_zoo(
+    folder: Path, *, samples: int, limit: int | None = None, program: str = ""
+) -> Iterator[Zoo]:
+    """A zoo whose commands write into a new folder, which is gone afterwards."""
+    with tempfile.TemporaryDirectory() as work:
+        yield Zoo(folder=folder, program=program, work=Path(work), samples=samples, limit=limit)
 
 
 def find_program() -> str | None:

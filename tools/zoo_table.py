@@ -9,15 +9,24 @@ own, in a temporary folder; the commands are shown on stderr, the table is print
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from command_line import new_parser
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, find_program, read_json
+from zoo_commands import (
+    SAID,
+    StepError,
+    Zoo,
+    add_zoo_option,
+    check_zoo,
+    find_program,
+    open_zoo,
+    read_json,
+)
 
 __all__ = ["Entry", "Results", "main", "table"]
 
@@ -246,12 +255,7 @@ def _result_file(text: str) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="zoo_table.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("zoo_table.py", __doc__)
     add_zoo_option(parser)
     parser.add_argument(
         "--models",
@@ -357,14 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StepError as e:
         parser.error(str(e))
     problems: list[str] = []
-    with tempfile.TemporaryDirectory() as work:
-        zoo = Zoo(
-            folder=folder,
-            program=program,
-            work=Path(work),
-            samples=options.samples,
-            limit=options.limit,
-        )
+    with open_zoo(folder, samples=options.samples, limit=options.limit, program=program) as zoo:
         version = zoo.must("onnx-utilrank --version", program, "--version").strip()
         _fill(results, zoo, wanted, problems)
     rows = [results.entries[key] for key in wanted if key in results.entries]

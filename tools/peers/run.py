@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from command_line import new_parser
 from peer import HERE, PEERS, InstallError, Peer, python_of
 
 # The modules of the folder above.
 sys.path.append(str(HERE.parent))
 
 from tables import NOTHING, command, markdown
-from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo
+from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, open_zoo
 
 import onnx_utilrank
 from onnx_utilrank.benchmarking.config import BenchmarkConfig
@@ -204,12 +204,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run.py",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("run.py", __doc__)
     add_zoo_option(parser)
     add, keys = parser.add_argument, [peer.key for peer in PEERS]
     add("--models", nargs="+", default=list(KEEP), metavar="NAME", help="models of the zoo")
@@ -251,14 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environments = options.environments.resolve()
     rows: list[Row] = []
     failed = False
-    with tempfile.TemporaryDirectory() as work:
-        zoo = Zoo(
-            folder=where,
-            program="",
-            work=Path(work),
-            samples=options.samples,
-            limit=options.limit,
-        )
+    with open_zoo(where, samples=options.samples, limit=options.limit) as zoo:
         for name in dict.fromkeys(options.models):
             keep = options.keep or KEEP.get(name, OTHER_KEEP)
             try:
