@@ -62,6 +62,9 @@ def test_a_row_is_what_was_measured(table):
     assert cells["batch"] == "4"
     assert float(cells["parameters"]) <= 0.8
     assert cells["operations"] == f"{operations:.3f}"
+    shares = {o.op_type: o.ms for o in figures.providers[0].reference_operators}
+    products = sum(shares[name] for name in shares.keys() & {"MatMul", "FusedMatMul", "Gemm"})
+    assert cells["products"] == f"{100 * products / sum(shares.values()):.0f} %"
     assert cells["realised"] == f"{100 * (1 - time.ratio) / (1 - operations):.0f} %"
     assert cells["slower"] == ("yes" if time.slower else "no")
 

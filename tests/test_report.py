@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -122,6 +123,24 @@ def test_a_page_says_what_the_report_says(folder, text):
     assert code is not None
     written = "".join(Page(f"<p>{code[1]}</p>").words)
     assert json.loads(written) == plan
+
+
+def test_the_command_can_be_copied_to_a_shell(folder):
+    content = read_content(folder / "r.json")
+    words = [
+        *content["run"]["command"],
+        "--labels",
+        "a b",
+        "--cache",
+        f"/{LONG[:60]}",
+        "--no-augment",
+    ]
+    text = render({**content, "run": {**content["run"], "command": words}})
+    code = re.search(r"<code>(onnx-utilrank .*?)\n</code>", text, re.DOTALL)
+    assert code is not None
+    lines = "".join(Page(f"<p>{code[1]}</p>").words).split("\n")
+    assert len(lines) > 1
+    assert shlex.split("".join(line.removesuffix("\\") for line in lines)) == words
 
 
 def test_it_needs_nothing_from_elsewhere(text):

@@ -6,6 +6,7 @@ for runs of every batch size that is asked for, and timed against its original i
 
     operations   of MatMul, Gemm and Conv, after to before: the limit where a model does nothing
                  else and every operation takes the same time
+    products     share of the original's time that these take, by the profiler
     time         median of after to before over pairs of runs, with quartiles
     realised     share of the saving in operations that is saved in time
 """
@@ -36,9 +37,11 @@ SHAPES = {
 }
 TOKENS = 128
 COLUMNS = (
-    *("model", "batch", "asked", "parameters", "operations", "time", "quartiles", "pairs"),
-    *("realised", "slower"),
+    *("model", "batch", "asked", "parameters", "operations", "products", "time", "quartiles"),
+    *("pairs", "realised", "slower"),
 )
+# In the names of operators that the operations are counted of, fused ones among them.
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def row(label: str, batch: int, ratio: float, result: CompressResult | None) -> list[str]:
@@ -47,7 +50,9 @@ def row(label: str, batch: int, ratio: float, result: CompressResult | None) -> 
     if result is None or result.validation is None:
         return [*head, *[NOTHING] * (len(COLUMNS) - len(head))]
     figures = result.validation
-    time = figures.providers[0].latency
+    ran = figures.providers[0]
+    time, operators = ran.latency, ran.reference_operators
+    products = sum(o.ms for o in operators if any(name in o.op_type for name in PRODUCTS))
     before, after = figures.reference.flops or 0, figures.candidate.flops or 0
     operations = after / max(before, 1)
     realised = (1 - time.ratio) / (1 - operations) if operations < 1 else None
@@ -55,6 +60,7 @@ def row(label: str, batch: int, ratio: float, result: CompressResult | None) -> 
         *head,
         f"{figures.candidate.parameters / figures.reference.parameters:.3f}",
         f"{operations:.3f}",
+        f"{100 * products / sum(o.ms for o in operators):.0f} %" if operators else NOTHING,
         f"{time.ratio:.3f}",
         f"{time.ratio_low:.3f} to {time.ratio_high:.3f}",
         str(time.pairs),

@@ -1,6 +1,7 @@
 """What the figures came from: command, files with their hashes, versions, machine."""
 
 import shlex
+from collections.abc import Sequence
 
 from onnx_utilrank.report.html.found import plans
 from onnx_utilrank.report.html.parts import (
@@ -18,6 +19,9 @@ from onnx_utilrank.report.html.parts import (
 
 __all__ = ["provenance"]
 
+# Columns of a line of the command, which goes on with a backslash.
+COMMAND_WIDTH = 88
+
 
 def provenance(content: Content) -> Section:
     """How to have the same again."""
@@ -26,7 +30,7 @@ def provenance(content: Content) -> Section:
     if run["command"] is None:
         parts.append(Sentences([f"Called from Python: onnx_utilrank.{run['verb']}."]))
     else:
-        parts.append(Code(title="Command", lines=[shlex.join(run["command"])], folded=False))
+        parts.append(Code(title="Command", lines=_lines(run["command"]), folded=False))
     took = f", after {duration(run['seconds'])}" if run["seconds"] is not None else ""
     parts.append(
         Sentences(
@@ -47,6 +51,18 @@ def provenance(content: Content) -> Section:
         )
     )
     return Section(key="provenance", title="Where this came from", parts=parts)
+
+
+def _lines(command: Sequence[str]) -> list[str]:
+    """The command as one would type it, broken before an option where it is long."""
+    lines: list[str] = []
+    for word in command:
+        quoted = shlex.quote(word)
+        if not lines or (word.startswith("-") and len(lines[-1]) + len(quoted) > COMMAND_WIDTH):
+            lines.append(quoted if not lines else f"    {quoted}")
+        else:
+            lines[-1] += f" {quoted}"
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _files(content: Content) -> TableView:
