@@ -110,6 +110,19 @@ def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/installed"))
 
 
+def test_reasons_are_what_went_wrong_without_places(peers, zoo, tmp_path):
+    held = peers[0].Zoo(folder=zoo, program="", work=tmp_path / "w", samples=9, limit=None)
+    told = f"""INFO: {zoo}/digits
+    raise GroupSizeError(msg)
+some.errors.GroupSizeError: {tmp_path}/w/out.onnx: no group
+of 7:
+  a layer (size: 3)
+"""
+    assert held.error_line(told) == "some.errors.GroupSizeError: out.onnx: no group"
+    row = peers[0].Row(model="digits", peer="ours", reason="long " * 100)
+    assert len(cells(peers[0].table([row]))[1][1]) < 220
+
+
 def test_every_peer_has_a_script(peers):
     listed = peers[1].PEERS
     assert len({peer.key for peer in listed}) == len(listed)

@@ -9,6 +9,7 @@ A zoo has `zoo.py` and a folder a model, `NAME/model.onnx`, where
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,8 @@ __all__ = [
 ENVIRONMENT = "ONNX_UTILRANK_ZOO"
 # What a command that is shown begins with.
 SAID = f"{ENVIRONMENT}=ZOO "
+# How Python ends a traceback; what the exception says may take further lines.
+RAISED = re.compile(r"[\w.]*(Error|Exception): ")
 
 
 class StepError(Exception):
@@ -88,13 +91,16 @@ class Zoo:
         return str(self.folder / name / "model.onnx")
 
     def error_line(self, errors: str) -> str:
-        """What standard error says is wrong: the tool's own line, else the last one.
+        """What standard error says is wrong: the tool's own line, else an exception, else the last.
 
-        The zoo is called ZOO in it: results are for others to read, wherever the zoo lies here.
+        The zoo is called ZOO in it, and the working folder goes: results are for others to read,
+        wherever these lie here.
         """
         lines = [line.strip() for line in errors.splitlines() if line.strip()]
         own = [x.partition("error: ")[2] for x in lines if x.startswith("onnx-utilrank: error")]
-        return (own or lines or ["no message"])[-1].replace(str(self.folder), "ZOO")
+        raised = [line for line in lines if RAISED.match(line)]
+        line = (own or raised or lines or ["no message"])[-1]
+        return line.replace(f"{self.work}/", "").replace(str(self.folder), "ZOO")
 
     def calibrate(self, name: str) -> str:
         """Write the calibration samples of a model to `NAME.npz` in the working folder; that name.

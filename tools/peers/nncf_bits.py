@@ -3,7 +3,9 @@
     python nncf_bits.py MODEL.onnx SAMPLES.npz OUT.onnx {int8,int4}
 
 Its user has to say whether a model is a transformer, which is told here from several Softmax nodes.
-int4 is symmetric in blocks of 32, for all layers, and needs opset 21: older models are converted.
+int4 is symmetric in blocks of 32, fewer where a matrix has no more, and needs opset 21: older
+models are converted. Only matrices of MatMul are stored so: ONNX Runtime does not run the scales
+that NNCF writes for the others.
 """
 
 import sys
@@ -11,6 +13,7 @@ import sys
 import nncf
 import numpy as np
 import onnx
+from nncf import AdvancedCompressionParameters, GroupSizeFallbackMode
 from onnx import version_converter
 
 INT4_OPSET = 21
@@ -40,7 +43,13 @@ def main() -> None:
             mode=nncf.CompressWeightsMode.INT4_SYM,
             group_size=32,
             all_layers=True,
+            ignored_scope=nncf.IgnoredScope(types=["Conv", "Gather", "Gemm"], validate=False),
+            advanced_parameters=AdvancedCompressionParameters(
+                group_size_fallback_mode=GroupSizeFallbackMode.ADJUST
+            ),
         )
+        if not any(node.op_type == "DequantizeLinear" for node in made.graph.node):
+            sys.exit("no MatMul with a constant: nothing is stored in 4 bits")
     onnx.save(made, out)
 
 

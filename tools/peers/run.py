@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ COLUMNS = (
     *("latency ratio", "seconds", "peak MiB"),
 )
 WORDS = ("model", "made by")
+# Characters of a reason, at most: messages of ONNX Runtime are long.
+REASON = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +170,7 @@ def _quality(zoo: Zoo, row: Row, recorder: OutputRecorder) -> Row:
         lost = recorder.compare(open_session(ModelStore.load(row.file), CPU))
         metric = zoo.metric(row.model, str(row.file))
     except (UtilrankError, StepError) as e:
-        return replace(row, reason=f"made, but does not run: {e}")
+        return replace(row, reason=f"made, but does not run: {zoo.error_line(str(e))}")
     whole = Path(zoo.model(row.model)).stat().st_size
     size = row.file.stat().st_size / whole
     return replace(row, size=size, divergence=lost, metric=metric)
@@ -183,7 +186,7 @@ def _cells(row: Row) -> list[str]:
         return format(value, form) if isinstance(value, float) else NOTHING
 
     if row.reason is not None:
-        reason = " ".join(row.reason.split()).replace("|", "\\|")
+        reason = textwrap.shorten(row.reason, REASON, placeholder=" …").replace("|", "\\|")
         blank = [NOTHING] * (len(COLUMNS) - len(WORDS))
         return [row.model, f"{row.peer}: {reason}", *blank]
     metric = row.metric or {}
