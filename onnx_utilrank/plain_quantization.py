@@ -41,9 +41,9 @@ class QuantizeResult(MadeModel):
 
     @property
     def verdict(self) -> str:
-        """`smaller`, or `slower`: smaller, but measured to be slower."""
-        slower = any(p.latency.slower for p in self.stage.validation.providers)
-        return "slower" if slower else "smaller"
+        """`smaller`; or `slower` or `faster`, which is smaller and measured to be that."""
+        in_time = self.stage.validation.in_time
+        return "smaller" if in_time == "alike" else in_time
 
     def as_dict(self) -> dict[str, object]:
         """The result as JSON types; the model itself is left out."""

@@ -220,7 +220,7 @@ class CompressResult:
         """One word for the outcome: a slower or unchanged model is never called smaller only.
 
         `planned` (dry run), `unchanged`, `larger` (which only force allows), `slower` (smaller,
-        but measured to be slower), `smaller`.
+        but measured to be slower), `faster` (smaller, and measured to be faster), `smaller`.
         """
         if self.validation is None:
             return "planned"
@@ -228,8 +228,8 @@ class CompressResult:
             return "unchanged"
         if self.validation.candidate.file_bytes > self.validation.reference.file_bytes:
             return "larger"
-        slower = any(p.latency.slower for p in self.validation.providers)
-        return "slower" if slower else "smaller"
+        in_time = self.validation.in_time
+        return "smaller" if in_time == "alike" else in_time
 
     @property
     def left_alone(self) -> dict[str, int]:

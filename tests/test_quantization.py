@@ -694,7 +694,7 @@ def test_bfloat16_is_written_where_it_can_be_run():
 
 def test_quantize_reports_the_stage():
     result = onnx_utilrank.quantize(MLP, {"x": X}, QuantizeConfig(scheme="int8"))
-    assert result.verdict in ("smaller", "slower")
+    assert result.verdict in ("smaller", "slower", "faster")
     assert result.report.beside_plain is None
     assert [s.name for s in result.report.stages] == ["int8"]
     figures = result.stage.validation

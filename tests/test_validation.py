@@ -692,6 +692,23 @@ class TestReport:
         )
         assert report(result(values(0.0), time=latency(0.5)), candidate=LARGE).notes == ()
 
+    @pytest.mark.parametrize(
+        ("ratios", "expected"),
+        [
+            ((1.0,), "alike"),
+            ((0.5,), "faster"),
+            ((1.5,), "slower"),
+            ((0.5, 0.6), "faster"),
+            ((0.5, 1.0), "alike"),
+            ((0.5, 1.5), "slower"),
+        ],
+    )
+    def test_faster_is_so_everywhere_and_slower_anywhere(
+        self, ratios: tuple[float, ...], expected: str
+    ) -> None:
+        results = [result(values(0.1), time=latency(ratio)) for ratio in ratios]
+        assert report(*results).in_time == expected
+
     def test_json_is_strict_and_complete(self) -> None:
         whole = report(result(values(math.inf), IDS, LIST, time=latency(1.5)), failures=("no",))
         read = json.loads(json.dumps(whole.as_dict(), allow_nan=False))

@@ -217,7 +217,7 @@ def schema() -> Schema:
         QuantizeResult,
         name="quantize",
         without=frozenset({"store", "report"}),
-        verdict={"enum": ["slower", "smaller"]},
+        verdict={"enum": ["slower", "smaller", "faster"]},
         quantized=quantized,
     )
     known.ref(
@@ -230,7 +230,7 @@ def schema() -> Schema:
         CompressResult,
         name="compress",
         without=frozenset({"store"}),
-        verdict={"enum": ["planned", "unchanged", "larger", "slower", "smaller"]},
+        verdict={"enum": ["planned", "unchanged", "larger", "slower", "smaller", "faster"]},
         left_alone=COUNTS,
         plan=plan,
         quality=_or_null(quality),

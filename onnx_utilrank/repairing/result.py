@@ -89,8 +89,7 @@ class RepairResult(MadeModel):
         """
         if not self.kept:
             return "unchanged"
-        slower = any(p.latency.slower for p in self.validation.providers)
-        return "slower" if slower else "repaired"
+        return "slower" if self.validation.in_time == "slower" else "repaired"
 
     @property
     def recovered(self) -> float | None:

@@ -15,7 +15,8 @@ from onnx_utilrank.report.tables import (
 __all__ = ["quantization_tables"]
 
 VERDICTS = {
-    "smaller": "Smaller; in time not clearly worse: see the latency ratio and its spread.",
+    "smaller": "Smaller; in time no clear difference: see the latency ratio and its spread.",
+    "faster": "Smaller and faster: see the latency ratio and its spread.",
     "slower": "SMALLER BUT SLOWER on this machine: no gain in time.",
 }
 

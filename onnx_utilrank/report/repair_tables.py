@@ -14,7 +14,7 @@ __all__ = ["repair_tables"]
 VERDICTS = {
     "unchanged": "UNCHANGED: the output is the quantized model.",
     "slower": "Repaired, but SLOWER than the original on this machine.",
-    "repaired": "Repaired; in time not clearly worse than the original.",
+    "repaired": "Repaired; not clearly slower than the original.",
 }
 
 

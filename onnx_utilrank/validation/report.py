@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.model.store import ModelStore
@@ -157,6 +157,14 @@ class ValidationReport:
         """The worst of all outputs and providers, in [0, 1]; None where none makes decisions."""
         values = (o.agreement for _, o in _compared(self.providers))
         return min((a for a in values if a is not None), default=None)
+
+    @property
+    def in_time(self) -> Literal["slower", "alike", "faster"]:
+        """`slower` where the candidate clearly is on any provider, `faster` where on all."""
+        times = [result.latency for result in self.providers]
+        if any(time.slower for time in times):
+            return "slower"
+        return "faster" if times and all(time.faster for time in times) else "alike"
 
     @property
     def notes(self) -> tuple[str, ...]:

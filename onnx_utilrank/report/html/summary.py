@@ -25,13 +25,14 @@ VERDICTS: dict[str, tuple[str, Tone]] = {
     "planned": ("Planned only: no model was made.", ""),
     "unchanged": ("Unchanged: nothing was gained.", "warn"),
     "larger": ("Larger, as was forced: no gain.", "bad"),
-    "smaller": ("Smaller; in time not clearly worse.", "good"),
+    "smaller": ("Smaller; in time no clear difference.", "good"),
+    "faster": ("Smaller and faster.", "good"),
     "slower": ("Smaller, but slower on this machine.", "warn"),
 }
 REPAIRS: dict[str, tuple[str, Tone]] = {
     "unchanged": ("Unchanged: the output is the quantized model.", "warn"),
     "slower": ("Repaired, but slower than the original on this machine.", "warn"),
-    "repaired": ("Repaired; in time not clearly worse than the original.", "good"),
+    "repaired": ("Repaired; not clearly slower than the original.", "good"),
 }
 
 # What reads as a target in words.
