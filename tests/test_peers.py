@@ -35,7 +35,6 @@ else:
 def peers():
     """The driver and its list, as they are where the script runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "tools")
         patch.syspath_prepend(FOLDER)
         yield importlib.import_module("run"), importlib.import_module("peer")
 
@@ -113,6 +112,8 @@ def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
 def test_reasons_are_what_went_wrong_without_places(peers, zoo, tmp_path):
     held = peers[0].Zoo(folder=zoo, program="", work=tmp_path / "w", samples=9, limit=None)
     told = f"""INFO: {zoo}/digits
+Traceback (most recent call last):
+  File "script.py", line 9, in <module>
     raise GroupSizeError(msg)
 some.errors.GroupSizeError: {tmp_path}/w/out.onnx: no group
 of 7:

@@ -40,8 +40,8 @@ COLUMNS = (
     *("model", "batch", "asked", "parameters", "operations", "products", "time", "quartiles"),
     *("pairs", "realised", "slower"),
 )
-# In the names of operators that the operations are counted of, fused ones among them.
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+# In the names of the operators whose operations are counted, and of those that hold them.
+PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 
 
 def row(label: str, batch: int, ratio: float, result: CompressResult | None) -> list[str]:

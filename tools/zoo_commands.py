@@ -36,8 +36,8 @@ __all__ = [
 ENVIRONMENT = "ONNX_UTILRANK_ZOO"
 # What a command that is shown begins with.
 SAID = f"{ENVIRONMENT}=ZOO "
-# How Python ends a traceback; what the exception says may take further lines.
-RAISED = re.compile(r"[\w.]*(Error|Exception): ")
+# The line behind a traceback that names the exception.
+RAISED = re.compile(r"^Traceback \(.*\n(?:[ \t].*\n)+(\S.*)$", re.MULTILINE)
 
 
 class StepError(Exception):
@@ -91,15 +91,16 @@ class Zoo:
         return str(self.folder / name / "model.onnx")
 
     def error_line(self, errors: str) -> str:
-        """What standard error says is wrong: the tool's own line, else an exception, else the last.
+        """What is wrong by standard error: the tool's own line, an exception's, or the last one.
 
         The zoo is called ZOO in it, and the working folder goes: results are for others to read,
         wherever these lie here.
         """
-        lines = [line.strip() for line in errors.splitlines() if line.strip()]
+        lines = [line.rstrip() for line in errors.splitlines() if line.strip()]
         own = [x.partition("error: ")[2] for x in lines if x.startswith("onnx-utilrank: error")]
-        raised = [line for line in lines if RAISED.match(line)]
-        line = (own or raised or lines or ["no message"])[-1]
+        # What an exception says may take more lines than that with its name.
+        raised = RAISED.findall(errors)
+        line = (own or raised or lines or ["no message"])[-1].strip()
         return line.replace(f"{self.work}/", "").replace(str(self.folder), "ZOO")
 
     def calibrate(self, name: str) -> str:

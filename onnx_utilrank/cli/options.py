@@ -168,7 +168,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--rank-multiple",
         type=number(int, 1),
         metavar="K",
-        help="ranks are multiples of K (default: 1; 8 where latency counts, and between Convs)",
+        help="ranks are multiples of K (default: 1; 8 where latency counts, and from 8 on "
+        "between Convs)",
     )
     group(parser, "latency").add_argument(
         "--optimize-for",

@@ -87,8 +87,8 @@ class CompressConfig(CalibrationConfig):
         augment: Calibrate on variations of the samples too, where gradients are taken and a model
             is cheap to run.
         force: Factor every site, also where that saves nothing.
-        rank_multiple: Ranks are multiples of this; None for 1, and for 8 where latency counts and
-            between Convs.
+        rank_multiple: Ranks are multiples of this; None for 1, for 8 where latency counts, and
+            from 8 on between Convs.
         optimize_for: `latency` times every layer and its moves on the provider, makes none that is
             slower, and lets a quality target look for the fastest model in place of the smallest;
             a latency ratio implies it.

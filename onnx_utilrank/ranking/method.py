@@ -133,8 +133,8 @@ def candidate_ranks(
 ) -> list[int]:
     """Ranks worth offering: multiples up to `top`, where they still save.
 
-    With `force` every multiple counts and the full rank too. From `fast` on, ranks are multiples of
-    that too: smaller ones are none, and the only way to small sizes.
+    With `force` every multiple counts and the full rank too. Ranks of `fast` and more are multiples
+    of that too; smaller ones are offered though they may be slow, as only they lead to small sizes.
     """
     top = site.full_rank if force else top
     ranks = [r for r in range(multiple, top + 1, multiple) if r < fast or r % fast == 0]
@@ -144,7 +144,7 @@ def candidate_ranks(
 
 
 def fast_multiple(site: Site, method: Method, config: CompressConfig) -> int:
-    """Of what ranks are fast: those between two Convs are channels, see `FAST_CHANNELS`.
+    """What fast ranks are multiples of: those between two Convs are channels, see `FAST_CHANNELS`.
 
     Those that are asked for by name may be slower, and baselines stay what they are.
     """

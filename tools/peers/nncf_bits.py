@@ -3,9 +3,9 @@
     python nncf_bits.py MODEL.onnx SAMPLES.npz OUT.onnx {int8,int4}
 
 Its user has to say whether a model is a transformer, which is told here from several Softmax nodes.
-int4 is symmetric in blocks of 32, fewer where a matrix has no more, and needs opset 21: older
-models are converted. Only matrices of MatMul are stored so: ONNX Runtime does not run the scales
-that NNCF writes for the others.
+int4 is symmetric in blocks of 32, smaller where those do not divide a matrix, and needs opset 21:
+older models are converted. Only matrices of MatMul are stored so: ONNX Runtime does not run the
+scales that NNCF writes for the others.
 """
 
 import sys

@@ -21,12 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from command_line import new_parser
 from peer import HERE, PEERS, InstallError, Peer, python_of
 
 # The modules of the folder above.
 sys.path.append(str(HERE.parent))
 
+from command_line import new_parser
 from tables import NOTHING, command, markdown
 from zoo_commands import SAID, StepError, Zoo, add_zoo_option, check_zoo, open_zoo
 

@@ -19,7 +19,7 @@ from onnx_utilrank.report.html.parts import (
 
 __all__ = ["provenance"]
 
-# Columns of a line of the command, which goes on with a backslash.
+# Columns of a line of the command, where an option with its values is not longer.
 COMMAND_WIDTH = 88
 
 
@@ -55,14 +55,20 @@ def provenance(content: Content) -> Section:
 
 def _lines(command: Sequence[str]) -> list[str]:
     """The command as one would type it, broken before an option where it is long."""
-    lines: list[str] = []
+    options: list[str] = []
     for word in command:
-        quoted = shlex.quote(word)
-        if not lines or (word.startswith("-") and len(lines[-1]) + len(quoted) > COMMAND_WIDTH):
-            lines.append(quoted if not lines else f"    {quoted}")
+        if not options or word.startswith("-"):
+            options.append(shlex.quote(word))
         else:
-            lines[-1] += f" {quoted}"
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+            options[-1] += f" {shlex.quote(word)}"
+    lines = options[:1]
+    for option in options[1:]:
+        if len(f"{lines[-1]} {option} \\") > COMMAND_WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {option}")
+        else:
+            lines[-1] += f" {option}"
+    return lines
 
 
 def _files(content: Content) -> TableView:
