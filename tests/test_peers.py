@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -107,6 +108,13 @@ def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
     with pytest.raises(peers[1].InstallError, match=r"No matching distribution.*no-such"):
         peers[1].python_of(missing, tmp_path)
     assert not list(tmp_path.glob("*/installed"))
+
+
+def test_the_script_finds_the_modules_of_the_folder_above(tmp_path):
+    words = [sys.executable, str(FOLDER / "run.py"), "--help"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tools/peers/run.py" in done.stdout
 
 
 def test_reasons_are_what_went_wrong_without_places(peers, zoo, tmp_path):
