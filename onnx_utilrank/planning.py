@@ -77,8 +77,8 @@ def make_offers(
     sites = [m.site for m in found.sites]
     latency = _latency(job, found, hidden, samples, config) if config.latency_aware else None
     ledger = make_ledger(job, unit, sites, samples, latency)
-    if quantizing is not None and unit == "bytes":
-        plain = float(quantizing.plain.store.file_bytes)
+    if quantizing is not None:
+        plain = float(quantizing.plain.store.file_bytes) if unit == "bytes" else None
         ledger = replace(ledger, storage=quantizing.scheme, dense_total=plain)
     skips = (*job.skips, *found.skips)
     return Offers.of(job.index, found.sites, hidden, skips, found.method, config, ledger)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from builders import model, noise
 
 import onnx_utilrank
 from digits import write_npz
@@ -295,3 +296,22 @@ def test_branches_need_a_rounding_to_repair(run, then):
     )
     assert status == 2
     assert "repair rank goes with then: int8 or int4" in error(err)
+
+
+def test_tables_get_ranks_that_can_be_stored_in_4_bits():
+    table = noise(1, 600, 48) * 0.85 ** np.arange(48)
+    proto = model(
+        "(int64[n,5] ids) => (float[n,5,40] y)",
+        "h = Gather(T, ids) y = MatMul(h, W)",
+        T=table.astype(np.float32),
+        W=(noise(2, 48, 40) / 7).astype(np.float32),
+    )
+    data = {"ids": np.random.default_rng(3).integers(0, 600, (80, 5))}
+    for ratio in (0.7, 0.6, 0.5, 0.4):
+        config = onnx_utilrank.CompressConfig(param_ratio=ratio, then="int4")
+        result = onnx_utilrank.compress(proto, data, config)
+        ranks = [e.rank for e in result.plan.factored if e.op_type == "Gather"]
+        assert ranks
+        assert all(rank % 2 == 0 for rank in ranks)
+        size = {s.name: s.validation.candidate.file_bytes for s in result.quantized.stages}
+        assert size["low-rank + int4"] < size["int4"]

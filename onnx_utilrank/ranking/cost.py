@@ -104,13 +104,25 @@ class Ledger:
         if self.unit == "operations":
             return self.rows[site.key] * kind.multiplications(site, rank)
         if self.unit == "bytes":
-            parts = kind.matrices(site, rank)
-            rest = parameters - sum(outputs * inputs for _, outputs, inputs in parts)
-            if rest < 0:  # its factors are those of the weight that it is tied to
-                parts, rest = (), parameters
-            held = sum(self.storage.matrix_bytes(*part, site.dtype) for part in parts)
-            return held + rest * site.dtype.itemsize + 2 * NODE_BYTES * len(site.uses)
+            return self._held(site, kind, rank, parameters) + 2 * NODE_BYTES * len(site.uses)
         return float(parameters)
+
+    def _held(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> float:
+        parts = kind.matrices(site, rank)
+        rest = parameters - sum(outputs * inputs for _, outputs, inputs in parts)
+        if rest < 0:  # its factors are those of the weight that it is tied to
+            parts, rest = (), parameters
+        held = sum(self.storage.matrix_bytes(*part, site.dtype) for part in parts)
+        return held + rest * site.dtype.itemsize
+
+    def shrinks(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> bool:
+        """Whether a move takes fewer bytes than the dense weight, as the final file holds both.
+
+        A scheme of quantization may have no form for a factor: a table of an odd rank stays in
+        floats, which takes more than the whole table in 4 bits.
+        """
+        dense = self.storage.matrix_bytes(site.op_type, site.m, site.d, site.stored)
+        return not site.freed or self._held(site, kind, rank, parameters) < dense
 
     def pays(self, site: Site, kind: MoveKind, rank: int) -> bool:
         """Whether a move is faster than the dense weight: as measured, or else as it should be."""

@@ -280,6 +280,9 @@ def _choice(
             if site.tied is not None and not site.freed:  # its factors are those of the other
                 stored -= LOW_RANK.parameters(site, move.rank)
             parameters = move.parameters + stored
+            quantized = config.then is not None and not config.force
+            if quantized and not ledger.shrinks(site, kind, move.rank, parameters):
+                continue
             cost = ledger.factored(site, kind, move.rank, parameters)
             moves.append(replace(move, kind=kind.key, parameters=parameters, cost=cost))
     if not config.force or not moves:
