@@ -52,7 +52,8 @@ def make_offers(
 ) -> Offers:
     """What can be done to the sites of a model, in the unit of the ratio that was asked for.
 
-    Bytes are those of the final file: quantized, where it will be. Time is that of the layers in
+    Bytes are those of the final file: quantized, where it will be; no move then takes more of them
+    than the dense weight, whatever the unit. Time is that of the layers in
     floats all the same; a plan for a latency is then made by timing whole models.
 
     Args:

@@ -7,18 +7,13 @@ from rich.text import Text
 
 from onnx_utilrank.plain_quantization import QuantizeResult
 from onnx_utilrank.report.tables import (
+    VERDICTS,
     comparison,
     sentences,
     stages_table,
 )
 
 __all__ = ["quantization_tables"]
-
-VERDICTS = {
-    "smaller": "Smaller; in time no clear difference: see the latency ratio and its spread.",
-    "faster": "Smaller and faster: see the latency ratio and its spread.",
-    "slower": "SMALLER BUT SLOWER on this machine: no gain in time.",
-}
 
 
 def quantization_tables(result: QuantizeResult, output: str) -> Iterator[RenderableType]:

@@ -17,6 +17,7 @@ from onnx_utilrank.validation.compare import OutputComparison
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = [
+    "VERDICTS",
     "add_row",
     "comparison",
     "compression_tables",
