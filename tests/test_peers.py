@@ -132,8 +132,21 @@ of 7:
     assert len(cells(peers[0].table([row]))[1][1]) < 220
 
 
+def test_the_peak_of_a_process_is_its_own(peers, tmp_path):
+    """Not that of the test's process, which has held more by now."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(f'{sys.argv[1:]} {__name__}')", encoding="utf8")
+    held = bytearray(300 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    words = [str(script), "a", "b"]
+    status, _, peak, told = peers[0].watched(sys.executable, words, tmp_path)
+    assert (status, told) == (1, "['a', 'b'] __main__\n")
+    assert 1 < peak < 100
+    assert len(held) > 2**20 * peak
+
+
 def test_every_peer_has_a_script(peers):
     listed = peers[1].PEERS
     assert len({peer.key for peer in listed}) == len(listed)
-    scripts = {path.name for path in FOLDER.glob("*.py")} - {"peer.py", "run.py"}
+    scripts = {path.name for path in FOLDER.glob("*.py")} - {"peer.py", "run.py", "peak.py"}
     assert {peer.script for peer in listed} == scripts

@@ -87,19 +87,20 @@ class Row:
     peak: float | None = None
 
 
-def watched(words: Sequence[str], folder: Path) -> tuple[int, float, float, str]:
-    """Run a process: its exit status, seconds, peak of resident memory in MiB, standard error."""
-    errors = folder / "errors.txt"
+def watched(
+    python: str, words: Sequence[str], folder: Path
+) -> tuple[int, float, float | None, str]:
+    """Run a script: its exit status, seconds, peak of resident memory in MiB, standard error."""
+    errors, peak = folder / "errors.txt", folder / "peak.txt"
+    peak.unlink(missing_ok=True)
     start = time.perf_counter()
     with errors.open("w", encoding="utf8") as file:
-        process = subprocess.Popen(words, cwd=folder, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        command = [python, str(HERE / "peak.py"), str(peak), *words]
+        status = subprocess.run(command, cwd=folder, stdout=file, stderr=file, check=False)
     seconds = time.perf_counter() - start
-    # Bytes on macOS, KiB elsewhere.
-    unit = 2**20 if sys.platform == "darwin" else 2**10
+    held = float(peak.read_text(encoding="utf8")) if peak.exists() else None
     told = errors.read_text(encoding="utf8", errors="replace")
-    return process.returncode, seconds, usage.ru_maxrss / unit, told
+    return status.returncode, seconds, held, told
 
 
 def _split(zoo: Zoo, name: str) -> tuple[Path, Path]:
@@ -125,9 +126,9 @@ def _make(zoo: Zoo, name: str, peer: Peer, keep: float, samples: Path, environme
     except InstallError as e:
         return replace(row, reason=f"cannot be installed: {e}")
     words = [str(keep) if word == "KEEP" else word for word in peer.words]
-    command = [python, str(HERE / peer.script), zoo.model(name), str(samples), str(out), *words]
     print("$", f"{name}: {peer.script}", *words, file=sys.stderr, flush=True)
-    status, seconds, peak, told = watched(command, zoo.work)
+    words = [str(HERE / peer.script), zoo.model(name), str(samples), str(out), *words]
+    status, seconds, peak, told = watched(python, words, zoo.work)
     row = replace(row, seconds=seconds, peak=peak)
     if status or not out.exists():
         return replace(row, reason=zoo.error_line(told))
