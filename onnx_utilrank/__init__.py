@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from onnx_utilrank.installation.doctor import doctor
     from onnx_utilrank.installation.report import DoctorReport
     from onnx_utilrank.low_rank_training import train
-    from onnx_utilrank.pipeline import analyze, compress, sweep, validate
+    from onnx_utilrank.pipeline import analyze, compress, validate
     from onnx_utilrank.plain_quantization import QuantizeResult, quantize
     from onnx_utilrank.quantization.config import QuantizeConfig
     from onnx_utilrank.ranking.plan import RankPlan
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         SweepResult,
         TrainResult,
     )
+    from onnx_utilrank.sweeping import sweep
     from onnx_utilrank.validation.report import ValidationReport
 
 __version__ = version("onnx-utilrank")
@@ -132,7 +133,7 @@ _HOMES = {
     "installation.doctor": ("doctor",),
     "installation.report": ("DoctorReport",),
     "low_rank_training": ("train",),
-    "pipeline": ("analyze", "compress", "sweep", "validate"),
+    "pipeline": ("analyze", "compress", "validate"),
     "plain_quantization": ("QuantizeResult", "quantize"),
     "quantization.config": ("QuantizeConfig",),
     "ranking.plan": ("RankPlan",),
@@ -148,6 +149,7 @@ _HOMES = {
         "SweepResult",
         "TrainResult",
     ),
+    "sweeping": ("sweep",),
     "validation.report": ("ValidationReport",),
 }
 

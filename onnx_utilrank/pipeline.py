@@ -26,24 +26,18 @@ from onnx_utilrank.ranking.utilization import LayerUtilization, UtilizationRepor
 from onnx_utilrank.ranking.utilized_rank import UTILIZED_RANK
 from onnx_utilrank.remarks import fullness, refit_note
 from onnx_utilrank.repairing.repairs import repaired
-from onnx_utilrank.results import (
-    CompressResult,
-    FinetuneResult,
-    SweepPoint,
-    SweepResult,
-)
+from onnx_utilrank.results import CompressResult, FinetuneResult
 from onnx_utilrank.runtime.providers import find_providers
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.search import Candidate, search
 from onnx_utilrank.sites.hidden import Hidden
-from onnx_utilrank.stages import measure_stages
+from onnx_utilrank.sites.site import Site
+from onnx_utilrank.stages import QuantizationReport, measure_stages
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.setting import Setting
 from onnx_utilrank.validation.report import ValidationReport
 
-__all__ = ["analyze", "compress", "sweep", "validate"]
-
-SWEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+__all__ = ["analyze", "compress", "validate"]
 
 
 def analyze(
@@ -112,188 +106,169 @@ def compress(
         UtilrankError: One of its other children: options, model, data, provider.
     """
     config = config or CompressConfig()
+    _check_asked(config, plan)
+    config = with_metric(config)
+    job = Job.open(model, data, config, progress, labels=config.labels)
+    if config.finetune is not None:
+        TorchGraph.build(job.source)  # what cannot be trained is told before the work
+    calibration, held = job.data.split(samples=config.samples, seed=config.seed)
+    sites: Sequence[Site] = job.sites
+    hidden: tuple[Hidden, ...] | None = None
+    if plan is not None:
+        made_by = stamp(job.source)
+        if made_by is not None and made_by.value == plan.fingerprint():
+            return _as_it_is(job, plan, held)
+        config, sites, hidden = _replayed(job, plan, calibration, config)
+    searched: Sequence[int] = ()
+    if config.quality is not None:
+        calibration, searched = parted(job.data, calibration, config.seed)
+    quantizing = None if config.then is None else Quantizing(job, calibration, config)
+    found = job.measure(config.method_key, sites, calibration, config, hidden)
+    best, store, notes = None, None, found.notes
+    if plan is None:
+        offers = make_offers(job, found, calibration, config, quantizing)
+        if config.quality is not None:
+            judge = Judge(job, searched, config, found.losses)
+            best = search(job, found, offers, judge, config.quality, config, quantizing)
+            plan, store = best.plan, best.store
+        elif dry_run:
+            plan = offers.plan(config.ratio)
+        else:
+            plan, store = fit(job, found, offers, calibration, config, quantizing)
+        notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
+    elif not dry_run:
+        plan, store = build(job, plan, found, config, settled=True)
+    result = CompressResult(
+        plan=plan,
+        store=None,
+        validation=None,
+        samples=len(calibration),
+        notes=notes,
+        engine=found.engine,
+        layers=layer_spectra(found.sites),
+    )
+    if dry_run or store is None:
+        return result
+    if config.finetune is not None and plan.changes:
+        recovered = _recovered(job, store, (*calibration, *searched), held, config)
+        store, notes = recovered.store, (*notes, *recovered.notes)
+        result = replace(result, recovered=recovered)
+    plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
+    judge = Judge(job, held, config, found.losses)
+    if quantizing is None:
+        report, quality = job.validate(store, held, timed=config.latency_batch), judge(store)
+    else:
+        plan, store, quantized, told = _quantized(
+            job, quantizing, plan, store, calibration, held, judge, config
+        )
+        report, quality = quantized.stages[-1].validation, quantized.stages[-1].quality
+        notes = (*notes, *told)
+        result = replace(result, quantized=quantized)
+    check_latency(job, config, report)
+    _check_compared(job, report)
+    if config.quality is not None and best is not None:
+        _check_held(job, config.quality, best, quality)
+        notes = (*notes, *_saturation(config.quality, best, quality))
+        result = replace(result, searched=best.quality)
+    return replace(result, plan=plan, store=store, validation=report, quality=quality, notes=notes)
+
+
+def _check_asked(config: CompressConfig, plan: RankPlan | None) -> None:
+    """A target has to be given, by options or by a plan.
+
+    Raises:
+        ConfigError: There is none, or more than one.
+    """
     if plan is None and not config.target:
         raise ConfigError("a target has to be given: a ratio, energy, a quality target or a plan")
     if plan is not None and config.target:
         raise ConfigError("a plan states its own target: ratios, energy and quality exclude it")
     if plan is not None and config.then is not None:
         raise ConfigError("a plan states its own quantization: then excludes it")
-    config = with_metric(config)
-    job = Job.open(model, data, config, progress, labels=config.labels)
-    if config.finetune is not None:
-        TorchGraph.build(job.source)  # what cannot be trained is told before the work
-    calibration, held = job.data.split(samples=config.samples, seed=config.seed)
-    made_by = stamp(job.source)
-    if plan is not None and made_by is not None and made_by.value == plan.fingerprint():
-        report = job.validate(job.source, held)
-        done = ("The model already is what this plan makes of its source; nothing was changed.",)
-        return CompressResult(plan=plan, store=job.source, validation=report, samples=0, notes=done)
-    sites = job.sites
-    hidden: tuple[Hidden, ...] | None = None
-    if plan is not None:
-        check_plan(plan, job.index, sites)
-        if plan.shrunk:
-            # Of all sites: which weights share features depends on the others.
-            hidden = check_hidden(plan, job.index, job.hidden(sites, calibration))
-        changed = planned_moves(plan).keys() | plan.shrinking
-        sites = tuple(s for s in sites if s.key in changed)
-        config = replace(
-            config,
-            method=plan.method,
-            weighting=plan.weighting,
-            augment=plan.augment,
-            moves=None,
-            then=None if plan.then is None else plan.then.scheme,
-        )
-    searched: Sequence[int] = ()
-    if config.quality is not None:
-        calibration, searched = parted(job.data, calibration, config.seed)
-    quantizing = None if config.then is None else Quantizing(job, calibration, config)
-    found = job.measure(config.method_key, sites, calibration, config, hidden)
-    best: Candidate | None = None
-    store: ModelStore | None = None
-    notes = found.notes
-    if plan is not None:
-        if not dry_run:
-            plan, store = build(job, plan, found, config, settled=True)
-    else:
-        offers = make_offers(job, found, calibration, config, quantizing)
-        if config.quality is not None:
-            judge = Judge(job, searched, config, found.losses)
-            best = search(job, found, offers, judge, config.quality, config, quantizing)
-            plan, store = best.plan, None if dry_run else best.store
-        elif dry_run:
-            plan = offers.plan(config.ratio)
-        else:
-            plan, store = fit(job, found, offers, calibration, config, quantizing)
-        notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
-    if store is None:
-        return CompressResult(
-            plan=plan,
-            store=None,
-            validation=None,
-            samples=len(calibration),
-            notes=notes,
-            engine=found.engine,
-            layers=layer_spectra(found.sites),
-        )
-    recovered = None
-    if config.finetune is not None and plan.changes:
-        recovered = _recovered(job, store, (*calibration, *searched), held, config)
-        store, notes = recovered.store, (*notes, *recovered.notes)
-    plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
-    judge = Judge(job, held, config, found.losses)
-    quantized = None
-    if quantizing is not None:
-        assert plan.then is not None
-        made = quantizing(store, plan.then.in_float)
-        branched, rank = None, plan.then.repair_rank
-        if rank:
-            branched = repaired(job, store, made.store, calibration, config, rank), rank
-        last, quantized = measure_stages(
-            *(job, quantizing, store, made, held, judge),
-            branched=branched,
-            timed=config.latency_batch,
-        )
-        kept = quantized.repair_rank
-        then = replace(plan.then, in_float=made.in_float, repair_rank=kept)
-        plan = replace(plan, then=then)
-        store = stamped(last, plan) if plan.changes else last
-        notes = (*notes, *made.notes, *quantized.notes)
-        if rank and not kept:
-            notes += (f"Branches of rank {rank} help no output held back: there are none.",)
-        report, quality = quantized.stages[-1].validation, quantized.stages[-1].quality
-    else:
-        report, quality = job.validate(store, held, timed=config.latency_batch), judge(store)
-    check_latency(job, config, report)
-    compared = [o for p in report.providers for o in p.outputs]
-    if all(o.kind == "skipped" for o in compared):
-        why = dict.fromkeys(f"output {o.name!r}: {o.reason}" for o in compared)
-        raise ModelError(
-            f"{job.store.label}: none of its outputs can be compared, so that no result could be "
-            f"validated ({'; '.join(why)})"
-        )
-    if config.quality is not None and best is not None:
-        _check_held(job, config.quality, best, quality)
+
+
+def _as_it_is(job: Job, plan: RankPlan, held: Sequence[int]) -> CompressResult:
+    """The source, which a plan has made already."""
     return CompressResult(
         plan=plan,
-        store=store,
-        validation=report,
-        samples=len(calibration),
-        notes=(*notes, *_saturation(config.quality, best, quality)),
-        engine=found.engine,
-        quality=quality,
-        searched=None if best is None else best.quality,
-        recovered=recovered,
-        quantized=quantized,
-        layers=layer_spectra(found.sites),
+        store=job.source,
+        validation=job.validate(job.source, held),
+        samples=0,
+        notes=("The model already is what this plan makes of its source; nothing was changed.",),
     )
 
 
-def sweep(
-    model: ModelSource,
-    data: DataSource,
-    config: CompressConfig | None = None,
-    *,
-    ratios: Sequence[float] = SWEEP_RATIOS,
-    keep: float | None = None,
-    progress: Progress = silent,
-) -> SweepResult:
-    """Measure the whole trade-off between size and quality, from one calibration.
-
-    Args:
-        model: Path, proto or store; it is not changed.
-        data: Samples; a fifth is held back, and every point is measured on those.
-        config: Options, without a target.
-        ratios: Parameters to keep, each a point of the curve. Those that cannot be reached are
-            left out and named in the notes.
-        keep: The ratio of the point whose model is kept in the result.
-        progress: Called with the stage, what is done of it and how much there is.
+def _replayed(
+    job: Job, plan: RankPlan, calibration: Sequence[int], config: CompressConfig
+) -> tuple[CompressConfig, tuple[Site, ...], tuple[Hidden, ...] | None]:
+    """What a plan says in the place of options, and what it changes.
 
     Raises:
-        ConfigError: There is a target, no ratio, or `keep` is none of the ratios.
-        TargetMissedError: No point can be reached.
-        UtilrankError: One of its other children: options, model, data, provider.
+        ModelError: It is a plan for another model.
     """
-    config = config or CompressConfig()
-    if config.target:
-        raise ConfigError("a sweep goes over all sizes: it takes no target")
-    if config.then is not None:
-        raise ConfigError("a sweep is of low-rank models: it quantizes none")
-    if not ratios or not all(0 < r <= 1 for r in ratios):
-        raise ConfigError("a sweep needs ratios, each in (0, 1]")
-    if keep is not None and keep not in ratios:
-        raise ConfigError(f"ratio {keep:g} is no point of the sweep")
-    config = with_metric(config)
-    job = Job.open(model, data, config, progress, labels=config.labels)
-    calibration, held = job.data.split(samples=config.samples, seed=config.seed)
-    found = job.measure(config.method_key, job.sites, calibration, config)
-    offers = make_offers(job, found, calibration, config)
-    judge = Judge(job, held, config, found.losses)
-    points, notes, kept = [], list(found.notes), None
-    full: tuple[str, ...] = ()
-    for ratio in sorted(set(ratios), reverse=True):
-        try:
-            plan = replace(offers.plan(ratio), target={"param_ratio": ratio})
-            plan, store = build(job, plan, found, config)
-            report = job.validate(store, held, timed=config.latency_batch)
-            quality = judge(store)
-        except (TargetMissedError, ModelError) as e:
-            notes.append(f"{ratio:g}: {e}.")
-            continue
-        full = full or fullness(offers, plan)
-        plan = replace(plan, parameters_after=count_parameters(store))
-        points.append(SweepPoint(ratio=ratio, plan=plan, validation=report, quality=quality))
-        kept = store if ratio == keep else kept
-    if not points or (keep is not None and kept is None):
-        raise TargetMissedError(" ".join(notes) or f"{job.store.label}: no point can be reached")
-    return SweepResult(
-        model=job.store.label,
-        points=tuple(points),
-        engine=found.engine,
-        notes=(*notes, *full),
-        store=kept,
-        layers=layer_spectra(found.sites),
+    check_plan(plan, job.index, job.sites)
+    hidden = None
+    if plan.shrunk:
+        # Of all sites: which weights share features depends on the others.
+        hidden = check_hidden(plan, job.index, job.hidden(job.sites, calibration))
+    changed = planned_moves(plan).keys() | plan.shrinking
+    config = replace(
+        config,
+        method=plan.method,
+        weighting=plan.weighting,
+        augment=plan.augment,
+        moves=None,
+        then=None if plan.then is None else plan.then.scheme,
+    )
+    return config, tuple(s for s in job.sites if s.key in changed), hidden
+
+
+def _quantized(
+    job: Job,
+    quantizing: Quantizing,
+    plan: RankPlan,
+    store: ModelStore,
+    calibration: Sequence[int],
+    held: Sequence[int],
+    judge: Judge,
+    config: CompressConfig,
+) -> tuple[RankPlan, ModelStore, QuantizationReport, tuple[str, ...]]:
+    """A compressed model in fewer bits, with branches that repair it where the plan has a rank.
+
+    Returns:
+        The plan with what became of that, the model, its stages, and sentences to tell.
+    """
+    assert plan.then is not None
+    made = quantizing(store, plan.then.in_float)
+    branched, rank = None, plan.then.repair_rank
+    if rank:
+        branched = repaired(job, store, made.store, calibration, config, rank), rank
+    last, found = measure_stages(
+        *(job, quantizing, store, made, held, judge),
+        branched=branched,
+        timed=config.latency_batch,
+    )
+    then = replace(plan.then, in_float=made.in_float, repair_rank=found.repair_rank)
+    plan = replace(plan, then=then)
+    notes = (*made.notes, *found.notes)
+    if rank and not found.repair_rank:
+        notes += (f"Branches of rank {rank} help no output held back: there are none.",)
+    return plan, stamped(last, plan) if plan.changes else last, found, notes
+
+
+def _check_compared(job: Job, report: ValidationReport) -> None:
+    """Something has to be compared, or nothing is validated.
+
+    Raises:
+        ModelError: No output can be.
+    """
+    compared = [o for p in report.providers for o in p.outputs]
+    if not all(o.kind == "skipped" for o in compared):
+        return
+    why = dict.fromkeys(f"output {o.name!r}: {o.reason}" for o in compared)
+    raise ModelError(
+        f"{job.store.label}: none of its outputs can be compared, so that no result could be "
+        f"validated ({'; '.join(why)})"
     )
 
 
@@ -337,12 +312,8 @@ def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quali
     )
 
 
-def _saturation(
-    target: QualityTarget | None, best: Candidate | None, quality: Quality
-) -> tuple[str, ...]:
-    if target is None or target.key != "max_drop" or best is None:
-        return ()
-    if not (best.saturated or quality.saturated):
+def _saturation(target: QualityTarget, best: Candidate, quality: Quality) -> tuple[str, ...]:
+    if target.key != "max_drop" or not (best.saturated or quality.saturated):
         return ()
     return (
         "The metric shows no loss where the outputs clearly differ: it is saturated, and the size "

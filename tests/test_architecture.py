@@ -81,6 +81,9 @@ LAYERS = {
         " quantizing ranking remarks repairing results runtime search sites stages torch_graph"
         " training validation"
     ),
+    "sweeping": (
+        "calibration compression config errors job model planning quality ranking remarks results"
+    ),
     "installation": "errors runtime",
     "olive": "config errors pipeline",
     "report": (
@@ -89,12 +92,12 @@ LAYERS = {
     ),
     "__init__": (
         "benchmarking config errors finetuning inspection installation low_rank_training pipeline"
-        " plain_quantization quantization ranking repairing report results validation"
+        " plain_quantization quantization ranking repairing report results sweeping validation"
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"
         " moves pipeline plain_quantization quantization ranking repairing report runtime sites"
-        " statistics training"
+        " statistics sweeping training"
     ),
     "__main__": "cli",
 }

@@ -117,7 +117,7 @@ def test_sweep_goes_on_after_a_candidate_that_cannot_be_made(files, monkeypatch)
             raise ModelError("a factor does not fit")
         return build(job, plan, *more)
 
-    monkeypatch.setattr("onnx_utilrank.pipeline.build", refusing)
+    monkeypatch.setattr("onnx_utilrank.sweeping.build", refusing)
     found = sweep(*files, ratios=(0.8, 0.7, 0.5))
     assert [p.ratio for p in found.points] == [0.8, 0.5]
     assert "0.7: a factor does not fit." in found.notes

@@ -22,9 +22,9 @@ from onnx_utilrank.cli.parser import group
 from onnx_utilrank.cli.progress import ProgressBars
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError
-from onnx_utilrank.pipeline import SWEEP_RATIOS, sweep
 from onnx_utilrank.report.plot import check_plot, plot_sweep
 from onnx_utilrank.report.tables import sweep_tables
+from onnx_utilrank.sweeping import SWEEP_RATIOS, sweep
 
 __all__ = ["add_arguments", "run"]
 
