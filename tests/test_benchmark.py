@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx_utilrank.errors import ConfigError, DataError, ModelError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.memory import measure_memory
 from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.runtime.sessions import open_session
 
 LINEAR = "(float[N, 3] x) => (float[N, 2] y)"
 W = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -198,6 +200,19 @@ class TestBenchmark:
         found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
         assert [m["flop_ratio"] for m in found["cases"][0]["models"][1:]] == [1.0, 1.0]
         assert "ratio" not in found["cases"][0]["models"][0]
+
+    def test_a_model_leaves_the_cores_to_the_next(self):
+        """Threads that waited for more work by spinning would take them for some 40 ms."""
+        wide = np.zeros((512, 512), np.float32)
+        proto = model("(float[N, 512] x) => (float[N, 512] y)", "y = MatMul(x, W)", W=wide)
+        session = open_session(ModelStore.load(proto), CPU, threads=2)
+        spent = []
+        for _ in range(5):
+            session.run({"x": np.zeros((64, 512), np.float32)})
+            before = time.process_time()
+            time.sleep(0.05)
+            spent.append(time.process_time() - before)
+        assert min(spent) < 0.01
 
     def test_models_that_do_not_match(self):
         other = ModelStore.load(
