@@ -367,16 +367,19 @@ def test_quantization_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
     monkeypatch.syspath_prepend(TOOLS)
     quantization_table = importlib.import_module("quantization_table")
     words = ["--zoo", str(fake_zoo), "--models", "tiny", "--ratio", "0.7", "--samples", "30"]
-    assert quantization_table.main([*words, "--schemes", "int4"]) == 0
+    assert quantization_table.main([*words, "--schemes", "int4", "int8"]) == 0
     printed = capsys.readouterr()
     assert str(fake_zoo) not in printed.out
     head, *rows = cells(printed.out)
     assert head == list(quantization_table.COLUMNS)
-    made = ["original", "low-rank (70 %)", "int4", "low-rank + int4 (70 %)"]
-    assert [row[1] for row in rows] == made
-    sizes = [int(row[2].replace(",", "")) for row in rows]
-    assert sizes[3] < min(sizes[:3])
-    assert [row[5] != "–" for row in rows] == [False, False, False, True]
+    assert [row[1] for row in rows] == [
+        *("original", "low-rank (70 %)", "int4", "low-rank + int4 (70 %)"),
+        *("int8", "low-rank + int8 (70 %)", "low-rank + int8 (bytes of int4)"),
+    ]
+    sizes = {row[1]: int(row[2].replace(",", "")) for row in rows}
+    assert sizes["low-rank + int4 (70 %)"] < min(sizes[key] for key in list(sizes)[:3])
+    assert sizes["low-rank + int8 (bytes of int4)"] <= sizes["int4"]
+    assert [row[1] for row in rows if row[5] != "–"] == [key for key in sizes if " + " in key]
     assert all(row[7] == "score" for row in rows)
     assert quantization_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1
     assert "absent" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 For each model of a zoo (see `zoo_commands.py`), ratio of parameters and scheme: `onnx-utilrank
 compress` without and with `--then`, `onnx-utilrank quantize`, and `zoo.py eval` of what each made.
 Size, latency and divergence are those of the report of the second: every stage is timed in turns
-with the original, on the samples that are held back. The table is printed in Markdown.
+with the original, on the samples that are held back. Where int8 and int4 are both asked for, factors
+in int8 are made once more, as small as int4 alone. The table is printed in Markdown.
 """
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from command_line import new_parser
 from tables import NOTHING, command, markdown
@@ -46,58 +48,93 @@ def rows_of(zoo: Zoo, name: str, ratio: float, schemes: Sequence[str]) -> Iterat
         StepError: A command failed.
     """
     common = ("--data", f"{name}.npz")
-    factors = ("--param-ratio", str(ratio), "--cache", f"{name}.cache")
-    compress = (zoo.program, "compress", zoo.model(name), *common, *factors)
+    compress = (zoo.program, "compress", zoo.model(name), *common, "--cache", f"{name}.cache")
+    kept = ("--param-ratio", str(ratio))
     low = f"{name}.low.onnx"
-    zoo.must("compress", *compress, "-o", low)
+    zoo.must("compress", *compress, *kept, "-o", low)
     shown = False
+    of_whole: dict[str, float] = {}
     for scheme in schemes:
         made, plain = (f"{name}.{kind}.{scheme}.onnx" for kind in ("both", "plain"))
-        report = zoo.work / f"{name}.{scheme}.json"
-        words = ("-o", made, "--then", scheme, "--report", str(report))
-        done = zoo.run(*compress, *words)
-        if done.returncode in ANSWERS:
-            reason = zoo.error_line(done.stderr).partition(f"{scheme}: ")[2] or "not reached"
-            yield [name, f"{scheme}: {reason}", *[NOTHING] * (len(COLUMNS) - 2)]
+        found = _quantized(zoo, (*compress, *kept), made, scheme)
+        if isinstance(found, str):
+            yield [name, f"{scheme}: {found}", *[NOTHING] * (len(COLUMNS) - 2)]
             continue
-        if done.returncode:
-            raise StepError(f"compress --then {scheme}: {zoo.error_line(done.stderr)}")
         zoo.must(
             "quantize",
             *(zoo.program, "quantize", zoo.model(name), *common, "-o", plain, "--to", scheme),
         )
-        found = read_json(report.read_text(encoding="utf8"), "compress")["quantized"]
-        whole = found["stages"][0]["validation"]["reference"]["file_bytes"]
         files = {"low-rank": low, scheme: plain, f"low-rank + {scheme}": made}
         if not shown:
             measured = zoo.metric(name, zoo.model(name))
             yield [
-                *(name, "original", f"{whole:,}", "1.000", "1.00", NOTHING, NOTHING),
+                *(name, "original", f"{_whole_bytes(found):,}", "1.000", "1.00", NOTHING, NOTHING),
                 *(str(measured["metric"]), f"{measured['before']:.2f}", NOTHING),
             ]
         for stage in found["stages"]:
             label = stage["name"]
+            if label == scheme:
+                size = stage["validation"]["candidate"]["file_bytes"]
+                of_whole[scheme] = size / _whole_bytes(found)
             if label == "low-rank" and shown:
                 continue
-            size = stage["validation"]["candidate"]["file_bytes"]
-            time = stage["validation"]["providers"][0]["latency"]
-            lost = stage["quality"]["divergence"]
-            beside = found["beside_plain"] if label == f"low-rank + {scheme}" else None
-            measured = zoo.metric(name, files[label])
-            drop = measured["drop"]
-            yield [
-                name,
-                f"{label} ({100 * ratio:g} %)" if "low-rank" in label else label,
-                f"{size:,}",
-                f"{size / whole:.3f}",
-                _spread(time),
-                NOTHING if beside is None else _spread(beside),
-                NOTHING if lost is None else f"{lost['mean']:.2g} ± {lost['standard_error']:.1g}",
-                str(measured["metric"]),
-                NOTHING if measured["after"] is None else f"{measured['after']:.2f}",
-                NOTHING if drop is None else f"{drop:.2f}",
-            ]
+            asked = f" ({100 * ratio:g} %)" if "low-rank" in label else ""
+            yield _row(zoo, name, f"{label}{asked}", stage, found, files[label])
         shown = True
+    if {"int8", "int4"} <= of_whole.keys():
+        made, label = f"{name}.as-int4.onnx", "low-rank + int8"
+        as_small = ("--size-ratio", str(of_whole["int4"]))
+        found = _quantized(zoo, (*compress, *as_small), made, "int8")
+        if isinstance(found, str):
+            yield [name, f"{label} (bytes of int4): {found}", *[NOTHING] * (len(COLUMNS) - 2)]
+            return
+        (stage,) = (stage for stage in found["stages"] if stage["name"] == label)
+        yield _row(zoo, name, f"{label} (bytes of int4)", stage, found, made)
+
+
+def _quantized(
+    zoo: Zoo, compress: Sequence[str], made: str, scheme: str
+) -> Mapping[str, Any] | str:
+    """What the report of `compress --then` says of each stage, or why there is no such model."""
+    report = zoo.work / f"{made}.json"
+    done = zoo.run(*compress, "-o", made, "--then", scheme, "--report", str(report))
+    if done.returncode in ANSWERS:
+        return zoo.error_line(done.stderr).partition(f"{scheme}: ")[2] or "not reached"
+    if done.returncode:
+        raise StepError(f"compress --then {scheme}: {zoo.error_line(done.stderr)}")
+    quantized: Mapping[str, Any] = read_json(report.read_text(encoding="utf8"), "compress")[
+        "quantized"
+    ]
+    return quantized
+
+
+def _row(
+    zoo: Zoo,
+    name: str,
+    label: str,
+    stage: Mapping[str, Any],
+    found: Mapping[str, Any],
+    file: str,
+) -> list[str]:
+    """One stage of what a report found, and the metric of its file."""
+    whole, size = _whole_bytes(found), stage["validation"]["candidate"]["file_bytes"]
+    beside = found["beside_plain"] if "low-rank + " in label else None
+    lost = stage["quality"]["divergence"]
+    measured = zoo.metric(name, file)
+    after, drop = measured["after"], measured["drop"]
+    return [
+        *(name, label, f"{size:,}", f"{size / whole:.3f}"),
+        _spread(stage["validation"]["providers"][0]["latency"]),
+        NOTHING if beside is None else _spread(beside),
+        NOTHING if lost is None else f"{lost['mean']:.2g} ± {lost['standard_error']:.1g}",
+        str(measured["metric"]),
+        NOTHING if after is None else f"{after:.2f}",
+        NOTHING if drop is None else f"{drop:.2f}",
+    ]
+
+
+def _whole_bytes(found: Mapping[str, Any]) -> int:
+    return int(found["stages"][0]["validation"]["reference"]["file_bytes"])
 
 
 def _spread(time: Mapping[str, float]) -> str:
