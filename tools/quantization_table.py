@@ -3,8 +3,8 @@
 For each model of a zoo (see `zoo_commands.py`), ratio of parameters and scheme: `onnx-utilrank
 compress` without and with `--then`, `onnx-utilrank quantize`, and `zoo.py eval` of what each made.
 Size, latency and divergence are those of the report of the second: every stage is timed in turns
-with the original, on the samples that are held back. Where int8 and int4 are both asked for, factors
-in int8 are made once more, as small as int4 alone. The table is printed in Markdown.
+with the original, on the samples that are held back. Where int8 and int4 are both asked for,
+factors in int8 are made once more, as small as int4 alone. The table is printed in Markdown.
 """
 
 import sys
