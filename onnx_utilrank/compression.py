@@ -120,7 +120,7 @@ def _layers(
         return plan, plain
     # Both graphs hold the live values of all samples at once.
     data, samples = gradients.data, gradients.samples
-    room = min(config.memory_budget // (4 * gradients.footprint.live), gradients.effort.refit)
+    room = min(job.room(config) // (4 * gradients.footprint.live), gradients.effort.refit)
     parts = data.apart(samples)
     if room < FEWEST_PARTS * len(parts[0]):
         parts = data.apart(data.given(samples))

@@ -14,7 +14,7 @@ from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.calibration.variations import with_variations
 from onnx_utilrank.comparison import compare
-from onnx_utilrank.config import CalibrationConfig, CompressConfig, ValidateConfig
+from onnx_utilrank.config import CalibrationConfig, CompressConfig, RunConfig, ValidateConfig
 from onnx_utilrank.engine.engine import Engine
 from onnx_utilrank.engine.find import find_engine
 from onnx_utilrank.errors import ModelError
@@ -57,6 +57,9 @@ __all__ = ["Job"]
 
 logger = logging.getLogger(__name__)
 
+# How often weights that are no files beside the model are in memory: as they were read, in ONNX
+# Runtime and in torch.
+WEIGHT_COPIES = 3
 # Samples that are looked at to tell what the outputs are.
 SAMPLES_LOOKED_AT = 64
 
@@ -200,7 +203,7 @@ class Job:
     ) -> Measurement:
         gradients = self.gradients(samples, config)
         if hidden is None and (config.moves is None or SHRINK in config.moves):
-            hidden = self._affordable(self.hidden(sites, samples), config.memory_budget)
+            hidden = self._affordable(self.hidden(sites, samples), self.room(config))
         measured, passes = measure_sensitivity(
             gradients.graph,
             self.index,
@@ -234,6 +237,14 @@ class Job:
             ),
             gradients=gradients,
         )
+
+    def room(self, config: RunConfig) -> int:
+        """Bytes that the memory budget leaves beside the weights: half of it at the least.
+
+        With less than that passes would become so many that it helps nobody.
+        """
+        held = WEIGHT_COPIES * int(self.store.proto.ByteSize())
+        return max(config.memory_budget - held, config.memory_budget // 2)
 
     def hidden(self, sites: Sequence[Site], samples: Sequence[int]) -> tuple[Hidden, ...]:
         """Features between sites that may shrink."""
@@ -273,11 +284,11 @@ class Job:
         taken = footprint(graph, single)
         shown = session.run(single, [loss.output for loss in losses])
         decisions = sum(rows_of(shown[o.output], 1, o.axis).shape[1] for o in losses)
-        room = config.memory_budget
+        room = self.room(config)
         if taken.kept > room:
             raise ModelError(
                 f"{self.store.label}: the values of one sample take {taken.kept:,} bytes with "
-                f"gradients, more than the memory budget of {room:,}"
+                f"gradients, more than the {room:,} that the memory budget leaves beside weights"
             )
         flops = linear_flops(self.store, single, self.provider)
         variants = choose_variants(len(samples), flops) if config.augment else 1
@@ -324,7 +335,7 @@ class Job:
             samples,
             self.provider,
             batch=self.batch,
-            memory_budget=config.memory_budget,
+            memory_budget=self.room(config),
             progress=self.progress,
             cache=self.cache(self.data, samples, config),
             engine=self.engine,

@@ -12,7 +12,9 @@ import pytest
 from builders import activations, model, noise
 
 from onnx_utilrank import CompressConfig, ConfigError, ModelError, TargetMissedError, compress
+from onnx_utilrank.calibration.collect import silent
 from onnx_utilrank.cli.main import main
+from onnx_utilrank.job import Job
 from onnx_utilrank.torch_graph.graph import UnsupportedOperatorError
 
 METHODS = ("two-sided", "one-sided", "svd")
@@ -276,3 +278,19 @@ def test_values_that_do_not_fit_the_memory_are_the_fallback_too():
     (note,) = (n for n in result.notes if "memory budget" in n)
     assert "gradients cannot be had" in note
     assert result.plan.method == "one-sided"
+
+
+def test_weights_count_in_the_memory_budget():
+    width = 512
+    proto = model(
+        f"(float[n,{width}] x) => (float[n,{width}] y)",
+        "y = MatMul(x, W)",
+        W=noise(1, width, width).astype(np.float32),
+    )
+    data = {"x": noise(2, 6, width).astype(np.float32)}
+    roomy, tight = (CompressConfig(param_ratio=0.9, memory_budget=n) for n in (2**24, 2**22))
+    job = Job.open(proto, data, roomy, silent)
+    # Once as it was read, once in ONNX Runtime, once in torch; 8 KiB for the nodes and names.
+    left = roomy.memory_budget - 3 * 4 * width**2
+    assert left - 3 * 2**13 < job.room(roomy) < left
+    assert job.room(tight) == tight.memory_budget // 2  # and the weights on top

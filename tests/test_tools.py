@@ -388,6 +388,7 @@ def test_quantization_table_runs_the_whole_chain(monkeypatch, fake_zoo, capsys):
 # tools/engine_cost.py and tools/move_costs.py
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="tells memory on Linux alone")
 def test_engine_cost_prints_every_stage(monkeypatch, tiny_files, capsys):
     monkeypatch.syspath_prepend(TOOLS)
     engine_cost = importlib.import_module("engine_cost")

@@ -8,11 +8,11 @@ right after, and the mean of both taken: the machine may be busier at one time t
     decomposing  spectra, factors and least squares of every weight, which does not depend on the
                  number of samples
     ratio        passes to plain inference
-    memory       the most that the process held while it compressed, above what it held before
+    memory       the most that the process held while it compressed, above what it held before,
+                 without pages of mapped files, which the system drops when it needs the room
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from anonymous_memory import anonymous_bytes, peak_of_this_process
 from command_line import failed, new_parser
 from tables import command, markdown
 
@@ -75,28 +76,22 @@ def plain_seconds(model: Path, data: Dataset, samples: Sequence[int]) -> float:
     return time.perf_counter() - start
 
 
-def _memory() -> float:
-    """The most memory that this process ever held, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
-
-
 def _row(label: str, model: Path, data: object, config: CompressConfig) -> tuple[str, ...]:
     dataset = open_data(data, ModelStore.load(model).inputs)  # type: ignore[arg-type]
     samples, _ = dataset.split(samples=config.samples, seed=config.seed)
     before = plain_seconds(model, dataset, samples)
-    held = _memory()
+    held = anonymous_bytes()
     stages = Stages()
-    compress(model, data, config, progress=stages)  # type: ignore[arg-type]
-    stages("", 0, 0)
-    peak = _memory() - held
+    with peak_of_this_process() as peak:
+        compress(model, data, config, progress=stages)  # type: ignore[arg-type]
+        stages("", 0, 0)
     plain = (before + plain_seconds(model, dataset, samples)) / 2
     passes = [stages.seconds[stage] for stage in PASSES]
     return (
         *(label, str(len(samples)), f"{plain:.1f}", *(f"{s:.1f}" for s in passes)),
         f"{sum(passes) / plain:.2f}",
         f"{sum(stages.seconds[stage] for stage in DECOMPOSITIONS):.1f}",
-        *(f"{config.memory_budget / 2**30:.1f}", f"{peak:.1f}"),
+        *(f"{config.memory_budget / 2**30:.1f}", f"{(peak.bytes - held) / 2**30:.1f}"),
     )
 
 
@@ -137,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
+    if not Path("/proc/self/status").is_file():
+        parser.error("this system does not tell anonymous memory from mapped files")
     if (options.model is None) != (options.data is None):
         parser.error("--model and --data belong together")
     try:

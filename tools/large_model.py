@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from anonymous_memory import PERIOD, Peak
 from command_line import failed, new_parser
 from engine_cost import plain_seconds
 from onnx import TensorProto, helper
@@ -37,8 +38,6 @@ __all__ = ["build_large", "main", "watched"]
 TOKENS = 16
 HIDDEN = 4  # units for each feature
 OPSET, IR_VERSION = 17, 9
-# Seconds between two looks at the memory of the process.
-PERIOD = 0.01
 COLUMNS = (
     *("file, GiB", "weights", "largest, MiB", "samples", "memory budget, GiB"),
     *("anonymous memory, GiB", "plain, s", "copy, s", "compress, s", "ratio", "result, GiB"),
@@ -107,17 +106,14 @@ def watched(command: Sequence[str | Path]) -> tuple[float, float]:
     Raises:
         subprocess.CalledProcessError: It failed.
     """
-    start, most = time.perf_counter(), 0
+    start, peak = time.perf_counter(), Peak()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            for line in status.read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    most = max(most, int(line.split()[1]))
+            peak.look(process.pid)
             time.sleep(PERIOD)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return time.perf_counter() - start, most / 2**20
+    return time.perf_counter() - start, peak.bytes / 2**30
 
 
 def _measure(folder: Path, options: argparse.Namespace) -> tuple[str, ...]:

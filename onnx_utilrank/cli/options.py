@@ -92,7 +92,7 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         type=size,
         default=DEFAULT_MEMORY,
         metavar="BYTES",
-        help="what running sums and activations may take, such as 500M or 4G (default: 4G)",
+        help="what weights, sums and activations may take, such as 500M or 4G (default: 4G)",
     )
     options.add_argument(
         "--cache",

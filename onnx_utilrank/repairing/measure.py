@@ -213,7 +213,7 @@ def _by_layer(
         return {use.inputs: SUM_BYTES * use.inputs.width**2 for use in site.uses}
 
     found: list[TwoSidedSite] = []
-    passes = list(in_passes([[site] for site in sites], sums, config.memory_budget // 2))
+    passes = list(in_passes([[site] for site in sites], sums, job.room(config) // 2))
     for group in passes:
         collected = collect(
             job.index,
