@@ -1,7 +1,7 @@
 """Train a compressed model after its original's outputs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,12 +22,13 @@ from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.adaptive import factor_pairs, pair_subspace
 from onnx_utilrank.training.blocks import between_blocks
 from onnx_utilrank.training.history import History
+from onnx_utilrank.training.labels import LabelledSamples
 from onnx_utilrank.training.loop import Recipe
 from onnx_utilrank.training.objective import Objective
 from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, make_trainer
 from onnx_utilrank.training.teacher import Teacher
 from onnx_utilrank.training.weights import Part, changed_names, plain_parts, trainable_names
-from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
+from onnx_utilrank.validation.divergence import Model, OutputRecorder, find_losses
 
 __all__ = ["finetune", "finetuned"]
 
@@ -57,7 +58,8 @@ def finetune(
 
     Three parts of the samples are kept apart: those that are trained on, some that tell when to
     stop, and those held back, which decide: where the outputs diverge less on them than before,
-    the new weights are kept, and else the candidate stays as it is.
+    the new weights are kept, and else the candidate stays as it is. With labels, what training
+    makes small decides, in which they count.
 
     Args:
         reference: The original: path, proto or store.
@@ -95,6 +97,7 @@ def finetuned(
     parts = _parts(graph, original, config)
     notes: tuple[str, ...] = ()
     history, after, store = History(), before, small
+    right: tuple[float | None, float | None] = (None, None)
     if not parts:
         notes = (f"Nothing of it is there to train by {config.method}: it stays as it is.",)
     else:
@@ -108,7 +111,7 @@ def finetuned(
             student,
             objective,
             setting.batches(original, config, losses, teacher),
-            lambda student: judging.compare(student).mean,
+            _judge(objective, judging, teacher_session),
             Recipe(
                 steps=config.steps or DEFAULT_STEPS,
                 learning_rate=rate,
@@ -123,13 +126,20 @@ def finetuned(
         history = trainer.run()
         made = with_arrays(small, student.arrays())
         check_contract(small, made)
-        after = held.compare(open_session(made, setting.provider))
-        if after.mean < before.mean:
+        made_session = open_session(made, setting.provider)
+        after = held.compare(made_session)
+        better, lost = after.mean < before.mean, "outputs diverge"
+        if config.labels is not None:
+            deciding = LabelledSamples(objective, held.feeds, teacher_session)
+            right = deciding.accuracy(candidate_session), deciding.accuracy(made_session)
+            better = deciding.loss(made_session) < deciding.loss(candidate_session)
+            lost = "outputs and labels together lose"
+        if better:
             store = made
         else:
             notes = (
-                "On the samples held back the outputs diverge no less than before: the candidate "
-                "stays as it is.",
+                f"On the samples held back the {lost} no less than before: the candidate stays as "
+                "it is.",
             )
     progress("validating", 0, 0)
     report = compare(
@@ -147,6 +157,8 @@ def finetuned(
         method=config.method,
         before=before,
         after=after,
+        accuracy_before=right[0],
+        accuracy=right[1],
         history=tuple(history.looks),
         dropped=history.dropped,
         seconds=history.seconds,
@@ -154,6 +166,15 @@ def finetuned(
         validation=report,
         notes=notes,
     )
+
+
+def _judge(
+    objective: Objective, recorder: OutputRecorder, original: Model
+) -> Callable[[Model], float]:
+    """What tells how good a model is on the samples of a recorder: lower is better."""
+    if objective.labels is None:
+        return lambda model: recorder.compare(model).mean
+    return LabelledSamples(objective, recorder.feeds, original).loss
 
 
 def _rate(method: FinetuneMethod, divergence: float) -> float:

@@ -1,9 +1,8 @@
 """Train a model with labels so that it comes out of low rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 
 from onnx_utilrank.calibration.collect import Progress, silent
@@ -14,12 +13,12 @@ from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.results import TrainResult
-from onnx_utilrank.runtime.sessions import Feed, Session, open_session
+from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites
-from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.statistics.factorize import factored
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.training.adaptive import dense_subspace, eligible
+from onnx_utilrank.training.labels import LabelledSamples
 from onnx_utilrank.training.loop import Recipe
 from onnx_utilrank.training.objective import Objective
 from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, make_trainer
@@ -78,12 +77,12 @@ def train(
         site.weight: partial(dense_subspace, site) for site in sites if site.weight in names
     }
     objective = Objective(labels=config.labels, classes=classes)
-    judging = setting.feeds(setting.judged)
+    judged = LabelledSamples(objective, setting.feeds(setting.judged))
     trainer = make_trainer(
         student,
         objective,
         setting.batches(source, config, losses, None),
-        lambda student: _label_loss(student, objective, judging),
+        judged.loss,
         Recipe(
             steps=config.steps or DEFAULT_STEPS,
             learning_rate=config.learning_rate or RATE,
@@ -102,11 +101,8 @@ def train(
     dense = with_arrays(source, student.arrays())
     store = _factored(dense, student)
     check_contract(source, store)
-    held = setting.feeds(setting.held)
-    right = [
-        _share_right(open_session(each, setting.provider), held, classes, config.labels)
-        for each in (source, store)
-    ]
+    held = LabelledSamples(objective, setting.feeds(setting.held))
+    right = [held.accuracy(open_session(each, setting.provider)) for each in (source, store)]
     return TrainResult(
         store=store,
         method=config.method,
@@ -129,15 +125,6 @@ def train(
     )
 
 
-def _label_loss(student: Student, objective: Objective, feeds: Sequence[Feed]) -> float:
-    """Mean loss over samples that nothing is trained on."""
-    with torch.no_grad():
-        lost = [
-            float(objective(feed, student.forward(feed, objective.values), {})) for feed in feeds
-        ]
-    return sum(lost) / len(lost)
-
-
 def _factored(dense: ModelStore, student: Student) -> ModelStore:
     """The trained model with two nodes for each weight that is smaller so."""
     parts = {part.name: part for part in student.parts if isinstance(part, Subspace)}
@@ -151,18 +138,3 @@ def _factored(dense: ModelStore, student: Student) -> ModelStore:
             factors = factored(left, part.right.double().numpy(force=True))
             replacements.append(Replacement(site=site, factors=factors, lost_mean=None))
     return rewrite(index, replacements) if replacements else dense
-
-
-def _share_right(
-    session: Session, feeds: Sequence[Feed], classes: OutputLoss, labels: str
-) -> float:
-    """Accuracy in per cent."""
-    right: list[bool] = []
-    for feed in feeds:
-        scores = session.run(feed, [classes.output])[classes.output]
-        wanted = np.asarray(feed[labels]).reshape(-1)
-        found = np.moveaxis(scores, classes.axis, -1).reshape(
-            len(wanted), -1, scores.shape[classes.axis]
-        )
-        right += (found.mean(1).argmax(-1) == wanted).tolist()
-    return 100 * sum(right) / len(right)

@@ -67,6 +67,8 @@ class FinetuneResult(MadeModel):
         method: What was trained.
         before: How far the candidate's outputs are from the original's, on samples held back.
         after: And those of the trained model, whether or not it was kept.
+        accuracy_before: Of the candidate, in per cent, on samples held back; None without labels.
+        accuracy: And of the trained model, whether or not it was kept.
         history: Loss, divergence and numbers trained, as training went on.
         dropped: Steps that were not taken, as their gradients were not finite.
         seconds: Of training.
@@ -81,6 +83,8 @@ class FinetuneResult(MadeModel):
     method: str
     before: Divergence
     after: Divergence
+    accuracy_before: float | None
+    accuracy: float | None
     history: tuple[Look, ...]
     dropped: int
     seconds: float
@@ -97,6 +101,8 @@ class FinetuneResult(MadeModel):
                 "method": self.method,
                 "before": dataclasses.asdict(self.before),
                 "after": dataclasses.asdict(self.after),
+                "accuracy_before": self.accuracy_before,
+                "accuracy": self.accuracy,
                 "history": [dataclasses.asdict(look) for look in self.history],
                 "dropped": self.dropped,
                 "seconds": self.seconds,

@@ -33,18 +33,21 @@ from onnx_utilrank.cli.main import main
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.adaptive import dense_subspace, factor_pairs, pair_subspace
 from onnx_utilrank.training.batches import VARIATIONS, ShuffledBatches
 from onnx_utilrank.training.blocks import between_blocks
+from onnx_utilrank.training.labels import LabelledSamples
 from onnx_utilrank.training.loop import Batch, Recipe, Trainer
 from onnx_utilrank.training.objective import Objective, output_divergence
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.subspaces import rotate, subspace
 from onnx_utilrank.training.weights import plain_parts, scale_of, trainable_names
 from onnx_utilrank.training.windows import window_axes
+from onnx_utilrank.validation.divergence import find_losses
 
 law = settings(deadline=None, max_examples=30)
 SEEDS = st.integers(0, 2**16)
@@ -722,6 +725,32 @@ def test_labels_and_blocks_and_minutes(small: onnx.ModelProto):
     assert len(finetune(network(), small, data, config).history) > 1
     timed = dataclasses.replace(QUICK, steps=None, minutes=0.01)
     assert finetune(network(), small, data, timed).history
+
+
+def test_labels_decide_what_is_kept(small: onnx.ModelProto):
+    data = labelled()  # of another teacher than the original
+    config = dataclasses.replace(QUICK, steps=200, learning_rate=5e-3, labels="label")
+    result = finetune(network(), small, data, config)
+    assert result.kept
+    assert result.accuracy is not None
+    assert result.accuracy_before is not None
+    assert result.accuracy > result.accuracy_before + 5
+    assert result.after.mean > result.before.mean  # which alone would have thrown it away
+    assert finetune(network(), small, samples(), QUICK).accuracy is None
+
+
+def test_what_labelled_samples_lose_does_not_depend_on_how_they_come():
+    data = {name: value[:50] for name, value in labelled().items()}
+    session, candidate = (open_session(ModelStore.load(network(s)), CPU) for s in (0, 100))
+    (loss,) = find_losses(ModelStore.load(network()), session, [data], "softmax")
+    objective = Objective(losses=(loss,), labels="label", classes=loss)
+    parts = [{name: v[a:b] for name, v in data.items()} for a, b in ((0, 1), (1, 30), (30, 50))]
+    one, several = (LabelledSamples(objective, feeds, session) for feeds in ([data], parts))
+    # Means of 50 terms in float32, of the order of 1.
+    assert several.loss(candidate) == pytest.approx(one.loss(candidate), rel=50 * 2**-23)
+    assert several.accuracy(candidate) == one.accuracy(candidate)
+    right = session.run(data)["y"].argmax(-1) == data["label"]
+    assert one.accuracy(session) == pytest.approx(100 * right.mean())
 
 
 def test_labels_need_classes(small: onnx.ModelProto):

@@ -2,8 +2,8 @@
 
 Each model of a zoo (see `zoo_commands.py`) is compressed to each share of its parameters, by the
 paper's rule and by the default method; then each result is fine-tuned for some minutes, without
-labels, on the same samples or on more of them (`--train`), and `zoo.py eval` measures its metric
-before and after, on data that no choice is made by.
+labels, on the same samples or on more of them (`--train`, and `--labels` where those have some), and
+`zoo.py eval` measures its metric before and after, on data that no choice is made by.
 
     factors     all that compression changed is trained, with biases and norms
     oialr       what mixes the bases of factors is trained, and may lose directions
@@ -71,7 +71,12 @@ def rows_of(zoo: Zoo, name: str, ratio: float, options: argparse.Namespace) -> l
             source,
             small,
             options.train.get(name, data),
-            FinetuneConfig(method=trained, minutes=options.minutes, provider=options.provider),
+            FinetuneConfig(
+                method=trained,
+                minutes=options.minutes,
+                labels=options.labels if name in options.train else None,
+                provider=options.provider,
+            ),
         )
         result.save(tuned)
         drop = zoo.metric(name, str(tuned))["drop"] if result.kept else made[method]
@@ -130,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=NPZ",
         help="samples to fine-tune that model on, in the place of its calibration samples",
     )
+    parser.add_argument(
+        "--labels", metavar="KEY", help="array of the files of --train with right classes to learn"
+    )
     parser.add_argument("--provider", default="cpu", help="where to run (default: cpu)")
     return parser
 
@@ -141,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     where = check_zoo(parser, options.zoo)
     options.train = dict(options.train)
+    if options.labels and not options.train:
+        parser.error("--labels: needs --train, whose files hold them")
     if unknown := options.train.keys() - set(options.models):
         parser.error(f"--train: {', '.join(sorted(unknown))} is none of the models")
     rows = []

@@ -15,7 +15,7 @@ __all__ = ["finetune_tables", "train_tables"]
 
 def finetune_tables(result: FinetuneResult, output: str) -> Iterator[RenderableType]:
     """The course of the training, and the comparison of what came out with the original."""
-    yield from _course(result.history, "divergence")
+    yield from _course(result.history, "divergence" if result.accuracy is None else "loss apart")
     yield from comparison(result.validation)
     before, after = result.before, result.after
     yield Text(
@@ -23,6 +23,11 @@ def finetune_tables(result: FinetuneResult, output: str) -> Iterator[RenderableT
         f"{before.standard_error:.2g} before, {after.mean:.3g} ± {after.standard_error:.2g} after "
         f"training on {result.samples} samples for {result.seconds:.0f} s"
     )
+    if result.accuracy is not None:
+        yield Text(
+            f"Accuracy on them: {result.accuracy_before:.2f} % before, {result.accuracy:.2f} % "
+            "after"
+        )
     yield from sentences((*result.notes, *_dropped(result.dropped)), {})
     done = "The new weights are kept." if result.kept else "The candidate is UNCHANGED."
     yield Text(f"{done} Written to {output}.")

@@ -12,7 +12,8 @@ class Look:
     Attributes:
         step: Steps done.
         loss: Mean loss of the steps since the look before.
-        divergence: Of the student on samples kept apart to judge it.
+        divergence: Of the student on samples kept apart to judge it; with labels, what training
+            makes small, in which they count.
         trained: Numbers that are trained at this step.
     """
 

@@ -23,7 +23,8 @@ def training(content: Content) -> Section | None:
     found = content if "history" in content else content.get("recovered")
     if not isinstance(found, dict):  # there was none, or it is the share that a repair recovered
         return None
-    apart = "divergence" if "kept" in found else "loss on samples apart"
+    labelled = found.get("accuracy") is not None
+    apart = "loss on samples apart" if labelled else "divergence"
     history = found["history"]
     lines = [
         f"By {found['method']}, on {found['samples']:,} samples for {duration(found['seconds'])}."
@@ -35,6 +36,11 @@ def training(content: Content) -> Section | None:
             f", {number(after['mean'])} after. The new weights are "
             f"{'kept' if found['kept'] else 'NOT kept'}."
         )
+        if labelled:
+            lines.append(
+                f"Accuracy on them: {number(found['accuracy_before'])} % before, "
+                f"{number(found['accuracy'])} % after."
+            )
     if found["dropped"]:
         lines.append(f"{found['dropped']} steps were not taken: their gradients were not finite.")
     parts: list[Part] = [Sentences(lines)]

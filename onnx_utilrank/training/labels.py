@@ -1,0 +1,67 @@
+"""What a model makes of samples whose right classes are known."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from onnx_utilrank.runtime.sessions import Feed
+from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.training.objective import Objective
+from onnx_utilrank.validation.divergence import Model
+
+__all__ = ["LabelledSamples"]
+
+
+class LabelledSamples:
+    """Samples that nothing is trained on, with what is wanted of a model there."""
+
+    def __init__(
+        self, objective: Objective, feeds: Sequence[Feed], original: Model | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            objective: With labels. What counts between blocks does not count here.
+            feeds: The samples, labels among them.
+            original: Whose outputs count too; None where labels alone do.
+        """
+        self._objective = replace(objective, blocks={})
+        self._feeds = tuple(feeds)
+        wanted = self._objective.wanted
+        self._wanted = [original.run(feed, wanted) if original else {} for feed in self._feeds]
+
+    def loss(self, model: Model) -> float:
+        """Mean over the samples of what training makes small.
+
+        Raises:
+            DataError: A label is no class of the output.
+            ModelError: A node cannot be computed.
+        """
+        total = count = 0.0
+        for feed, wanted in zip(self._feeds, self._wanted, strict=True):
+            made = model.run(feed, self._objective.values)
+            tensors = {name: torch.from_numpy(np.array(value)) for name, value in made.items()}
+            n = samples_in(feed)
+            total += n * float(self._objective(feed, tensors, wanted))
+            count += n
+        return total / count
+
+    def accuracy(self, model: Model) -> float:
+        """Share of the samples whose right class scores highest, in per cent.
+
+        Of an output with positions the mean over them counts.
+        """
+        labels, classes = self._objective.labels, self._objective.classes
+        assert labels is not None
+        assert classes is not None
+        right: list[bool] = []
+        for feed in self._feeds:
+            scores = model.run(feed, [classes.output])[classes.output]
+            wanted = np.asarray(feed[labels]).reshape(-1)
+            found = np.moveaxis(scores, classes.axis, -1).reshape(
+                len(wanted), -1, scores.shape[classes.axis]
+            )
+            right += (found.mean(1).argmax(-1) == wanted).tolist()
+        return 100 * sum(right) / len(right)
