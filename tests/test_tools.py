@@ -360,6 +360,8 @@ def test_recovery_table_runs_the_whole_chain(monkeypatch, fake_zoo, tmp_path, ca
         assert 50 < float(row[4]) <= 70
         assert row[6] == "1.00"
     assert recovery_table.main(["--zoo", str(fake_zoo), "--models", "absent"]) == 1
+    with pytest.raises(SystemExit):
+        recovery_table.main(["--zoo", str(fake_zoo), "--models", "tiny", "--labels", "label"])
     assert "absent" in capsys.readouterr().err
 
 

@@ -2,8 +2,8 @@
 
 Each model of a zoo (see `zoo_commands.py`) is compressed to each share of its parameters, by the
 paper's rule and by the default method; then each result is fine-tuned for some minutes, without
-labels, on the same samples or on more of them (`--train`, and `--labels` where those have some), and
-`zoo.py eval` measures its metric before and after, on data that no choice is made by.
+labels unless `--labels` names some, on the same samples or on more of them (`--train`), and `zoo.py
+eval` measures its metric before and after, on data that no choice is made by.
 
     factors     all that compression changed is trained, with biases and norms
     oialr       what mixes the bases of factors is trained, and may lose directions
