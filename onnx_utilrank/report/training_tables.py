@@ -26,7 +26,7 @@ def finetune_tables(result: FinetuneResult, output: str) -> Iterator[RenderableT
     if result.accuracy is not None:
         yield Text(
             f"Accuracy on them: {result.accuracy_before:.2f} % before, {result.accuracy:.2f} % "
-            "after"
+            "after; outputs and labels together decide"
         )
     yield from sentences((*result.notes, *_dropped(result.dropped)), {})
     done = "The new weights are kept." if result.kept else "The candidate is UNCHANGED."

@@ -39,7 +39,7 @@ def training(content: Content) -> Section | None:
         if labelled:
             lines.append(
                 f"Accuracy on them: {number(found['accuracy_before'])} % before, "
-                f"{number(found['accuracy'])} % after."
+                f"{number(found['accuracy'])} % after; outputs and labels together decide."
             )
     if found["dropped"]:
         lines.append(f"{found['dropped']} steps were not taken: their gradients were not finite.")
