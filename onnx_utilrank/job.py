@@ -203,7 +203,7 @@ class Job:
     ) -> Measurement:
         gradients = self.gradients(samples, config)
         if hidden is None and (config.moves is None or SHRINK in config.moves):
-            hidden = self._affordable(self.hidden(sites, samples), self.room(config))
+            hidden = self._affordable(self.hidden(sites, samples), config.memory_budget)
         measured, passes = measure_sensitivity(
             gradients.graph,
             self.index,

@@ -37,8 +37,8 @@ class RunConfig:
         provider_options: Its options, by ONNX Runtime's names.
         custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         memory_budget: Bytes that weights, running sums and the activations of gradients may take
-            together. Where the weights take more than half of it, they come on top; hidden units
-            whose decompositions would take more than a quarter of what is left stay.
+            together; where the weights take more than half of it, they come on top. Hidden units
+            whose decompositions would take more than a quarter of it stay.
         cache: Folder in which statistics and checkpoints are kept and looked up; None for none.
 
     Raises:
