@@ -15,7 +15,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.results import FinetuneResult
-from onnx_utilrank.runtime.sessions import open_session
+from onnx_utilrank.runtime.sessions import Session, open_session
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.surgery.rewrite import check_contract
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -26,9 +26,10 @@ from onnx_utilrank.training.labels import LabelledSamples
 from onnx_utilrank.training.loop import Recipe
 from onnx_utilrank.training.objective import Objective
 from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, make_trainer
+from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.teacher import Teacher
 from onnx_utilrank.training.weights import Part, changed_names, plain_parts, trainable_names
-from onnx_utilrank.validation.divergence import Model, OutputRecorder, find_losses
+from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
 
 __all__ = ["finetune", "finetuned"]
 
@@ -169,11 +170,11 @@ def finetuned(
 
 
 def _judge(
-    objective: Objective, recorder: OutputRecorder, original: Model
-) -> Callable[[Model], float]:
-    """What tells how good a model is on the samples of a recorder: lower is better."""
+    objective: Objective, recorder: OutputRecorder, original: Session
+) -> Callable[[Student], float]:
+    """What tells how good a student is on the samples of a recorder: lower is better."""
     if objective.labels is None:
-        return lambda model: recorder.compare(model).mean
+        return lambda student: recorder.compare(student).mean
     return LabelledSamples(objective, recorder.feeds, original).loss
 
 

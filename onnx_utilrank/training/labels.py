@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from onnx_utilrank.runtime.sessions import Feed
+from onnx_utilrank.runtime.sessions import Feed, Session
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.training.objective import Objective
-from onnx_utilrank.validation.divergence import Model
+from onnx_utilrank.training.student import Student
 
 __all__ = ["LabelledSamples"]
 
@@ -18,7 +18,7 @@ class LabelledSamples:
     """Samples that nothing is trained on, with what is wanted of a model there."""
 
     def __init__(
-        self, objective: Objective, feeds: Sequence[Feed], original: Model | None = None
+        self, objective: Objective, feeds: Sequence[Feed], original: Session | None = None
     ) -> None:
         """Prepare.
 
@@ -32,7 +32,7 @@ class LabelledSamples:
         wanted = self._objective.wanted
         self._wanted = [original.run(feed, wanted) if original else {} for feed in self._feeds]
 
-    def loss(self, model: Model) -> float:
+    def loss(self, model: Session | Student) -> float:
         """Mean over the samples of what training makes small.
 
         Raises:
@@ -48,7 +48,7 @@ class LabelledSamples:
             count += n
         return total / count
 
-    def accuracy(self, model: Model) -> float:
+    def accuracy(self, model: Session | Student) -> float:
         """Share of the samples whose right class scores highest, in per cent.
 
         Of an output with positions the mean over them counts.
