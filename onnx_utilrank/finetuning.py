@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, mak
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.teacher import Teacher
 from onnx_utilrank.training.weights import Part, changed_names, plain_parts, trainable_names
-from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
+from onnx_utilrank.validation.divergence import Divergence, OutputRecorder, find_losses
 
 __all__ = ["finetune", "finetuned"]
 
@@ -96,52 +97,28 @@ def finetuned(
     before = held.compare(candidate_session)
     graph = setting.graph(small)
     parts = _parts(graph, original, config)
-    notes: tuple[str, ...] = ()
-    history, after, store = History(), before, small
-    right: tuple[float | None, float | None] = (None, None)
-    if not parts:
-        notes = (f"Nothing of it is there to train by {config.method}: it stays as it is.",)
-    else:
-        student = setting.student(graph, parts)
+    store, history, found = small, History(), _Verdict(after=before)
+    if parts:
         objective = _objective(original, graph, parts, losses, setting, config)
-        budget = KEPT_OUTPUTS * config.memory_budget
-        teacher = Teacher(original, objective.wanted, setting.provider, budget=budget)
-        judging = OutputRecorder(teacher_session, losses, setting.feeds(setting.judged))
-        rate = config.learning_rate or _rate(config.method, judging.compare(candidate_session).mean)
-        trainer = make_trainer(
-            student,
-            objective,
-            setting.batches(original, config, losses, teacher),
-            _judge(objective, judging, teacher_session),
-            Recipe(
-                steps=config.steps or DEFAULT_STEPS,
-                learning_rate=rate,
-                patience=None if config.method == "oialr" else PATIENCE,
-            ),
+        judged = OutputRecorder(teacher_session, losses, setting.feeds(setting.judged))
+        made, history = _trained(
+            original,
+            small,
+            setting.student(graph, parts),
+            setting,
             config,
-            SCHEDULE,
-            cache=setting.cache(small, config),
-            key=("finetune", original.fingerprint(), config.method, objective),
+            objective,
+            judge=_judge(objective, judged, teacher_session),
+            rate=config.learning_rate
+            or _rate(config.method, judged.compare(candidate_session).mean),
             progress=progress,
         )
-        history = trainer.run()
-        made = with_arrays(small, student.arrays())
-        check_contract(small, made)
         made_session = open_session(made, setting.provider)
-        after = held.compare(made_session)
-        better, lost = after.mean < before.mean, "outputs diverge"
-        if config.labels is not None:
-            deciding = LabelledSamples(objective, held.feeds, teacher_session)
-            right = deciding.accuracy(candidate_session), deciding.accuracy(made_session)
-            better = deciding.loss(made_session) < deciding.loss(candidate_session)
-            lost = "outputs and labels together lose"
-        if better:
-            store = made
-        else:
-            notes = (
-                f"On the samples held back the {lost} no less than before: the candidate stays as "
-                "it is.",
-            )
+        found = _verdict(objective, held, before, teacher_session, candidate_session, made_session)
+        store = made if found.better else small
+        reason = f"On the samples held back the {found.lost} no less than before"
+    else:
+        reason = f"Nothing of it is there to train by {config.method}"
     progress("validating", 0, 0)
     report = compare(
         original,
@@ -154,18 +131,87 @@ def finetuned(
     )
     return FinetuneResult(
         store=store,
-        kept=store is not small,
+        kept=found.better,
         method=config.method,
         before=before,
-        after=after,
-        accuracy_before=right[0],
-        accuracy=right[1],
+        after=found.after,
+        accuracy_before=found.accuracy_before,
+        accuracy=found.accuracy,
         history=tuple(history.looks),
         dropped=history.dropped,
         seconds=history.seconds,
         samples=len(setting.fitted),
         validation=report,
-        notes=notes,
+        notes=() if found.better else (f"{reason}: the candidate stays as it is.",),
+    )
+
+
+def _trained(
+    original: ModelStore,
+    small: ModelStore,
+    student: Student,
+    setting: Setting,
+    config: FinetuneConfig,
+    objective: Objective,
+    *,
+    judge: Callable[[Student], float],
+    rate: float,
+    progress: Progress,
+) -> tuple[ModelStore, History]:
+    """The candidate with the weights of the best student, and how training went."""
+    budget = KEPT_OUTPUTS * config.memory_budget
+    teacher = Teacher(original, objective.wanted, setting.provider, budget=budget)
+    trainer = make_trainer(
+        student,
+        objective,
+        setting.batches(original, config, objective.losses, teacher),
+        judge,
+        Recipe(
+            steps=config.steps or DEFAULT_STEPS,
+            learning_rate=rate,
+            patience=None if config.method == "oialr" else PATIENCE,
+        ),
+        config,
+        SCHEDULE,
+        cache=setting.cache(small, config),
+        key=("finetune", original.fingerprint(), config.method, objective),
+        progress=progress,
+    )
+    history = trainer.run()
+    made = with_arrays(small, student.arrays())
+    check_contract(small, made)
+    return made, history
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verdict:
+    """What the samples held back say of the trained model; without labels, none of accuracy."""
+
+    after: Divergence
+    better: bool = False
+    lost: str = "outputs diverge"
+    accuracy_before: float | None = None
+    accuracy: float | None = None
+
+
+def _verdict(
+    objective: Objective,
+    held: OutputRecorder,
+    before: Divergence,
+    original: Session,
+    candidate: Session,
+    made: Session,
+) -> _Verdict:
+    after = held.compare(made)
+    if objective.labels is None:
+        return _Verdict(after=after, better=after.mean < before.mean)
+    labelled = LabelledSamples(objective, held.feeds, original)
+    return _Verdict(
+        after=after,
+        better=labelled.loss(made) < labelled.loss(candidate),
+        lost="outputs and labels together lose",
+        accuracy_before=labelled.accuracy(candidate),
+        accuracy=labelled.accuracy(made),
     )
 
 
