@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.model], [args.report])
+    check_outputs([args.model, args.data, *args.custom_op_library], [args.report])
     config = AnalyzeConfig(
         energy=args.energy,
         **run_options(args),

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.reference, *args.candidates], [args.report])
+    check_outputs(
+        [args.reference, *args.candidates, args.data, *args.custom_op_library], [args.report]
+    )
     config = BenchmarkConfig(
         **providers_options(args),
         batches=tuple(args.batch),

@@ -146,7 +146,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--point goes with --plan")
     if args.steps is not None and args.finetune is None:
         raise ConfigError("--steps goes with --finetune")
-    check_outputs([args.model, args.plan], [args.output, args.plan_out, args.report])
+    check_outputs(
+        [args.model, args.plan, args.data, *args.custom_op_library],
+        [args.output, args.plan_out, args.report],
+    )
     asked = {key: getattr(args, key) for key in QUALITY_KEYS}
     quality = next(
         (QualityTarget(key=key, limit=v) for key, v in asked.items() if v is not None), None

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.model], [args.report])
+    check_outputs([args.model, *args.custom_op_library], [args.report])
     report = inspect(args.model, custom_op_libraries=args.custom_op_library)
     emit(args, report, inspection_tables(report))
     return 0

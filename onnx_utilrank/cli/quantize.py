@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.model], [args.output, args.report])
+    check_outputs([args.model, args.data, *args.custom_op_library], [args.output, args.report])
     config = QuantizeConfig(
         scheme=args.to,
         evaluate=args.evaluate,

@@ -93,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.reference, args.quantized], [args.output, args.report])
+    check_outputs(
+        [args.reference, args.quantized, args.data, *args.custom_op_library],
+        [args.output, args.report],
+    )
     asked = {key: getattr(args, key) for key in QUALITY_KEYS}
     quality = next(
         (QualityTarget(key=key, limit=v) for key, v in asked.items() if v is not None), None

@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
     if (args.pick is None) != (args.output is None):
         raise ConfigError("--pick R and -o OUT go together")
-    check_outputs([args.model], [args.output, args.plot, args.report])
+    check_outputs(
+        [args.model, args.data, *args.custom_op_library], [args.output, args.plot, args.report]
+    )
     if args.plot:
         check_plot(args.plot)
     ratios = args.ratios

@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.reference, args.candidate], [args.report])
+    check_outputs(
+        [args.reference, args.candidate, args.data, *args.custom_op_library], [args.report]
+    )
     config = ValidateConfig(
         **providers_options(args),
         max_error=args.max_error,
