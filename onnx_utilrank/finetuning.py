@@ -8,10 +8,11 @@ import numpy as np
 
 from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
+from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.comparison import check_alike, compare
 from onnx_utilrank.config import FinetuneConfig, FinetuneMethod, ValidateConfig
-from onnx_utilrank.errors import ConfigError, ModelError
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
@@ -22,6 +23,7 @@ from onnx_utilrank.surgery.rewrite import check_contract
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.adaptive import factor_pairs, pair_subspace
 from onnx_utilrank.training.blocks import between_blocks
+from onnx_utilrank.training.form import trainable_form
 from onnx_utilrank.training.history import History
 from onnx_utilrank.training.labels import LabelledSamples
 from onnx_utilrank.training.loop import Recipe
@@ -90,20 +92,22 @@ def finetuned(
     """See `finetune`; the samples are parted already."""
     teacher_session = open_session(original, setting.provider)
     candidate_session = open_session(small, setting.provider)
+    setting.check_finite(original, teacher_session)
     losses = find_losses(original, teacher_session, setting.looked_at, config.weighting)
     if not losses:
         raise ModelError(f"{original.label}: no output holds floating values to follow")
     held = OutputRecorder(teacher_session, losses, setting.feeds(setting.held))
     before = held.compare(candidate_session)
-    graph = setting.graph(small)
+    form = trainable_form(small)
+    graph = setting.graph(form)
     parts = _parts(graph, original, config)
     store, history, found = small, History(), _Verdict(after=before)
     if parts:
-        objective = _objective(original, graph, parts, losses, setting, config)
+        objective = _objective(original, teacher_session, graph, parts, losses, setting, config)
         judged = OutputRecorder(teacher_session, losses, setting.feeds(setting.judged))
         made, history = _trained(
             original,
-            small,
+            form,
             setting.student(graph, parts),
             setting,
             config,
@@ -142,13 +146,16 @@ def finetuned(
         seconds=history.seconds,
         samples=len(setting.fitted),
         validation=report,
-        notes=() if found.better else (f"{reason}: the candidate stays as it is.",),
+        notes=(
+            *found.notes,
+            *([] if found.better else [f"{reason}: the candidate stays as it is."]),
+        ),
     )
 
 
 def _trained(
     original: ModelStore,
-    small: ModelStore,
+    form: ModelStore,
     student: Student,
     setting: Setting,
     config: FinetuneConfig,
@@ -169,17 +176,19 @@ def _trained(
         Recipe(
             steps=config.steps or DEFAULT_STEPS,
             learning_rate=rate,
-            patience=None if config.method == "oialr" else PATIENCE,
+            patience=PATIENCE,
+            # Bases turn on the way: means over turns would be of nothing.
+            averaged=config.method != "oialr",
         ),
         config,
         SCHEDULE,
-        cache=setting.cache(small, config),
+        cache=setting.cache(form, config),
         key=("finetune", original.fingerprint(), config.method, objective),
         progress=progress,
     )
     history = trainer.run()
-    made = with_arrays(small, student.arrays())
-    check_contract(small, made)
+    made = with_arrays(form, student.arrays())
+    check_contract(form, made)
     return made, history
 
 
@@ -192,6 +201,7 @@ class _Verdict:
     lost: str = "outputs diverge"
     accuracy_before: float | None = None
     accuracy: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _verdict(
@@ -206,12 +216,14 @@ def _verdict(
     if objective.labels is None:
         return _Verdict(after=after, better=after.mean < before.mean)
     labelled = LabelledSamples(objective, held.feeds, original)
+    assert objective.classes is not None
     return _Verdict(
         after=after,
         better=labelled.loss(made) < labelled.loss(candidate),
         lost="outputs and labels together lose",
         accuracy_before=labelled.accuracy(candidate),
         accuracy=labelled.accuracy(made),
+        notes=objective.labels.notes(objective.classes, objective.losses),
     )
 
 
@@ -235,14 +247,14 @@ def _rate(method: FinetuneMethod, divergence: float) -> float:
 
 def _parts(graph: TorchGraph, original: ModelStore, config: FinetuneConfig) -> list[Part]:
     """What a method trains; nothing, where the candidate is the original."""
-    changed = changed_names(graph, original)
+    changed = changed_names(graph, trainable_form(original))
     names = trainable_names(graph)
     parts: list[Part] = []
-    if not changed.intersection(names):
-        return parts
     biases = trainable_names(graph, "biases")
     if config.method == "biases":
         return plain_parts(graph, biases)
+    if not changed.intersection(names):
+        return parts
     if config.method == "oialr":
         for first, second in factor_pairs(GraphIndex.build(graph.store)):
             pair = first.weight, second.weight
@@ -258,6 +270,7 @@ def _parts(graph: TorchGraph, original: ModelStore, config: FinetuneConfig) -> l
 
 def _objective(
     original: ModelStore,
+    session: Session,
     graph: TorchGraph,
     parts: Sequence[Part],
     losses: tuple[OutputLoss, ...],
@@ -273,12 +286,8 @@ def _objective(
         for name, value in shown.items():
             if np.issubdtype(value.dtype, np.floating):
                 blocks[name] = max(float(value.astype(np.float64).var()), 1e-12)
-    classes = None
-    if config.labels is not None:
-        classes = next((loss for loss in losses if loss.weighting != "values"), None)
-        if classes is None:
-            raise ConfigError(
-                f"{original.label}: labels need an output with scores of classes; "
-                "--output-weighting softmax says that it is one"
-            )
-    return Objective(losses=losses, blocks=blocks, labels=config.labels, classes=classes)
+    if config.labels is None:
+        return Objective(losses=losses, blocks=blocks)
+    labels = Labels.parse(config.labels)
+    classes = setting.classes(labels, session, losses)
+    return Objective(losses=losses, blocks=blocks, labels=labels, classes=classes)

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
+from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.calibration.survey import linear_flops, survey
 from onnx_utilrank.calibration.variations import with_variations
 from onnx_utilrank.comparison import compare
@@ -30,7 +29,7 @@ from onnx_utilrank.measurement import (
 from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.plain import index_model
-from onnx_utilrank.model.store import ModelSource, ModelStore, TensorSpec
+from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.moves.moves import MOVE_KEYS
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.method import MomentMethod
@@ -108,7 +107,7 @@ class Job:
             data: The samples.
             config: Which sites count, and where the model runs.
             progress: Called as work goes on.
-            labels: Array of the data, int64 [samples], that is no input: feeds hold it too.
+            labels: Array of the data that is no input: feeds hold it too (`Labels`).
 
         Raises:
             UtilrankError: One of its children, by what is wrong: options, model, data, provider.
@@ -124,7 +123,7 @@ class Job:
         )
         wanted = list(source.inputs)
         if labels is not None:
-            wanted.append(TensorSpec(name=labels, dtype=np.dtype(np.int64), shape=(None,)))
+            wanted.append(Labels.parse(labels).spec)
         dataset = open_data(data, wanted)
         return cls(
             source=source,

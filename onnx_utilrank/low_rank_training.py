@@ -1,13 +1,16 @@
 """Train a model with labels so that it comes out of low rank."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
+from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.config import TrainConfig
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
@@ -18,6 +21,7 @@ from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.factorize import factored
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.training.adaptive import dense_subspace, eligible
+from onnx_utilrank.training.form import trainable_form
 from onnx_utilrank.training.labels import LabelledSamples
 from onnx_utilrank.training.loop import Recipe
 from onnx_utilrank.training.objective import Objective
@@ -62,21 +66,26 @@ def train(
         UtilrankError: One of its children, by what is wrong: options, model, data, provider.
     """
     assert config.labels is not None
-    source = ModelStore.load(model)
+    source = trainable_form(ModelStore.load(model))
     setting = Setting.open(source, data, config)
     session = open_session(source, setting.provider)
-    losses = find_losses(source, session, setting.looked_at, "softmax")
-    classes = next(loss for loss in losses if loss.weighting == "softmax")
+    setting.check_finite(source, session)
+    losses = find_losses(source, session, setting.looked_at)
+    labels = Labels.parse(config.labels)
+    classes = replace(setting.classes(labels, session, losses), weighting="softmax")
     graph = setting.graph(source)
-    index = GraphIndex.build(graph.store)
-    sites = [s for s in eligible(find_sites(index)[0]) if s.weight in graph.parameters]
     names = trainable_names(graph)
+    if not names:
+        raise ModelError(f"{source.label}: no operator reads a floating weight to train")
     student = setting.student(graph, plain_parts(graph, names))
     trainable = student.trained
+    sites, left = eligible(find_sites(GraphIndex.build(source))[0], names)
     into: dict[str, Callable[[torch.Tensor], Subspace]] = {
-        site.weight: partial(dense_subspace, site) for site in sites if site.weight in names
+        site.weight: partial(dense_subspace, site) for site in sites
     }
-    objective = Objective(labels=config.labels, classes=classes)
+    if config.method == "oialr" and not into:
+        raise ModelError(f"{source.label}: no weight goes into bases: {'; '.join(left)}")
+    objective = Objective(labels=labels, classes=classes)
     judged = LabelledSamples(objective, setting.feeds(setting.judged))
     trainer = make_trainer(
         student,
@@ -122,6 +131,11 @@ def train(
         dropped=history.dropped,
         seconds=history.seconds,
         samples=len(setting.fitted),
+        notes=(
+            *labels.notes(classes, losses),
+            f"{trainable:,} of {count_parameters(source):,} parameters were trained.",
+            *(left if config.method == "oialr" else ()),
+        ),
     )
 
 

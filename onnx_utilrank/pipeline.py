@@ -108,7 +108,8 @@ def compress(
     config = config or CompressConfig()
     _check_asked(config, plan)
     config = with_metric(config)
-    job = Job.open(model, data, config, progress, labels=config.labels)
+    own = None if config.finetune is None else config.finetune.labels
+    job = Job.open(model, data, config, progress, labels=config.labels or own)
     if config.finetune is not None:
         TorchGraph.build(job.source)  # what cannot be trained is told before the work
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
@@ -155,6 +156,7 @@ def compress(
         result = replace(result, recovered=recovered)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
     judge = Judge(job, held, config, found.losses)
+    notes = (*notes, *judge.notes)
     if quantizing is None:
         report, quality = job.validate(store, held, timed=config.latency_batch), judge(store)
     else:

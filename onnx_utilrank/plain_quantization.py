@@ -85,5 +85,5 @@ def quantize(
     made = quantizing(job.source)
     judge = Judge(job, held, options)
     store, report = measure_stages(job, quantizing, job.source, made, held, judge)
-    notes = (*made.notes, *report.notes)
+    notes = (*made.notes, *report.notes, *judge.notes)
     return QuantizeResult(store=store, report=report, samples=len(calibration), notes=notes)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.calibration.own_code import import_function, importable
 from onnx_utilrank.config import CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError, DataError
@@ -98,15 +99,17 @@ class Judge:
         """
         self._job = job
         self._feeds = job.feeds(samples)
-        self._labels = config.labels
+        self._labels = None if config.labels is None else Labels.parse(config.labels)
         given = config.evaluate
         self._metric = import_function(given) if isinstance(given, str) else given
         session = open_session(job.source, job.provider)
         self.losses = tuple(losses) or find_losses(
             job.source, session, self._feeds, config.weighting
         )
-        if self._labels is not None and not self.losses:
-            raise ConfigError(f"{job.store.label}: no output holds scores to compare labels with")
+        if self._labels is not None:
+            self._classes = self._labels.find_output(
+                session, self.losses, self._feeds, job.data.label
+            )
         self._recorder = OutputRecorder(session, self.losses, self._feeds)
         self._right = self._correct(session)
         self._baseline = (
@@ -114,6 +117,12 @@ class Judge:
             if self._right is not None
             else self._evaluate(job.source)
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report says of the metric."""
+        labels = self._labels
+        return () if labels is None else labels.notes(self._classes, self.losses)
 
     def __call__(self, candidate: ModelStore) -> Quality:
         """Measure one candidate.
@@ -164,20 +173,14 @@ class Judge:
         return number
 
     def _correct(self, session: Session) -> np.ndarray | None:
-        """For each sample whether the first output's largest score is that of its label."""
+        """For each label that counts whether the largest score is that of its class."""
         if self._labels is None:
             return None
-        output = self.losses[0].output
-        right = []
-        for feed in self._feeds:
-            scores = session.run(feed, [output])[output]
-            labels = np.asarray(feed[self._labels]).reshape(-1)
-            if scores.ndim < 2 or math.prod(scores.shape[:-1]) != len(labels):
-                raise DataError(
-                    f"labels {self._labels!r}: output {output!r} of shape {list(scores.shape)} "
-                    f"does not give one row of scores for each of {len(labels)} labels"
-                )
-            right.append(scores.reshape(len(labels), -1).argmax(-1) == labels)
+        output = self._classes.output
+        right = [
+            self._labels.right(feed, session.run(feed, [output])[output], self._classes)
+            for feed in self._feeds
+        ]
         return np.concatenate(right)
 
 

@@ -136,6 +136,7 @@ class TrainResult(MadeModel):
         dropped: Steps that were not taken, as their gradients were not finite.
         seconds: Of training.
         samples: Samples that were trained on.
+        notes: Sentences that a user has to know.
     """
 
     verb: ClassVar[str] = "train"
@@ -153,12 +154,14 @@ class TrainResult(MadeModel):
     dropped: int
     seconds: float
     samples: int
+    notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
         """The result as JSON types; the model itself is left out."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["store"]
         fields["history"] = [dataclasses.asdict(look) for look in self.history]
+        fields["notes"] = list(self.notes)
         fields["ranks"] = {name: list(rank) for name, rank in self.ranks.items()}
         return strict(fields)
 

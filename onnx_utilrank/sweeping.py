@@ -62,7 +62,7 @@ def sweep(
     found = job.measure(config.method_key, job.sites, calibration, config)
     offers = make_offers(job, found, calibration, config)
     judge = Judge(job, held, config, found.losses)
-    points, notes, kept = [], list(found.notes), None
+    points, notes, kept = [], [*found.notes, *judge.notes], None
     full: tuple[str, ...] = ()
     for ratio in sorted(set(ratios), reverse=True):
         try:

@@ -238,7 +238,7 @@ def test_labels_that_do_not_fit_are_refused(small):
     path, data = small
     config = target("max_drop", 1.0, labels=LABEL)
     for labels, message in (
-        (np.zeros((300, 3), np.int64), "does not give one row of scores"),
+        (np.zeros((300, 3), np.int64), "one for each of 32 x 3, fit no output"),
         (np.zeros(299, np.int64), LABEL),
     ):
         with pytest.raises(DataError, match=message):

@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group(parser, "training").add_argument(
         "--labels",
-        metavar="KEY",
-        help="array of the data with the right class of each sample, int64, to train on as well",
+        metavar="KEY[=OUTPUT]",
+        help="array of the data with the right classes, int64, one for each sample or position, to "
+        "train on as well; OUTPUT, where several could be meant",
     )
     group(parser, "training").add_argument(
         "--blocks",
@@ -81,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.reference, args.candidate], [args.output, args.report])
+    check_outputs(
+        [args.reference, args.candidate, args.data, *args.custom_op_library],
+        [args.output, args.report],
+    )
     config = FinetuneConfig(
         method=args.method,
         weighting=args.output_weighting,

@@ -198,9 +198,9 @@ def add_metric_options(parser: argparse.ArgumentParser) -> None:
     )
     metric.add_argument(
         "--labels",
-        metavar="KEY",
-        help="array of the data with the right class of each sample, int64: the metric is then the "
-        "accuracy in per cent",
+        metavar="KEY[=OUTPUT]",
+        help="array of the data with the right classes, int64, one for each sample or position: the "
+        "metric is then the accuracy in per cent; OUTPUT, where several could be meant",
     )
 
 

@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group(parser, "training").add_argument(
         "--labels",
         required=True,
-        metavar="KEY",
-        help="array of the data with the right class of each sample, int64",
+        metavar="KEY[=OUTPUT]",
+        help="array of the data with the right classes, int64, one for each sample or position; "
+        "OUTPUT, where several could be meant",
     )
     group(parser, "training").add_argument(
         "--method",
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; its exit status."""
-    check_outputs([args.model], [args.output, args.report])
+    check_outputs([args.model, args.data, *args.custom_op_library], [args.output, args.report])
     config = TrainConfig(
         method=args.method,
         labels=args.labels,

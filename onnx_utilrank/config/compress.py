@@ -74,8 +74,9 @@ class CompressConfig(CalibrationConfig):
         quality: Smallest model that is still this good.
         evaluate: The user's metric, of which a higher value is better: a function, or
             'package.module:function', that takes the path of an ONNX file and gives a number.
-        labels: Or the array of the data, int64 [samples], that holds the right class of each
-            sample: the metric is then the accuracy in per cent.
+        labels: Or the array of the data, int64 [samples] or [samples, positions], with the right
+            classes: KEY, or KEY=OUTPUT where it is not plain which output they are classes of. The
+            metric is then the accuracy in per cent.
         method: Key of the method; None for two-sided factors, or one-sided ones where gradients
             cannot be had.
         weighting: What counts at the outputs: `softmax`, `logits` or `values`; None to tell from
@@ -138,6 +139,11 @@ class CompressConfig(CalibrationConfig):
         check(
             self.energy is None or self.method in (None, "utilized-rank"),
             f"energy is the rule of method utilized-rank; method {self.method} takes a param ratio",
+        )
+        own = None if self.finetune is None else self.finetune.labels
+        check(
+            own is None or self.labels in (None, own),
+            f"labels {self.labels!r} and {own!r} (fine-tuning) differ",
         )
         metrics = (self.evaluate is not None) + (self.labels is not None)
         check(metrics <= 1, "evaluate and labels exclude each other")

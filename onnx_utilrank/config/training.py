@@ -1,6 +1,5 @@
 """How weights are trained."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,9 @@ __all__ = [
     "TrainingConfig",
 ]
 
+# Beyond it, a step of relative size or of Adam's leaves nothing of a weight.
+FASTEST = 1.0
+
 FinetuneMethod = Literal["factors", "biases", "oialr"]
 FINETUNE_METHODS: tuple[FinetuneMethod, ...] = ("factors", "biases", "oialr")
 TrainMethod = Literal["oialr", "dense"]
@@ -32,14 +34,15 @@ class TrainingConfig(RunConfig):
         minutes: Or how long it may take; a few steps are timed, and their number is then fixed.
         batch: Samples of a step; None for as many as are cheap to run, 32 at most.
         learning_rate: The highest; None for the method's own.
-        labels: Array of the data, int64 [samples], that holds the right class of each sample.
+        labels: Array of the data, int64 [samples] or [samples, positions], with the right classes:
+            KEY, or KEY=OUTPUT where it is not plain which output they are classes of.
         augment: Whether samples are varied: moved, with noise, with tokens exchanged.
         share: β of OIALR: directions whose singular value is below this share of the largest go.
         interval: ν of OIALR: steps between two looks at them; None for a share of all steps.
         delay: Steps of OIALR before the first of them; None for a share of all steps.
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is out of range, or goes with another method.
     """
 
     steps: int | None = None
@@ -60,10 +63,16 @@ class TrainingConfig(RunConfig):
         check(self.minutes is None or self.minutes > 0, "minutes must be positive")
         check(self.batch is None or self.batch > 0, "batch must be at least 1")
         rate = self.learning_rate
-        check(rate is None or 0 < rate < math.inf, "learning rate must be positive")
+        check(
+            rate is None or 0 < rate <= FASTEST, f"learning rate {rate} is not in (0, {FASTEST:g}]"
+        )
         check(self.share is None or 0 <= self.share < 1, f"share {self.share} is not in [0, 1)")
         check(self.interval is None or self.interval > 0, "interval must be at least 1")
         check(self.delay is None or self.delay >= 0, "delay must not be negative")
+
+    def _check_schedule(self, method: str) -> None:
+        given = [name for name in ("share", "interval", "delay") if getattr(self, name) is not None]
+        check(method == "oialr" or not given, f"{' and '.join(given)} go with method oialr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,7 @@ class FinetuneConfig(TrainingConfig):
         check(
             self.method in FINETUNE_METHODS, f"method {self.method!r} is none of {FINETUNE_METHODS}"
         )
+        self._check_schedule(self.method)
         check(
             self.weighting in (None, *WEIGHTINGS),
             f"output weighting {self.weighting!r} is none of {WEIGHTINGS}",
@@ -113,4 +123,5 @@ class TrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
         check(self.method in TRAIN_METHODS, f"method {self.method!r} is none of {TRAIN_METHODS}")
+        self._check_schedule(self.method)
         check(self.labels is not None, "training needs labels")

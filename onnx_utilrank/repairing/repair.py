@@ -87,7 +87,7 @@ def repair(
         _check_held(small.label, config.quality, after if kept else before)
     progress("validating", 0, 0)
     validation = job.validate(small, held)
-    notes = _notes(made is not small, kept, before, after, config)
+    notes = _notes(made is not small, kept, before, after, config) + judge.notes
     if not kept or _share_left(before, after) > EXPLAINED:
         notes += _unexplained(repairs, before)
     return RepairResult(

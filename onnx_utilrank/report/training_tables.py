@@ -52,17 +52,19 @@ def train_tables(result: TrainResult, output: str) -> Iterator[RenderableType]:
         f"{result.trained:,} of {result.trainable:,} numbers "
         f"({100 * result.trained / result.trainable:.2f} %)"
     )
-    yield from sentences(_dropped(result.dropped), {})
+    yield from sentences((*result.notes, *_dropped(result.dropped)), {})
     yield Text(f"Written to {output}.")
 
 
 def _course(history: Sequence[Look], judged: str) -> Iterator[RenderableType]:
     if not history:
         return
-    table = empty_table("step", "loss", judged, "trained")
+    ranks = any(look.rank for look in history)
+    table = empty_table("step", "loss", judged, "trained", *["ranks"][:ranks])
     for look in history:
         loss = "-" if math.isnan(look.loss) else f"{look.loss:.4g}"
-        add_row(table, look.step, loss, f"{look.divergence:.4g}", f"{look.trained:,}")
+        rank = [f"{look.rank:,}"][:ranks]
+        add_row(table, look.step, loss, f"{look.divergence:.4g}", f"{look.trained:,}", *rank)
     yield table
 
 

@@ -1,8 +1,10 @@
 """When weights go into orthonormal bases, and when those turn and lose directions (OIALR)."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from onnx_utilrank.training.subspaces import Subspace, rotate, subspace
 from onnx_utilrank.training.weights import Plain
 
 __all__ = ["AdaptiveRanks", "dense_subspace", "eligible", "factor_pairs", "pair_subspace"]
+
+Storing: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 # At each look at the bases, this share of the layers more takes part, from the last one on (the
 # authors' code).
@@ -96,14 +100,36 @@ def _hand_over(
         optimizer.state[new] = held
 
 
-def eligible(sites: Sequence[Site]) -> list[Site]:
-    """Weights that go into bases: all but the last, and but tables and ones that are too thin."""
-    good = [
-        site
-        for site in sites
-        if not site.one_hot and site.full_rank > THINNEST * max(site.m, site.d) and site.freed
-    ]
-    return good[:-1] if good and good[-1] is sites[-1] else good
+def eligible(sites: Sequence[Site], trained: Collection[str]) -> tuple[list[Site], list[str]]:
+    """Weights that go into bases, and for the others why they do not.
+
+    Args:
+        sites: All of a model, in the order of its nodes.
+        trained: Names of initializers that are trained.
+
+    Returns:
+        The weights, and sentences that name the rest.
+    """
+    found: list[Site] = []
+    left: dict[str, list[str]] = {}
+    for site in sites:
+        reason = None
+        if site.weight not in trained:
+            reason = "not trained"
+        elif not site.freed:
+            reason = "read by other nodes too"
+        elif site.one_hot:
+            reason = "tables"
+        elif site.full_rank <= THINNEST * max(site.m, site.d):
+            reason = "too thin to have directions to spare"
+        elif site is sites[-1]:
+            reason = "the last layer"
+        if reason is None:
+            found.append(site)
+        else:
+            left.setdefault(reason, []).append(repr(site.weight))
+    reasons = [f"Not in bases ({why}): {', '.join(names)}." for why, names in left.items()]
+    return found, reasons
 
 
 def dense_subspace(site: Site, weight: torch.Tensor) -> Subspace:
@@ -111,10 +137,10 @@ def dense_subspace(site: Site, weight: torch.Tensor) -> Subspace:
     use = site.uses[0]
     kind, name = site_kind(site.op_type), site.weight
     held = weight.numpy(force=True)
-    spots = _spots(use, held, (site.m, site.d))
+    stored = _storing(use, held, (site.m, site.d))
 
     def layout(left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: _laid_out(left @ right, spots)}
+        return {name: stored(left @ right)}
 
     def matrix(values: torch.Tensor) -> torch.Tensor:
         found = kind.matrix(use, values.numpy(force=True))
@@ -154,14 +180,19 @@ def pair_subspace(
     held = [tensor.numpy(force=True) for tensor in tensors]
     taps = second.d // rank
 
+    @functools.lru_cache(maxsize=2)  # ranks fall seldom, and layouts are asked for at every step
+    def storing(r: int) -> tuple[Storing, Storing]:
+        return (
+            _storing(uses[0], held[0], (r, first.d)),
+            _storing(uses[1], held[1], (second.m, r * taps)),
+        )
+
     def layout(left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
         r = len(right)
         # Taps of the second kernel count as outputs of the product.
         mixing = left.reshape(second.m, taps, r).swapaxes(1, 2).reshape(second.m, r * taps)
-        return {
-            first.weight: _laid_out(right, _spots(uses[0], held[0], (r, first.d))),
-            second.weight: _laid_out(mixing, _spots(uses[1], held[1], (second.m, r * taps))),
-        }
+        one, other = storing(r)
+        return {first.weight: one(right), second.weight: other(mixing)}
 
     def matrix(use: Use, values: np.ndarray) -> torch.Tensor:
         found = site_kind(use.op_type).matrix(use, values)
@@ -172,17 +203,14 @@ def pair_subspace(
     return subspace(first.weight, left, right, layout)
 
 
-def _spots(use: Use, held: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Where each element of the stored weight lies in its matrix."""
-    places = np.arange(math.prod(shape)).reshape(shape)
-    return site_kind(use.op_type).stored(use, held, places)
-
-
-def _laid_out(matrix: torch.Tensor, spots: np.ndarray) -> torch.Tensor:
-    """A matrix as an operator stores it, with gradients."""
-    m, d = matrix.shape
-    if spots.size and np.array_equal(spots.ravel(), np.arange(spots.size)):
-        return matrix.reshape(spots.shape)
-    if np.array_equal(spots.ravel(), np.arange(m * d).reshape(m, d).T.ravel()):
-        return matrix.T.reshape(spots.shape)
-    return matrix.reshape(-1)[torch.from_numpy(spots.ravel())].reshape(spots.shape)
+def _storing(use: Use, held: np.ndarray, shape: tuple[int, int]) -> Storing:
+    """How a matrix becomes a tensor as its operator stores it, with gradients."""
+    m, d = shape
+    places = np.arange(m * d).reshape(m, d)
+    spots = site_kind(use.op_type).stored(use, held, places)
+    if np.array_equal(spots.ravel(), places.ravel()):
+        return lambda matrix: matrix.reshape(spots.shape)
+    if np.array_equal(spots.ravel(), places.T.ravel()):
+        return lambda matrix: matrix.T.reshape(spots.shape)
+    order = torch.from_numpy(spots.ravel())
+    return lambda matrix: matrix.reshape(-1)[order].reshape(spots.shape)

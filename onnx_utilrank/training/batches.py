@@ -27,6 +27,7 @@ class ShuffledBatches:
         samples: Sequence[int],
         *,
         batch: int,
+        most: int,
         seed: int,
         teacher: Teacher | None = None,
         augmentation: Augmentation | None = None,
@@ -37,16 +38,18 @@ class ShuffledBatches:
             data: The samples.
             samples: Which of them.
             batch: Samples of a step. Where the model takes fewer at once, a step has several runs.
+            most: Samples of a run at most, where the model leaves that open.
             seed: Of the order and the variations.
             teacher: The original; without one only labels count.
             augmentation: How samples are varied; the first time they come as they are, unless
                 windows are cut out.
         """
-        self._data, self._samples, self._batch, self._seed = data, list(samples), batch, seed
+        self._data, self._samples, self._seed = data, list(samples), seed
+        self._rows = min(batch, most)
         self._teacher, self._augmentation = teacher, augmentation
         self._variations = VARIATIONS if augmentation else 1
-        self._runs = sum(1 for _ in data.shuffled(self._samples, batch=batch, seed=seed))
-        self._each = max(1, min(batch // (data.run or batch), self._runs))
+        self._runs = sum(1 for _ in data.shuffled(self._samples, batch=self._rows, seed=seed))
+        self._each = max(1, min(batch // (data.run or self._rows), self._runs))
         self._next = 0
         self._order: Iterator[tuple[tuple[int, int], Feed]] = iter(())
 
@@ -70,7 +73,7 @@ class ShuffledBatches:
         for epoch in itertools.count(first):
             variation = epoch % self._variations
             seed = self._seed + variation
-            feeds = self._data.shuffled(self._samples, batch=self._batch, seed=seed)
+            feeds = self._data.shuffled(self._samples, batch=self._rows, seed=seed)
             for k, feed in enumerate(feeds):
                 yield (variation, k), feed
 

@@ -1,5 +1,6 @@
 """How training went."""
 
+import math
 from dataclasses import dataclass, field
 
 __all__ = ["History", "Look"]
@@ -15,12 +16,14 @@ class Look:
         divergence: Of the student on samples kept apart to judge it; with labels, what training
             makes small, in which they count.
         trained: Numbers that are trained at this step.
+        rank: Sum of the ranks of the weights that are in bases; 0 where none are.
     """
 
     step: int
     loss: float
     divergence: float
     trained: int
+    rank: int
 
 
 @dataclass(slots=True)
@@ -39,8 +42,12 @@ class History:
 
     @property
     def best(self) -> Look:
-        """The look at which the student was best."""
-        return min(self.looks, key=lambda look: look.divergence)
+        """The look at which the student was best; one that gave no number is the worst."""
+
+        def lost(look: Look) -> float:
+            return math.inf if math.isnan(look.divergence) else look.divergence
+
+        return min(self.looks, key=lost)
 
     @property
     def since_best(self) -> int:

@@ -36,32 +36,26 @@ class LabelledSamples:
         """Mean over the samples of what training makes small.
 
         Raises:
-            DataError: A label is no class of the output.
+            DataError: The output has no row of scores for each label.
             ModelError: A node cannot be computed.
         """
         total = count = 0.0
         for feed, wanted in zip(self._feeds, self._wanted, strict=True):
             made = model.run(feed, self._objective.values)
-            tensors = {name: torch.from_numpy(np.array(value)) for name, value in made.items()}
+            # In float16 a small probability would be 0, and its logarithm infinite.
+            tensors = {k: torch.from_numpy(np.array(v, np.float64)) for k, v in made.items()}
             n = samples_in(feed)
             total += n * float(self._objective(feed, tensors, wanted))
             count += n
         return total / count
 
     def accuracy(self, model: Session | Student) -> float:
-        """Share of the samples whose right class scores highest, in per cent.
-
-        Of an output with positions the mean over them counts.
-        """
+        """Share of the labels whose class scores highest, in per cent."""
         labels, classes = self._objective.labels, self._objective.classes
         assert labels is not None
         assert classes is not None
-        right: list[bool] = []
-        for feed in self._feeds:
-            scores = model.run(feed, [classes.output])[classes.output]
-            wanted = np.asarray(feed[labels]).reshape(-1)
-            found = np.moveaxis(scores, classes.axis, -1).reshape(
-                len(wanted), -1, scores.shape[classes.axis]
-            )
-            right += (found.mean(1).argmax(-1) == wanted).tolist()
-        return 100 * sum(right) / len(right)
+        right = [
+            labels.right(feed, model.run(feed, [classes.output])[classes.output], classes)
+            for feed in self._feeds
+        ]
+        return 100 * float(np.concatenate(right).mean())

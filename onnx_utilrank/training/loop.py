@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,8 +47,9 @@ class Recipe:
         decay: Of AdamW.
         looks: How often the student is judged.
         patience: After so many judgements without a better one the training ends, and the best
-            student is kept; None keeps the last one. What is judged and kept then are running
-            means of the weights: steps on few samples stray about what they aim at.
+            student is kept; None keeps the last one.
+        averaged: Whether what is judged and kept are running means of the weights: steps on few
+            samples stray about what they aim at.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Recipe:
     decay: float = 0.0
     looks: int = 20
     patience: int | None = None
+    averaged: bool = False
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: a rise, then half a cosine."""
@@ -134,7 +136,7 @@ class Trainer:
             ModelError: A node cannot be computed.
             ConfigError: A checkpoint cannot be written.
         """
-        recipe, every = self.recipe, max(1, self.recipe.steps // self.recipe.looks)
+        recipe, every = self.recipe, math.ceil(self.recipe.steps / self.recipe.looks)
         first = self._resumed()
         if not self.history.looks:
             self._look(0)
@@ -205,35 +207,37 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self._optimizer.step()
-        if self.recipe.patience is not None:
+        if self.recipe.averaged:
             # Early on the mean is of few steps, so that it forgets where it began.
             share = min(AVERAGED, (1 + self._averaged) / (10 + self._averaged))
             self._averaged += 1
-            for name, now in self._weights().items():
-                self._mean[name] += (1 - share) * (now - self._mean[name])
+            for name, now in self._state():
+                self._mean[name].lerp_(now, 1 - share)
 
     def _look(self, step: int) -> None:
         """Judge the student; remember it if it is the best so far."""
         now = self._weights()
-        if self.recipe.patience is not None:
+        if self.recipe.averaged:
             self._restore(self._mean)
         look = Look(
             step=step,
             loss=float(np.mean(self._losses)) if self._losses else math.nan,
             divergence=self.judge(self.student),
             trained=self.student.trained,
+            rank=self.student.rank,
         )
         self._losses.clear()
         self.history.looks.append(look)
-        if self.recipe.patience is not None:
-            if self.history.best is look:
-                self._best = self._weights()
+        if self.recipe.patience is not None and self.history.best is look:
+            self._best = self._weights()
+        if self.recipe.averaged:
             self._restore(now)
 
     def _detail(self) -> str:
         look = self.history.looks[-1]
         loss = f"loss {look.loss:.3g}, " if math.isfinite(look.loss) else ""
-        return f"{loss}held {look.divergence:.3g}, {look.trained:,} trained"
+        rank = f", rank {look.rank:,}" if look.rank else ""
+        return f"{loss}held {look.divergence:.3g}, {look.trained:,} trained{rank}"
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         relative = self.recipe.relative
@@ -245,14 +249,15 @@ class Trainer:
         rate, decay = self.recipe.learning_rate, self.recipe.decay
         return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
 
-    def _weights(self) -> dict[str, np.ndarray]:
-        return {
-            f"{k} {name}": array.copy()
-            for k, part in enumerate(self.student.parts)
-            for name, array in part.state().items()
-        }
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for k, part in enumerate(self.student.parts):
+            for name, tensor in part.state().items():
+                yield f"{k} {name}", tensor
 
-    def _restore(self, weights: Mapping[str, np.ndarray]) -> None:
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self._state()}
+
+    def _restore(self, weights: Mapping[str, torch.Tensor]) -> None:
         for k, part in enumerate(self.student.parts):
             own = (name for name in weights if name.startswith(f"{k} "))
             part.restore({name.removeprefix(f"{k} "): weights[name] for name in own})
@@ -267,12 +272,11 @@ class Trainer:
             "losses": np.array(self._losses),
             "scales": np.array([group["scale"] for group in groups]),
         }
-        state |= {f"now {name}": array for name, array in self._weights().items()}
-        state |= {f"best {name}": array for name, array in self._best.items()}
-        state |= {f"mean {name}": array for name, array in self._mean.items()}
+        for kind, held in (("now", self._weights()), ("best", self._best), ("mean", self._mean)):
+            state |= {f"{kind} {name}": tensor.numpy(force=True) for name, tensor in held.items()}
         for k, group in enumerate(groups):
-            held = self._optimizer.state.get(group["params"][0], {})
-            state |= {f"adam {k} {name}": value.numpy(force=True) for name, value in held.items()}
+            adam = self._optimizer.state.get(group["params"][0], {})
+            state |= {f"adam {k} {name}": value.numpy(force=True) for name, value in adam.items()}
         self._cache.save(state, *self._key)
 
     def _resumed(self) -> int:
@@ -283,15 +287,26 @@ class Trainer:
         done, self.history.dropped, self._averaged = map(int, state["done"])
         if self.hook:
             self.hook.catch_up(done, self.student)
+        device = next(self._state())[1].device
         now, self._best, self._mean = (
-            {name.removeprefix(kind): state[name] for name in state if name.startswith(kind)}
+            {
+                name.removeprefix(kind): torch.from_numpy(array.copy()).to(device)
+                for name, array in state.items()
+                if name.startswith(kind)
+            }
             for kind in ("now ", "best ", "mean ")
         )
         self._restore(now)
         self.history.seconds = float(state["seconds"])
         self.history.looks = [
-            Look(step=int(step), loss=float(loss), divergence=float(lost), trained=int(trained))
-            for step, loss, lost, trained in state["looks"]
+            Look(
+                step=int(step),
+                loss=float(loss),
+                divergence=float(lost),
+                trained=int(trained),
+                rank=int(rank),
+            )
+            for step, loss, lost, trained, rank in state["looks"]
         ]
         self._losses = [float(loss) for loss in state["losses"]]
         self._optimizer = self._new_optimizer()

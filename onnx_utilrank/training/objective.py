@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from onnx_utilrank.errors import DataError
+from onnx_utilrank.calibration.labels import IGNORED, Labels
 from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 
@@ -28,13 +28,13 @@ class Objective:
     Attributes:
         losses: What counts of the original's outputs; empty where there is no original.
         blocks: Values between blocks that are to be as in the original, with the variance of each.
-        labels: Array of the feeds that holds the right class of each sample, if labels count.
+        labels: The right classes, if they count.
         classes: The output that those are classes of.
     """
 
     losses: tuple[OutputLoss, ...] = ()
     blocks: Mapping[str, float] = field(default_factory=dict)
-    labels: str | None = None
+    labels: Labels | None = None
     classes: OutputLoss | None = None
 
     @property
@@ -62,7 +62,7 @@ class Objective:
             wanted: The original's.
 
         Raises:
-            DataError: A label is no class of the output.
+            DataError: The output has no row of scores for each label.
         """
         total: list[torch.Tensor] = []
         n = samples_in(feed)
@@ -83,19 +83,17 @@ class Objective:
         return torch.stack(total).sum()
 
     def _of_labels(self, feed: Feed, y: torch.Tensor) -> torch.Tensor:
-        """Cross entropy; of an output with positions, all of them are of the sample's class."""
+        """Cross entropy; of an output with positions, all of them are of their sample's class."""
         assert self.classes is not None
         assert self.labels is not None
-        labels = torch.from_numpy(np.asarray(feed[self.labels], np.int64)).to(y.device)
-        log_p = _log_probabilities(self.classes, _rows(y, len(labels), self.classes.axis))
-        count = log_p.shape[-1]
-        wrong = labels[(labels < 0) | (labels >= count)]
-        if len(wrong):
-            raise DataError(
-                f"labels {self.labels!r}: there is no class {int(wrong[0])} among the {count} of "
-                f"output {self.classes.output!r}"
-            )
-        return functional.nll_loss(log_p.mean(1), labels)
+        labels = torch.from_numpy(self.labels.of(feed, self.classes)).to(y.device)
+        log_p = _log_probabilities(self.classes, _rows(y, samples_in(feed), self.classes.axis))
+        each = self.labels.per_position(feed, tuple(log_p.shape))
+        log_p = log_p.flatten(0, 1) if each else log_p.mean(1)
+        # Of nothing that counts the mean would be none.
+        count = (labels != IGNORED).sum().clamp_min(1)
+        lost = functional.nll_loss(log_p, labels, ignore_index=IGNORED, reduction="sum")
+        return lost / count
 
 
 def output_divergence(

@@ -11,11 +11,14 @@ from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, hold_back, open_data
-from onnx_utilrank.calibration.survey import linear_flops
+from onnx_utilrank.calibration.labels import Labels
+from onnx_utilrank.calibration.survey import check_finite, linear_flops
 from onnx_utilrank.config import TrainingConfig
-from onnx_utilrank.model.store import ModelStore, TensorSpec
+from onnx_utilrank.errors import ConfigError, DataError
+from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider, find_provider
-from onnx_utilrank.runtime.sessions import Feed, open_session
+from onnx_utilrank.runtime.sessions import Feed, Session, open_session
 from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
@@ -69,7 +72,7 @@ class Setting:
         session = open_session(store, provider)
         wanted = list(store.inputs)
         if config.labels is not None:
-            wanted.append(TensorSpec(name=config.labels, dtype=np.dtype(np.int64), shape=(None,)))
+            wanted.append(Labels.parse(config.labels).spec)
         dataset = open_data(data, wanted)
         rest, held = dataset.split(samples=config.samples, seed=config.seed)
         batch = usable_batch(session, dataset)
@@ -86,8 +89,17 @@ class Setting:
         *,
         seed: int,
     ) -> "Setting":
-        """Part the samples that are not held back: a fifth of them judges."""
+        """Part the samples that are not held back: a fifth of them judges.
+
+        Raises:
+            DataError: There are too few.
+        """
         run = data.run or 1
+        if len(rest) < 2 * run:
+            raise DataError(
+                f"{data.label}: holds {len(rest) + len(held)} samples; {3 * run} are needed, to "
+                "train on, to tell when to stop, and to decide"
+            )
         parts = hold_back(len(rest), samples=None, seed=seed, run=run, label=data.label)
         fitted, judged = ([rest[k] for k in part] for part in parts)
         return cls(
@@ -107,6 +119,26 @@ class Setting:
     def feeds(self, samples: Sequence[int]) -> list[Feed]:
         """Samples in runs."""
         return list(self.data.feeds(samples, batch=self.batch))
+
+    def check_finite(self, store: ModelStore, session: Session) -> None:
+        """Look for NaN and infinity in what a model gives for a few runs.
+
+        Raises:
+            ModelError: There is some; the message names the node that it begins at.
+        """
+        index, names = GraphIndex.build(store), [o.name for o in store.outputs]
+        for feed in self.looked_at:
+            check_finite(index, session.run(feed, names), feed, self.provider)
+
+    def classes(self, labels: Labels, session: Session, losses: Sequence[OutputLoss]) -> OutputLoss:
+        """The output that labels are classes of; the labels of all samples are looked at.
+
+        Raises:
+            UtilrankError: See `Labels.find_output`.
+        """
+        samples = (*self.fitted, *self.judged, *self.held)
+        feeds = self.data.feeds(samples, batch=self.batch)
+        return labels.find_output(session, losses, feeds, self.data.label)
 
     def graph(self, store: ModelStore) -> TorchGraph:
         """The model in torch, beside the execution provider."""
@@ -147,7 +179,8 @@ class Setting:
         return ShuffledBatches(
             self.data,
             self.fitted,
-            batch=min(batch, self.batch) if self.batch == 1 else batch,
+            batch=batch,
+            most=1 if self.batch == 1 else batch,
             seed=config.seed,
             teacher=teacher,
             augmentation=augmentation if augmentation and augmentation.changes else None,
@@ -200,15 +233,20 @@ def make_trainer(
         key: What tells this training from others of the same model and data.
         progress: Called with the steps that are done.
         into: How weights go into bases after the delay, by name.
+
+    Raises:
+        ConfigError: The delay takes all steps.
     """
 
     def made(recipe: Recipe) -> Trainer:
         hook: AdaptiveRanks | None = None
         if into or any(isinstance(part, Subspace) for part in student.parts):
-            delay = round(schedule.delay * recipe.steps)
+            delay = round(schedule.delay * recipe.steps) if config.delay is None else config.delay
+            if delay >= recipe.steps:
+                raise ConfigError(f"delay {delay} leaves none of {recipe.steps} steps for bases")
             hook = AdaptiveRanks(
                 share=schedule.share if config.share is None else config.share,
-                delay=delay if config.delay is None else config.delay,
+                delay=delay,
                 interval=config.interval or max(1, round(INTERVAL * recipe.steps)),
                 into=into or {},
             )

@@ -7,6 +7,7 @@ import torch
 
 from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.training.subspaces import Subspace
 from onnx_utilrank.training.weights import Part
 
 __all__ = ["Student"]
@@ -30,6 +31,11 @@ class Student:
     def trained(self) -> int:
         """How many numbers are trained."""
         return sum(t.numel() for part in self.parts for t in part.trained)
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of the weights that are in bases."""
+        return sum(part.rank for part in self.parts if isinstance(part, Subspace))
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """What takes the place of initializers, with gradients."""

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 __all__ = ["Subspace", "rotate", "subspace"]
@@ -61,15 +60,14 @@ class Subspace:
         """See `weights.Part`."""
         return (self.core,)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, torch.Tensor]:
         """See `weights.Part`."""
-        held = {"left": self.left, "core": self.core, "right": self.right}
-        return {name: tensor.numpy(force=True) for name, tensor in held.items()}
+        return {"left": self.left, "core": self.core.detach(), "right": self.right}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """See `weights.Part`."""
         left, core, right = (
-            torch.from_numpy(state[name].copy()).to(self.core) for name in ("left", "core", "right")
+            state[name].to(self.core, copy=True) for name in ("left", "core", "right")
         )
         self.left, self.right = left.detach(), right.detach()
         self.core = core.detach().requires_grad_()

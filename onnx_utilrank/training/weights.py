@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import torch
 
+from onnx_utilrank.model.graph import LAYOUT_OPS
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
@@ -19,6 +20,7 @@ TRAINABLE: dict[str, tuple[int, ...] | None] = {
     "ConvTranspose": (1, 2),
     "Gemm": (0, 1, 2),
     "MatMul": (0, 1),
+    "Einsum": None,
     "Gather": (0,),
     "Add": None,
     "Mul": None,
@@ -36,6 +38,8 @@ TRAINABLE: dict[str, tuple[int, ...] | None] = {
     "BiasGelu": (1,),
     "FastGelu": (1,),
 }
+# Of these some operands are masks.
+ELEMENTWISE = ("Add", "Mul", "Concat")
 # Where nothing is known of a weight's size, as of a bias of zeros: a small share of 1.
 LEAST_SCALE = 1e-2
 # Values beyond it are no weights: masks hold them, in the place of infinities.
@@ -54,11 +58,11 @@ class Part(Protocol):
         """Initializers of the graph by name, with gradients."""
         ...
 
-    def state(self) -> dict[str, np.ndarray]:
-        """All there is to it, by name."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """All there is to it, by name: the tensors themselves, which training changes."""
         ...
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Become what `state` was taken of, a part of the same kind."""
         ...
 
@@ -79,40 +83,50 @@ class Plain:
         """See `Part`."""
         return {self.name: self.tensor}
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, torch.Tensor]:
         """See `Part`."""
-        return {"tensor": self.tensor.numpy(force=True)}
+        return {"tensor": self.tensor.detach()}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """See `Part`."""
         with torch.no_grad():
-            self.tensor.copy_(torch.from_numpy(state["tensor"].copy()))
+            self.tensor.copy_(state["tensor"])
 
 
 def trainable_names(graph: TorchGraph, kind: Literal["all", "biases"] = "all") -> list[str]:
     """Initializers that are weights, biases, norms or embeddings; what else a graph holds stays.
 
-    A constant of one element is a factor or a limit of some function, and one with huge values a
-    mask: neither is trained.
+    A constant of one element is a factor or a limit of some function, and one with huge values, or
+    an operand of sums and products elementwise with two values alone, a mask: none is trained. What
+    only moves data (a Transpose of a weight, say) is looked through. Names come in the order of the
+    nodes that read them.
 
     Args:
         graph: The model.
         kind: `biases` takes biases and norms alone: those with no more than one long axis.
     """
     reads: dict[str, bool] = {}
+    operands: set[str] = set()  # of other operators than elementwise ones
+    roots = {name: name for name in graph.parameters}
     for node in graph.nodes:
+        if node.op_type in LAYOUT_OPS and node.input[0] in roots:
+            roots |= dict.fromkeys(node.output, roots[node.input[0]])
+            continue
         places = TRAINABLE.get(node.op_type, ())
-        for place, name in enumerate(node.input):
-            fits = places is None or place in places
-            reads[name] = reads.get(name, True) and fits
-    return [
-        name
-        for name, tensor in graph.parameters.items()
-        if reads.get(name, False)
-        and tensor.numel() > 1
-        and (kind == "all" or tensor.numel() == max(tensor.shape))
-        and bool((tensor.abs() < LARGEST_WEIGHT).all())
-    ]
+        for place, given in enumerate(node.input):
+            if (name := roots.get(given)) is not None:
+                reads[name] = reads.get(name, True) and (places is None or place in places)
+                if node.op_type not in ELEMENTWISE:
+                    operands.add(name)
+    found = []
+    for name, fits in reads.items():
+        tensor = graph.parameters[name]
+        vector = tensor.numel() == max(tensor.shape, default=1)
+        mask = not vector and name not in operands and len(torch.unique(tensor)) == 2
+        small = bool((tensor.abs() < LARGEST_WEIGHT).all())
+        if fits and tensor.numel() > 1 and small and not mask:
+            found += [name] if kind == "all" or vector else []
+    return found
 
 
 def plain_parts(graph: TorchGraph, names: Sequence[str]) -> list[Part]:

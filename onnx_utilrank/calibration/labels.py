@@ -1,0 +1,147 @@
+"""The right classes of samples, and the output that they are classes of."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.errors import ConfigError, DataError
+from onnx_utilrank.model.store import TensorSpec
+from onnx_utilrank.runtime.sessions import Feed, Session
+from onnx_utilrank.statistics.divergence import OutputLoss, rows_of, samples_in
+
+__all__ = ["IGNORED", "Labels"]
+
+# Positions with this label have no class: the convention of torch's cross entropy, which data of
+# tokens follow.
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """An array of the data, int64 [samples] or [samples, positions], with right classes.
+
+    Attributes:
+        key: Its name.
+        output: The output that they are classes of, where the user says it.
+    """
+
+    key: str
+    output: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Labels":
+        """Read KEY, or KEY=OUTPUT."""
+        key, _, output = text.partition("=")
+        return cls(key, output or None)
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What the data have to hold: a label for each sample, or for each of its positions."""
+        return TensorSpec(name=self.key, dtype=np.dtype(np.int64), shape=None)
+
+    def find_output(
+        self, session: Session, losses: Sequence[OutputLoss], feeds: Iterable[Feed], where: str
+    ) -> OutputLoss:
+        """The output that the labels are classes of; a user who means another one names it.
+
+        Of those with enough classes, one with exactly as many as there are labels; else one that
+        is told to hold scores of classes; else the first.
+
+        Args:
+            session: The model.
+            losses: Its outputs that may be meant.
+            feeds: All samples whose labels count.
+            where: How messages name the data.
+
+        Raises:
+            ConfigError: No output is of the name that the user gave, or none holds scores.
+            DataError: The labels are no classes of the output.
+        """
+        feeds = list(feeds)
+        found = np.concatenate([np.asarray(feed[self.key]).reshape(-1) for feed in feeds])
+        counted = found[found != IGNORED]
+        if not len(counted) or counted.min() < 0:
+            which = "no sample has a class" if not len(counted) else f"{counted.min()} is no class"
+            raise DataError(f"{where}: labels {self.key!r}: {which}")
+        if not losses:
+            raise ConfigError(f"labels {self.key!r}: no output of the model holds finite scores")
+        names = [loss.output for loss in losses]
+        if self.output is not None and self.output not in names:
+            raise ConfigError(
+                f"labels {self.key!r}: {self.output!r} is none of the outputs {names}"
+            )
+        meant = [loss for loss in losses if self.output in (None, loss.output)]
+        needed = int(counted.max()) + 1
+        made = session.run(feeds[0], [loss.output for loss in meant])
+        extents, fitting = {}, []
+        for place, loss in enumerate(meant):
+            scores = rows_of(made[loss.output], samples_in(feeds[0]), loss.axis)
+            extents[loss.output] = scores.shape
+            count = np.size(feeds[0][self.key])
+            fits = count in (len(scores), len(scores) * scores.shape[1])
+            if fits and scores.shape[-1] >= max(needed, 2):
+                rating = (scores.shape[-1] != needed, loss.weighting == "values", place)
+                fitting.append((rating, loss))
+        if not fitting:
+            shown = ", ".join(
+                f"{name!r} has {shape[-1]} classes for each of {shape[0]} x {shape[1]}"
+                for name, shape in extents.items()
+            )
+            raise DataError(
+                f"{where}: labels {self.key!r}: classes up to {needed - 1}, one for each of "
+                f"{' x '.join(map(str, np.shape(feeds[0][self.key])))}, fit no output: {shown}"
+            )
+        return min(fitting, key=lambda each: each[0])[1]
+
+    def right(self, feed: Feed, output: np.ndarray, loss: OutputLoss) -> np.ndarray:
+        """Whether the right class scores highest, bool [labels that count].
+
+        Of an output with positions, whose samples have one label each, the mean over them counts.
+
+        Args:
+            feed: The run.
+            output: Its scores.
+            loss: Says which axis holds the classes.
+
+        Raises:
+            DataError: The output has no row of scores for each label.
+        """
+        scores = rows_of(output, samples_in(feed), loss.axis)
+        each = self.per_position(feed, scores.shape)
+        scores = scores.reshape(-1, scores.shape[-1]) if each else scores.mean(1)
+        labels = self.of(feed, loss)
+        return np.asarray((scores.argmax(-1) == labels)[labels != IGNORED])
+
+    def notes(self, classes: OutputLoss, losses: Sequence[OutputLoss]) -> tuple[str, ...]:
+        """What a report says of them, where several outputs might have been meant."""
+        if len(losses) < 2:
+            return ()
+        return (f"Labels {self.key!r} are classes of output {classes.output!r}.",)
+
+    def of(self, feed: Feed, loss: OutputLoss) -> np.ndarray:
+        """The labels of a run, int64 [all]; `IGNORED` at positions that are padding too."""
+        labels = np.array(feed[self.key], np.int64).reshape(-1)
+        mask = feed.get(loss.mask) if loss.mask else None
+        if mask is not None and mask.size == labels.size > len(mask):
+            labels[mask.reshape(-1) == 0] = IGNORED
+        return labels
+
+    def per_position(self, feed: Feed, shape: tuple[int, ...]) -> bool:
+        """Whether each position has a label, or each sample.
+
+        Args:
+            feed: The run.
+            shape: Of the scores: (samples, positions, classes).
+
+        Raises:
+            DataError: Neither.
+        """
+        samples, positions, _ = shape
+        count = np.size(feed[self.key])
+        if count not in (samples, samples * positions):
+            raise DataError(
+                f"labels {self.key!r}: {count} of them do not go with scores of {samples} samples "
+                f"x {positions} positions"
+            )
+        return count == samples * positions
