@@ -199,8 +199,8 @@ def add_metric_options(parser: argparse.ArgumentParser) -> None:
     metric.add_argument(
         "--labels",
         metavar="KEY[=OUTPUT]",
-        help="array of the data with the right classes, int64, one for each sample or position: the "
-        "metric is then the accuracy in per cent; OUTPUT, where several could be meant",
+        help="array of the data with the right classes, int64, one for each sample or position: "
+        "the metric is then the accuracy in per cent; OUTPUT, where several could be meant",
     )
 
 
