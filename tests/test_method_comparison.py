@@ -171,6 +171,11 @@ def test_metrics_of_some_methods_only_and_more_of_them_later(comparison, zoo, tm
     assert len(evaluations(zoo)) == 2
     ((_, _, utilized),) = sections(capsys.readouterr().out)
     assert re.fullmatch(r"\d+\.\d\d \(\S+\)", utilized[1])
+    plot = tmp_path / "curves.svg"
+    one = words(zoo, *common[:1], f"--plot={plot}", "--methods", "svd", ratios=["0.7"])
+    assert comparison.main(one) == 0
+    drawn = plot.read_text()  # of all rows that were ever made
+    assert all(f"<!-- {method} -->" in drawn for method in ("svd", "utilized-rank"))
 
 
 def test_what_fails_is_told_and_taken_again(comparison, zoo, tmp_path, capsys):

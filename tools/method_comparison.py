@@ -331,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="measure metrics on the first N samples only")
     what = "gets each row as it is made; rows that it holds are not made again"
     add("--out", type=Path, metavar="FILE.json", help=what)
-    add("--plot", type=Path, metavar="FILE.png", help="draw divergence over kept parameters")
+    what = "draw divergence over kept parameters, of all rows that --out holds"
+    add("--plot", type=Path, metavar="FILE.png", help=what)
     return parser
 
 
@@ -374,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entries = [results.entries[key] for key in wanted if key in results.entries]
     print(f"{_caption(options, given)}\n\n{tables(entries)}")
     if options.plot is not None and entries:
-        draw(entries, options.plot)
+        draw(list(results.entries.values()), options.plot)
     return 1 if failed else 0
 
 
