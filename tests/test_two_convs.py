@@ -533,3 +533,35 @@ def test_refit_walks_on_with_what_the_model_gives(data, move: str, bias: str):
     expected = run(rewrite(graph, [made]), feed)["y"]
     scale = np.abs(expected).max() * np.linalg.cond(inner.found.reduce)
     np.testing.assert_allclose(spied.last, expected, rtol=0, atol=100 * EPS * scale)
+
+
+@pytest.mark.parametrize("move", ["channels", "separable"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_mean_beyond_which_zeros_lie_is_kept(move: str, pad: int):
+    """Features of a 1x1 Conv of 4 channels lie in 5 dimensions, or in 4 about their mean.
+
+    A bias makes up for the mean, but not where a Conv sees the zeros around its input.
+    """
+    wide, channels = 16, 4
+    proto = model(
+        f"(float[n,{channels},8,8] x) => (float[n,24,h,w] y)",
+        f"a = Conv(x, V, c) b = Conv<pads=[{pad},{pad},{pad},{pad}]>(a, W, e) y = Tanh(b)",
+        V=(noise(1, wide, channels, 1, 1) / 2).astype(np.float32),
+        c=(1 + noise(2, wide)).astype(np.float32),
+        W=(noise(3, 24, wide, 3, 3) / 12).astype(np.float32),
+        e=np.zeros(24, np.float32),
+    )
+    config = CompressConfig(param_ratio=0.6, moves=(move,), refit=False, include=("W",))
+    result = compress(proto, {"x": noise(4, 60, channels, 8, 8).astype(np.float32)}, config)
+    (entry,) = result.plan.factored
+    assert entry.move == move
+    assert result.quality is not None
+    measured = result.quality.divergence.mean
+    # What is predicted is within what samples differ by, above what rounding costs.
+    assert measured < 3 * max(entry_prediction(result), 1e-9)
+
+
+def entry_prediction(result) -> float:
+    predicted = result.plan.predicted_divergence
+    assert predicted is not None
+    return predicted

@@ -258,7 +258,7 @@ def with_inner(site: TwoSidedSite, move: str, found: Sensitivity) -> TwoSidedSit
         move: Key of the move.
         found: Rows of those features and the gradients there.
     """
-    inner = InnerFeatures.of(move, found, centred=site.centred)
+    inner = InnerFeatures.of(move, found, centred=site.centred and not _padded(site.site))
     return replace(site, inner=(*site.inner, inner))
 
 
@@ -274,17 +274,20 @@ def with_units(
         of_inputs: The gradients there, of a Conv of several taps; else they follow from those of
             the outputs.
     """
-    # A weight that gets no new bias cannot make up for a mean, nor one that sees zeros beyond the
-    # borders, which have another.
-    patches = site.site.uses[0].inputs.patches
-    padded = patches is not None and (any(patches.pads) or patches.auto_pad.startswith("SAME"))
-    centred = site.site.bias in ("input", "add") and not padded
+    # A weight that gets no new bias cannot make up for a mean.
+    centred = site.site.bias in ("input", "add") and not _padded(site.site)
     if of_inputs is not None:
         root = Metric.of(of_inputs.fisher()).root_t
     else:
         root = Metric.of(site.gamma).root_t
         root = root @ weight if site.site.wide else root
     return replace(site, units=Units.of(root, moment, centred=centred))
+
+
+def _padded(site: Site) -> bool:
+    """Whether it sees zeros beyond borders: a bias makes up for the mean of its inputs nowhere."""
+    patches = site.uses[0].inputs.patches
+    return patches is not None and (any(patches.pads) or patches.auto_pad.startswith("SAME"))
 
 
 def _mean(
