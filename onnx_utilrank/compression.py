@@ -132,7 +132,7 @@ def _layers(
     # Factors may have been made of the first of these; what judges them comes last.
     order = np.random.default_rng(config.seed).permutation(len(parts))
     graph, effort = gradients.graph, gradients.effort
-    mask = next((loss.mask for loss in gradients.losses if loss.mask), None)
+    padding = next((loss.padding for loss in gradients.losses if loss.padding), None)
 
     def of(chosen: np.ndarray) -> list[int]:
         return [s for k in sorted(chosen) for s in parts[k]]
@@ -141,7 +141,7 @@ def _layers(
         return list(data.feeds(chosen, batch=effort.run))
 
     def refitted(chosen: np.ndarray) -> dict[str, Refitted]:
-        return propagate(graph, layers, feeds(of(chosen)), mask, job.progress)
+        return propagate(graph, layers, feeds(of(chosen)), padding, job.progress)
 
     fitted, judging = order[: max(room - apart, 1)], order[-apart:]
     if not (settled and effort.again):

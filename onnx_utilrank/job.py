@@ -291,9 +291,9 @@ class Job:
             )
         flops = linear_flops(self.store, single, self.provider)
         variants = choose_variants(len(samples), flops) if config.augment else 1
-        mask = next((loss.mask for loss in losses if loss.mask), None)
+        padding = next((loss.padding for loss in losses if loss.padding), None)
         data, samples = with_variations(
-            self.data, samples, Augmentation.of(looked_at, mask), variants, config.seed
+            self.data, samples, Augmentation.of(looked_at, padding), variants, config.seed
         )
         effort = choose_effort(
             samples=len(samples),

@@ -132,8 +132,12 @@ def variations_note(data: Dataset) -> tuple[str, ...]:
 
 def losses_note(losses: Sequence[OutputLoss]) -> str:
     """How outputs are weighted, as nothing else tells a reader what divergences are of."""
-    counted = ", ".join(f"{loss.output!r} as {loss.weighting}" for loss in losses)
-    return f"What counts at the outputs: {counted}."
+    counted = []
+    for loss in losses:
+        told = loss.padding
+        where = f" where {told.input!r} is {told.real}" if told else ""
+        counted.append(f"{loss.output!r} as {loss.weighting}{where}")
+    return f"What counts at the outputs: {', '.join(counted)}."
 
 
 def measure_moments(

@@ -26,6 +26,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.training.objective import Objective
 
 N, D, H, C = 300, 12, 16, 5
@@ -157,7 +158,7 @@ class TestPositions:
             Labels("label").right({"x": np.zeros((4, 6)), "label": np.zeros(5)}, self.SCORES, loss)
 
     def test_padding_and_ignored_positions_do_not_count(self):
-        loss = OutputLoss(output="y", weighting="softmax", mask="mask")
+        loss = OutputLoss(output="y", weighting="softmax", padding=Padding("mask"))
         right = self.SCORES.argmax(-1)
         feed = {"mask": np.ones((4, 6), np.int64), "label": right.copy()}
         feed["label"][:, 3:] = (right[:, 3:] + 1) % C

@@ -21,6 +21,7 @@ from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 from onnx_utilrank.surgery.rewrite import Replacement, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -297,7 +298,9 @@ def test_padded_rows_are_not_fitted_to():
         other.append({"x": x, "mask": live})
     wanted = layers(proto, runs, {"W": 2, "V": 2})
     graph = TorchGraph.build(ModelStore.load(proto))
-    first, second = (propagate(graph, wanted, each, "mask", quiet) for each in (runs, other))
+    first, second = (
+        propagate(graph, wanted, each, Padding("mask"), quiet) for each in (runs, other)
+    )
     for key, value in first.items():
         expected, made = value.factors.product, second[key].factors.product
         np.testing.assert_allclose(made, expected, rtol=0, atol=1e-5)

@@ -26,6 +26,7 @@ from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
 from onnx_utilrank.statistics.moments import SecondMoment
+from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 from onnx_utilrank.surgery.rewrite import Replacement, rewrite
 from onnx_utilrank.torch_graph.footprint import Footprint
@@ -196,10 +197,10 @@ def test_padded_positions_do_not_count():
     (feed,) = feeds(1)
     feed["attention_mask"] = mask
     (loss,) = find_losses(ModelStore.load(proto), open_session(ModelStore.load(proto), CPU), [feed])
-    assert loss.mask == "attention_mask"
+    assert loss.padding == Padding("attention_mask")
     other = feed | {"x": np.where(mask[..., None] == 1, feed["x"], np.float32(7))}
     first, second = (collected(proto, [loss], [f]) for f in (feed, other))
-    bare = collected(proto, [replace(loss, mask=None)], [feed])
+    bare = collected(proto, [replace(loss, padding=None)], [feed])
     for name in ("W", "V"):
         assert first[name].moment.rows == first[name].decisions == mask.sum()
         assert bare[name].moment.rows == bare[name].decisions == mask.size
@@ -296,7 +297,7 @@ def test_padded_positions_are_told_by_zeros_and_ones_only():
     store = ModelStore.load(proto)
     feed["attention_mask"] = np.full((3, P), 2)
     (loss,) = find_losses(store, open_session(store, CPU), [feed])
-    assert loss.mask is None
+    assert loss.padding is None
 
 
 def test_gamma_of_few_decisions_is_shrunk_towards_its_mean():

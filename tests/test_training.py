@@ -37,6 +37,7 @@ from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
+from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.adaptive import dense_subspace, factor_pairs, pair_subspace
 from onnx_utilrank.training.batches import VARIATIONS, ShuffledBatches
@@ -418,7 +419,7 @@ def test_images_move_signals_move_and_features_do_not():
             "attention_mask": np.ones((6, 30), np.int64),
         }
     ]
-    vary = Augmentation.of(feeds, mask="attention_mask")
+    vary = Augmentation.of(feeds, Padding("attention_mask"))
     unmoved: dict[str, tuple[int, ...]] = {"features": (), "table": ()}
     assert vary.moved == {"image": (2, 3), "signal": (1,), "spectrum": (1,), **unmoved}
     assert set(vary.scale) == set(vary.moved)
@@ -488,7 +489,7 @@ def test_padding_is_not_exchanged():
     ids = np.arange(40).reshape(2, 20)
     mask = np.zeros((2, 20), np.int64)
     mask[:, :9] = 1
-    vary = Augmentation.of([{"ids": ids, "m": mask}], mask="m")
+    vary = Augmentation.of([{"ids": ids, "m": mask}], Padding("m"))
     for seed in range(20):
         made = vary({"ids": ids, "m": mask}, seed)["ids"]
         np.testing.assert_array_equal(made[:, 8:], ids[:, 8:])

@@ -11,6 +11,7 @@ import numpy as np
 
 from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.statistics.padding import Padding
 
 __all__ = ["Augmentation"]
 
@@ -40,7 +41,7 @@ class Augmentation:
         scale: Standard deviation of each floating input that gets noise; of features that are not
             moved, [samples, features], of each by itself.
         tokens: Of each integer input whose values may be exchanged, the values that samples hold.
-        mask: Input that is 0 at padded positions; None without one.
+        padding: What says which positions are padding; None where none are.
         free: Whether samples need not keep their labels: images are mirrored, and a sample may be
             mixed with another one of its run in all of its inputs. The model says what it gives.
         windows: Axes of the inputs that a window is cut out of, the same of all of one size.
@@ -49,7 +50,7 @@ class Augmentation:
     moved: Mapping[str, tuple[int, ...]]
     scale: Mapping[str, np.ndarray]
     tokens: Mapping[str, np.ndarray]
-    mask: str | None = None
+    padding: Padding | None = None
     free: bool = False
     windows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -57,7 +58,7 @@ class Augmentation:
     def of(
         cls,
         feeds: Sequence[Feed],
-        mask: str | None = None,
+        padding: Padding | None = None,
         *,
         labelled: bool = False,
         windows: Mapping[str, tuple[int, int]] | None = None,
@@ -71,7 +72,7 @@ class Augmentation:
 
         Args:
             feeds: Runs whose first axis counts samples.
-            mask: Input that is 0 at padded positions, if one is known.
+            padding: What says which positions are padding, if anything does.
             labelled: Whether what is made has to keep its label.
             windows: Inputs that a window may be cut out of, and the axes of it.
         """
@@ -83,7 +84,8 @@ class Augmentation:
                 continue
             values = [np.asarray(feed[name]) for feed in feeds]
             flat = np.concatenate([v.reshape(-1) for v in values])
-            varied = name != mask and len(np.unique(flat)) >= FEWEST_VALUES
+            told = padding is not None and name == padding.input
+            varied = not told and len(np.unique(flat)) >= FEWEST_VALUES
             if varied and first.dtype.kind == "f":
                 moved[name] = tuple(a for a in _long_axes(first.shape) if _is_smooth(values, a))
                 scale[name] = _spread(values, features=first.ndim == 2 and not moved[name])
@@ -98,7 +100,7 @@ class Augmentation:
             moved=moved,
             scale=scale,
             tokens=tokens,
-            mask=mask,
+            padding=padding,
             free=not labelled,
             windows=windows or {},
         )
@@ -169,8 +171,8 @@ class Augmentation:
     def _exchanged(self, name: str, feed: Feed, chance: np.random.Generator) -> np.ndarray:
         """Tokens of other samples in the place of some; the first and last of each text stay."""
         values = np.asarray(feed[name])
-        mask = feed.get(self.mask) if self.mask else None
-        live = np.ones(values.shape, bool) if mask is None else np.asarray(mask) != 0
+        kept = self.padding.kept(feed) if self.padding else None
+        live = np.ones(values.shape, bool) if kept is None else kept
         if live.shape != values.shape:
             live = np.ones(values.shape, bool)
         inner = live & np.roll(live, 1, axis=1) & np.roll(live, -1, axis=1)

@@ -122,9 +122,9 @@ class Labels:
     def of(self, feed: Feed, loss: OutputLoss) -> np.ndarray:
         """The labels of a run, int64 [all]; `IGNORED` at positions that are padding too."""
         labels = np.array(feed[self.key], np.int64).reshape(-1)
-        mask = feed.get(loss.mask) if loss.mask else None
-        if mask is not None and mask.size == labels.size > len(mask):
-            labels[mask.reshape(-1) == 0] = IGNORED
+        kept = loss.padding.kept(feed) if loss.padding else None
+        if kept is not None and kept.size == labels.size > len(kept):
+            labels[~kept.reshape(-1)] = IGNORED
         return labels
 
     def per_position(self, feed: Feed, shape: tuple[int, ...]) -> bool:

@@ -20,6 +20,7 @@ from onnx_utilrank.refit.twin import Reweighted, StandIn, layers_by_value
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
+from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.statistics.spill import spilled
 from onnx_utilrank.torch_graph.block import Values
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -42,11 +43,16 @@ class _Run:
     compressed: Values
 
 
+def _mask(padding: Padding | None, feed: Mapping[str, np.ndarray]) -> torch.Tensor | None:
+    kept = padding.kept(feed) if padding else None
+    return None if kept is None else torch.from_numpy(kept)
+
+
 def propagate(
     graph: TorchGraph,
     layers: Sequence[Layer],
     feeds: Sequence[Mapping[str, np.ndarray]],
-    mask: str | None,
+    padding: Padding | None,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Refitted]:
     """Factors for every layer, fitted to what it gets from the compressed layers before it.
@@ -61,7 +67,7 @@ def propagate(
         layers: What is to be factored or shrinks. Weights with several uses, and ones whose bias
             cannot take a mean, stay as they were measured.
         feeds: Calibration samples.
-        mask: Graph input that is 0 at padded positions.
+        padding: What says which positions are padding, whose rows do not count.
         progress: Called with "refitting" and how many nodes are done, and "solving" and how many
             layers are, of how many there are.
 
@@ -75,7 +81,7 @@ def propagate(
     runs = [
         _Run(
             samples=samples_in(feed),
-            mask=torch.from_numpy(np.array(feed[mask]) != 0) if mask and mask in feed else None,
+            mask=_mask(padding, feed),
             original=graph.start(feed),
             compressed=graph.start(feed),
         )

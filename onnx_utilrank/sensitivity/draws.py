@@ -73,10 +73,9 @@ class Draw:
             if self.loss.weighting == "logits":
                 v = v - v.mean(-1, keepdim=True)
         weights = torch.ones(rows.shape[:2], dtype=z.dtype, device=z.device)
-        mask = feed.get(self.loss.mask) if self.loss.mask else None
-        if mask is not None and mask.size == weights.numel():
-            kept = torch.from_numpy(np.ascontiguousarray(mask != 0)).reshape(weights.shape)
-            weights = kept.to(weights)
+        kept = self.loss.padding.kept(feed) if self.loss.padding else None
+        if kept is not None and kept.size == weights.numel():
+            weights = torch.from_numpy(kept).reshape(weights.shape).to(weights)
         share = weights / weights.sum(-1, keepdim=True).clamp(min=1)
         v = (v * share.sqrt()[..., None]).reshape(lined.shape)
         return v.movedim(-1, self.axis) if z.ndim > 1 else v, int(weights.sum())

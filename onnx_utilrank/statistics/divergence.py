@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from onnx_utilrank.statistics.padding import Padding
+
 __all__ = [
     "WEIGHTINGS",
     "OutputLoss",
@@ -45,7 +47,7 @@ class OutputLoss:
         axis: Where its classes or features lie; counted from the end.
         variance: What `logits` and `values` are relative to: summed over the last axis.
         sharpness: Mean of 1 − Σ p² (`softmax`): the energy of its Fisher information.
-        mask: Graph input that is 0 at padded positions [rows, positions]; None without one.
+        padding: What says which positions [rows, positions] do not count; None where all do.
     """
 
     output: str
@@ -54,7 +56,7 @@ class OutputLoss:
     axis: int = -1
     variance: float = 1.0
     sharpness: float = 1.0
-    mask: str | None = None
+    padding: Padding | None = None
 
 
 def samples_in(feed: Mapping[str, np.ndarray]) -> int:

@@ -69,10 +69,10 @@ class Objective:
         for loss in self.losses:
             y = made[loss.output]
             target = torch.from_numpy(np.array(wanted[loss.output])).to(y)
-            mask = feed.get(loss.mask) if loss.mask else None
-            total.append(output_divergence(loss, target, y, n, mask))
+            kept = loss.padding.kept(feed) if loss.padding else None
+            total.append(output_divergence(loss, target, y, n, kept))
             if loss.weighting == "values" and 1 < y.dim() < 4 and y.shape[-1] > 1:
-                total.append(_turned_away(target, y, n, mask))
+                total.append(_turned_away(target, y, n, kept))
         for name, variance in self.blocks.items():
             target = torch.from_numpy(np.array(wanted[name])).to(made[name])
             lost = (made[name] - target).square().mean() / variance
@@ -101,7 +101,7 @@ def output_divergence(
     expected: torch.Tensor,
     actual: torch.Tensor,
     samples: int,
-    mask: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Mean divergence over samples; `statistics.divergence.divergence` with gradients.
 
@@ -110,7 +110,7 @@ def output_divergence(
         expected: The original's output.
         actual: The trained graph's.
         samples: Samples in the run.
-        mask: 0 at positions that do not count.
+        kept: Positions [samples, positions] that count; None where all do.
     """
     y, z = (_rows(v, samples, loss.axis) for v in (expected, actual))
     if loss.weighting == "softmax":
@@ -120,22 +120,22 @@ def output_divergence(
         if loss.weighting == "logits":
             y, z = (_centred(_log_probabilities(loss, v)) for v in (y, z))
         each = (z - y).square().sum(-1) / (2 * loss.variance)
-    return _mean(each, mask)
+    return _mean(each, kept)
 
 
 def _turned_away(
-    expected: torch.Tensor, actual: torch.Tensor, samples: int, mask: np.ndarray | None
+    expected: torch.Tensor, actual: torch.Tensor, samples: int, kept: np.ndarray | None
 ) -> torch.Tensor:
     """1 − cos of the angle between vectors such as embeddings, which are compared by that."""
     y, z = (_rows(v, samples, -1) for v in (expected, actual))
-    return _mean(1 - functional.cosine_similarity(y, z, dim=-1), mask)
+    return _mean(1 - functional.cosine_similarity(y, z, dim=-1), kept)
 
 
-def _mean(each: torch.Tensor, mask: np.ndarray | None) -> torch.Tensor:
+def _mean(each: torch.Tensor, kept: np.ndarray | None) -> torch.Tensor:
     """Mean over samples of what each position [samples, positions] that counts lost."""
-    if mask is None or mask.size != each.numel():
+    if kept is None or kept.size != each.numel():
         return each.mean()
-    weights = torch.from_numpy(np.asarray(mask, np.float32)).to(each).reshape(each.shape)
+    weights = torch.from_numpy(np.asarray(kept)).to(each).reshape(each.shape)
     return ((each * weights).sum(1) / weights.sum(1).clamp_min(1)).mean()
 
 

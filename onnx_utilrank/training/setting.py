@@ -164,7 +164,7 @@ class Setting:
     ) -> ShuffledBatches:
         """What is trained on."""
         looked_at = self.looked_at
-        mask = next((loss.mask for loss in losses if loss.mask), None)
+        padding = next((loss.padding for loss in losses if loss.padding), None)
         single: Feed = next(self.data.feeds(self.fitted, batch=1))
         augmentation = None
         if config.augment:
@@ -173,7 +173,7 @@ class Setting:
             if self.data.run is None:
                 largest = {name: v[:1] if np.ndim(v) else v for name, v in largest.items()}
             windows = {} if labelled else window_axes(store, largest, losses, self.provider)
-            augmentation = Augmentation.of(looked_at, mask, labelled=labelled, windows=windows)
+            augmentation = Augmentation.of(looked_at, padding, labelled=labelled, windows=windows)
             single = augmentation.cut(single, np.random.default_rng(config.seed))
         batch = config.batch or self._affordable(store, single)
         return ShuffledBatches(

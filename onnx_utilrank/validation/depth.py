@@ -14,7 +14,7 @@ from onnx_utilrank.model.scopes import captured_names
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, open_session
-from onnx_utilrank.validation.divergence import padding_mask
+from onnx_utilrank.statistics.padding import Padding, find_padding
 
 __all__ = ["LayerError", "error_through_depth"]
 
@@ -46,7 +46,7 @@ def error_through_depth(
 
     Layers are matrix products and convolutions whose output has the same name and shape in both
     models: what was factored keeps its output, what was shrunk or renamed does not. Padding does
-    not count where an input says what is padding (`padding_mask`).
+    not count where an input says what is padding (`find_padding`).
 
     Args:
         reference: The original.
@@ -65,17 +65,22 @@ def error_through_depth(
         layers = [layers[k] for k in chosen]
     names = [node.output[0] for node in layers]
     lost, whole = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    runs = list(feeds) if names else []
+    paddings: dict[str, Padding | None] = {}
     sessions = [open_session(expose(s, names), provider) for s in (first, second) if names]
-    for feed in feeds if names else ():
+    for feed in runs:
         one, other = (session.run(feed, names) for session in sessions)
         for name in list(lost):
             y, z = one[name], other[name]
             if y.shape != z.shape or y.dtype.kind != "f" or z.dtype.kind != "f":
                 del lost[name]
                 continue
-            mask = padding_mask([feed], y.shape)
-            if mask is not None:
-                y, z = (value[feed[mask] > 0] for value in (y, z))
+            if name not in paddings:
+                paddings[name] = find_padding(runs, y.shape)
+            padding = paddings[name]
+            kept = padding.kept(feed) if padding else None
+            if kept is not None and kept.shape == y.shape[:2]:
+                y, z = (value[kept] for value in (y, z))
             known = np.isfinite(y)  # what is infinite by design has no error
             y, z = y[known].astype(np.float64), z[known]
             lost[name] += float(np.sum((y - z) ** 2))

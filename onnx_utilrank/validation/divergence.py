@@ -21,13 +21,13 @@ from onnx_utilrank.statistics.divergence import (
     rows_of,
     samples_in,
 )
+from onnx_utilrank.statistics.padding import find_padding
 
 __all__ = [
     "Divergence",
     "OutputRecorder",
     "find_losses",
     "measure_divergence",
-    "padding_mask",
 ]
 
 _REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
@@ -67,8 +67,8 @@ def find_losses(
     """What counts at each floating output of a model.
 
     Whether an output holds scores of classes is read off the graph and off the values it takes:
-    see `choose_weighting`. An input of rank 2 with "mask" in its name, whose values are 0 and 1
-    only, is taken to say which positions of outputs [rows, positions, …] are no padding.
+    see `choose_weighting`. Which positions of outputs [rows, positions, …] are padding: see
+    `find_padding`.
 
     Args:
         store: The model.
@@ -95,7 +95,7 @@ def find_losses(
             weighting="values",
             probabilities=probabilities,
             axis=axis,
-            mask=padding_mask(feeds, shape),
+            padding=find_padding(feeds, shape),
         )
         rows = []
         for feed, y in zip(feeds, outputs, strict=True):
@@ -137,25 +137,6 @@ def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool
     if not head.reshaped and shape and exact:
         return True, True, head.axis if head.axis < 0 else head.axis - len(shape)
     return classes, classes, -1
-
-
-def padding_mask(feeds: Sequence[Feed], shape: tuple[int, ...]) -> str | None:
-    """The input that says which positions of a value [rows, positions, …] are no padding, if any.
-
-    Args:
-        feeds: Some runs to look at.
-        shape: Of the value on the first of them.
-    """
-    if len(shape) < 3:
-        return None
-    for name, value in feeds[0].items():
-        if not isinstance(value, np.ndarray):  # a list, for a sequence
-            continue
-        if "mask" in name.lower() and value.ndim == 2 and value.shape == shape[:2]:
-            values = [np.asarray(feed[name]) for feed in feeds]
-            if all(np.isin(v, (0, 1)).all() for v in values):
-                return name
-    return None
 
 
 class Model(Protocol):
@@ -238,10 +219,10 @@ def measure_divergence(
 
 def _weights(loss: OutputLoss, feed: Feed, y: np.ndarray) -> np.ndarray:
     """1 for each position [samples, positions] that counts, 0 for padding."""
-    mask = feed.get(loss.mask) if loss.mask else None
-    if mask is None or mask.size != y.shape[0] * y.shape[1]:
+    kept = loss.padding.kept(feed) if loss.padding else None
+    if kept is None or kept.size != y.shape[0] * y.shape[1]:
         return np.ones(y.shape[:2])
-    return np.asarray(mask, dtype=np.float64).reshape(y.shape[:2])
+    return kept.astype(np.float64).reshape(y.shape[:2])
 
 
 def _decibels(noise: float) -> float:

@@ -1,0 +1,68 @@
+"""Which positions of samples are padding, as an input of the model says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Padding", "find_padding"]
+
+# What exporters of transformers call the input that is 1 at real positions.
+_USUAL = "attention_mask"
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """A graph input [rows, positions] of two values that tells padding from real positions.
+
+    Attributes:
+        input: Its name.
+        real: Its value at real positions.
+    """
+
+    input: str
+    real: int = 1
+
+    def kept(self, feed: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Which positions of a run are real, bool [rows, positions]; None where it says nothing."""
+        mask = feed.get(self.input)
+        return None if mask is None else np.ascontiguousarray((mask != 0) == bool(self.real))
+
+
+def find_padding(
+    feeds: Sequence[Mapping[str, np.ndarray]], shape: tuple[int, ...]
+) -> Padding | None:
+    """What says which positions of a value [rows, positions, …] are padding, if anything does.
+
+    An input of rank 2 with "mask" in its name, of whose values, 0 and 1 only, one marks what is
+    real. Samples are padded on one side, so that on the other all of them are real: the column
+    there has one value, that of real positions. Where both ends have, and they differ, all samples
+    are padded on the same side, and the name tells; where neither end has, it is no padding.
+
+    Args:
+        feeds: Some runs to look at.
+        shape: Of the value on the first of them.
+    """
+    if len(shape) < 3:
+        return None
+    for name, value in feeds[0].items():
+        if not isinstance(value, np.ndarray):  # a list, for a sequence
+            continue
+        if "mask" in name.lower() and value.ndim == 2 and value.shape == shape[:2]:
+            real = _real([np.asarray(feed[name]) for feed in feeds], name.lower())
+            if real is not None:
+                return Padding(name, real)
+    return None
+
+
+def _real(masks: Sequence[np.ndarray], name: str) -> int | None:
+    """The value of real positions; None where they are no masks of padding."""
+    if not all(mask.size and np.isin(mask, (0, 1)).all() for mask in masks):
+        return None
+    if name == _USUAL:
+        return 1
+    ends = [{int(value) for mask in masks for value in mask[:, end]} for end in (0, -1)]
+    sure = {value for values in ends if len(values) == 1 for value in values}
+    if len(sure) == 2:
+        return 0 if "pad" in name else 1
+    return sure.pop() if sure else None

@@ -1,0 +1,117 @@
+"""Which positions are padding: told from the values of a mask, whichever marks it."""
+
+import numpy as np
+import onnx
+import pytest
+from builders import model, noise, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnx_utilrank import CompressConfig, compress
+from onnx_utilrank.statistics.padding import Padding, find_padding
+
+LENGTH, D, H, C = 10, 12, 32, 4
+
+
+def find(mask: object, name: str = "mask") -> Padding | None:
+    held = np.asarray(mask)
+    return find_padding([{name: held}], (*held.shape, 7))
+
+
+@given(
+    st.lists(st.integers(1, LENGTH), min_size=2, max_size=6),
+    st.integers(0, 1),
+    st.booleans(),
+    st.sampled_from([bool, np.int64, np.float32]),
+)
+def test_the_side_without_padding_tells(lengths, real, left, kind):
+    padded = np.arange(LENGTH) >= np.array(lengths)[:, None]
+    padded = padded[:, ::-1] if left else padded
+    mask = np.where(padded, 1 - real, real).astype(kind)
+    found = find(mask)
+    if len({n < LENGTH for n in lengths}) == 2 or not padded.any():
+        assert found == Padding("mask", real)
+        kept = found.kept({"mask": mask})
+        np.testing.assert_array_equal(kept, ~padded)
+    else:  # all are padded on one side, so that either end may be the real one
+        assert found == Padding("mask", 1)
+        assert find(mask, "key_padding_mask") == Padding("key_padding_mask", 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0, 1, 1, 0], [1, 0, 0, 1]],  # positions that are hidden from a model, say
+        [[0, 2, 1, 1], [1, 1, 1, 1]],
+        np.zeros((2, 0), np.int64),
+    ],
+)
+def test_other_masks_are_none(mask):
+    assert find(mask) is None
+
+
+def test_holes_are_padding_where_the_ends_are_real():
+    assert find([[1, 0, 1], [1, 1, 1]]) == Padding("mask", 1)
+
+
+def test_the_usual_name_means_the_usual():
+    """An attention mask is 1 at real positions, also where it is padded on both sides."""
+    assert find([[0, 1, 1, 0], [1, 1, 0, 0]], "attention_mask") == Padding("attention_mask")
+
+
+def test_values_of_another_shape_have_no_padding():
+    assert find_padding([{"mask": np.ones((2, 3))}], (2, 4, 7)) is None
+    assert find_padding([{"mask": np.ones((2, 3))}], (2, 3)) is None
+    assert find_padding([{"other": np.ones((2, 3))}], (2, 3, 7)) is None
+    assert Padding("mask").kept({"x": np.ones(3)}) is None
+
+
+def tagger(name: str, kind: str) -> onnx.ModelProto:
+    """A position-wise network; its mask is read, and changes nothing."""
+    return model(
+        f"(float[n,t,{D}] x, {kind}[n,t] {name}) => (float[n,t,{C}] y)",
+        f"m = Cast<to=1>({name}) u = Unsqueeze(m, last) o = Mul(u, zero) h = Add(x, o) "
+        "a = MatMul(h, W) r = Relu(a) y = MatMul(r, V)",
+        W=noise(1, D, H).astype(np.float32),
+        V=noise(2, H, C).astype(np.float32),
+        last=np.array([2], np.int64),
+        zero=np.zeros(1, np.float32),
+    )
+
+
+def samples(real: int, kind: type) -> dict[str, np.ndarray]:
+    """Real positions lie in a subspace of 4 dimensions, and padding in another."""
+    lengths = np.random.default_rng(3).integers(2, LENGTH + 1, 60)
+    padded = np.arange(LENGTH) >= lengths[:, None]
+    rows, others = noise(4, 60, LENGTH, 4) @ noise(5, 4, D), noise(6, 60, LENGTH, D)
+    x = np.where(padded[..., None], others, rows).astype(np.float32)
+    return {"x": x, "mask": np.where(padded, 1 - real, real).astype(kind), "padded": padded}
+
+
+@pytest.mark.parametrize("method", ["two-sided", "one-sided"])
+@pytest.mark.parametrize(("real", "kind"), [(1, np.int64), (0, bool)])
+def test_what_is_real_counts_whichever_value_marks_it(real, kind, method):
+    held = samples(real, kind)
+    padded = held.pop("padded")
+    name = "bool" if kind is bool else "int64"
+    proto = tagger("mask", name)
+    # In the 4 dimensions of what is real nothing is lost at half of W.
+    config = CompressConfig(
+        param_ratio=0.7,
+        method=method,
+        moves=("low-rank",),
+        include=("W",),
+        weighting="values",
+        refit=False,
+    )
+    result = compress(proto, held, config)
+    y, z = (run(each, held)["y"] for each in (proto, result.model))
+    lost = ((y - z) ** 2).sum(-1)
+    if method == "two-sided":
+        assert lost[~padded].mean() < 1e-3 * lost[padded].mean()
+        assert any(f"where 'mask' is {real}" in note for note in result.notes)
+    assert result.quality is not None
+    assert result.quality.divergence is not None
+    # Means over the samples held back, and over all of them.
+    own = lost[~padded].mean() / (2 * y[~padded].var(0).sum())
+    assert result.quality.divergence.mean == pytest.approx(own, rel=0.5, abs=1e-6)
