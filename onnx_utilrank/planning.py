@@ -1,4 +1,4 @@
-"""From decompositions to a plan, in the unit of what was asked for; bytes and time are checked."""
+"""From decompositions to a plan, in the unit of what was asked for; what is made is checked."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = ["check_latency", "fit", "make_ledger", "make_offers"]
 
-# Plans that are made, at most, for a file to have the bytes that were asked for.
+# Plans that are made, at most, for a model to take no more than was asked for.
 FITS = 8
 
 # Models that are made and timed, at most, to meet a latency; what a trial may take; how far below
@@ -163,36 +163,63 @@ def fit(
         plan = _fit_latency(job, found, offers, samples, config, final)
         return build(job, plan, found, config)
     if config.size_ratio is not None:
-        return _fit_bytes(job, found, offers, config, final)
+        whole = job.source.file_bytes
+
+        def sizes(store: ModelStore) -> tuple[int, int]:
+            plain, made = final(store)
+            return plain.file_bytes, made.file_bytes
+
+        what = f"a file of {config.size_ratio:g} of its bytes"
+        return _fit_made(job, found, offers, config, whole, what, NODE_BYTES, sizes)
+    if config.param_ratio is not None:
+
+        def counts(store: ModelStore) -> tuple[int, int]:
+            return (count := count_parameters(store)), count
+
+        what = f"a ratio of {config.param_ratio:g} of its parameters"
+        return _fit_made(job, found, offers, config, count_parameters(job.store), what, 0, counts)
     return build(job, offers.plan(config.ratio), found, config)
 
 
-def _fit_bytes(
+def _fit_made(
     job: Job,
     found: Measurement,
     offers: Offers,
     config: CompressConfig,
-    final: Final,
+    whole: int,
+    what: str,
+    slack: int,
+    taken: Callable[[ModelStore], tuple[int, int]],
 ) -> tuple[RankPlan, ModelStore]:
-    """The bytes of a file are known when it is made: where the first plan misses them, the next
-    ones aim lower by what was too much.
+    """What a model takes is known when it is made: where the first plan misses what was asked for,
+    the next ones aim lower by what was too much.
+
+    Args:
+        job: The source.
+        found: The decompositions of its sites.
+        offers: What can be done to them.
+        config: Options.
+        whole: What the source takes.
+        what: What was asked for, as messages say it.
+        slack: How much lower to aim beyond what was too much.
+        taken: What a model takes, without and with what comes on top.
+
+    Raises:
+        TargetMissedError: It cannot be reached.
     """
-    assert config.size_ratio is not None
-    ratio = config.size_ratio
+    assert config.ratio is not None
+    ratio = config.ratio
     for _ in range(FITS):
         plan, store = build(job, offers.plan(ratio), found, config)
-        plain, made = final(store)
-        excess = made.file_bytes - math.floor(config.size_ratio * job.source.file_bytes)
+        plain, made = taken(store)
+        excess = made - math.floor(config.ratio * whole)
         if excess <= 0:
             return plan, store
         # A plan may have used less than it was allowed, where branches take the rest.
-        ratio = min(ratio, plain.file_bytes / job.source.file_bytes)
-        ratio -= (excess + NODE_BYTES) / job.source.file_bytes
+        ratio = min(ratio, plain / whole) - (excess + slack) / whole
         if ratio <= 0:
             break
-    raise TargetMissedError(
-        f"{job.store.label}: a file of {config.size_ratio:g} of its bytes cannot be reached"
-    )
+    raise TargetMissedError(f"{job.store.label}: {what} cannot be reached")
 
 
 def _fit_latency(

@@ -15,6 +15,8 @@ from onnx_utilrank import CompressConfig, ConfigError, ModelError, TargetMissedE
 from onnx_utilrank.calibration.collect import silent
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.job import Job
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.torch_graph.graph import UnsupportedOperatorError
 
 METHODS = ("two-sided", "one-sided", "svd")
@@ -294,3 +296,25 @@ def test_weights_count_in_the_memory_budget():
     left = roomy.memory_budget - 3 * 4 * width**2
     assert left - 3 * 2**13 < job.room(roomy) < left
     assert job.room(tight) == tight.memory_budget // 2  # and the weights on top
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_parameters_are_counted_in_what_was_made(shared: bool):
+    """Groups of a Conv become nodes with sizes and slices of their own, beside what stays."""
+    second = "y = Conv<pads=[1,1,1,1]>(r, w2, b)" if shared else "y = Conv<pads=[1,1,1,1]>(r, w2)"
+    proto = model(
+        "(float[n,8,6,6] x) => (float[n,16,h,w] y)",
+        f"a = Conv<group=2, pads=[1,1,1,1]>(x, w1, b) r = Relu(a) {second}",
+        w1=noise(1, 16, 4, 3, 3).astype(np.float32) / 6,
+        w2=noise(2, 16, 16, 3, 3).astype(np.float32) / 12,
+        b=noise(3, 16).astype(np.float32),
+    )
+    data = {"x": noise(4, 24, 8, 6, 6).astype(np.float32)}
+    before = count_parameters(ModelStore.load(proto))
+    moves = ("low-rank", "pivot")
+    for ratio in (0.35, 0.41, 0.47, 0.53, 0.59, 0.65):
+        config = CompressConfig(param_ratio=ratio, method="one-sided", moves=moves)
+        result = compress(proto, data, config)
+        assert result.store is not None
+        made = count_parameters(result.store)
+        assert made == result.plan.parameters_after <= ratio * before
