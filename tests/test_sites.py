@@ -462,6 +462,33 @@ def test_bias_of_two_adds_stays_while_one_of_them_reads_it():
     np.testing.assert_array_equal(constants(one.model)["b"], biases["b"])
 
 
+def test_a_bias_that_is_the_shift_of_a_norm_too_leaves_it_alone():
+    """Exporters store zeros once; a lost mean goes into the bias, and not into the shift."""
+    body = """
+        h = MatMul(x, W)
+        y = com.microsoft.SkipLayerNormalization<epsilon=1e-5>(h, s, scale, {}, zeros)
+    """
+    signature = "(float[n,k,7] x, float[n,k,5] s) => (float[n,k,5] y)"
+    domains = ', "com.microsoft" : 1'
+    scale = {"scale": np.ones(5, np.float32)}
+    zeros = {name: np.zeros(5, np.float32) for name in ("zeros", "others")}
+    feeds = [
+        {"x": pair["x"][None] + 1, "s": noise(30 + k, 1, len(pair["x"]), 5).astype(np.float32)}
+        for k, pair in enumerate(pairs())
+    ]
+    made = []
+    for shift in ("zeros", "others"):
+        held = {name: zeros[name] for name in {"zeros", shift}}
+        proto = model(signature, body.format(shift), domains=domains, W=W, **scale, **held)
+        result = compress(proto, feeds, TRUNCATED)
+        (entry,) = result.plan.entries
+        assert entry.bias
+        (norm,) = (n for n in result.model.graph.node if n.op_type.startswith("Skip"))
+        assert norm.input[3] == shift
+        made.append(run(result.model, feeds[0])["y"])
+    np.testing.assert_array_equal(*made)
+
+
 TWICE_SEEN = {
     "gemm_and_matmul": (
         "(float[n,6] x) => (float[n,6] y, float[n,6] v)",

@@ -118,11 +118,11 @@ class Surgeon:
         """Drop what the model declares of inner values: their shapes change."""
         self._forgotten.update(names)
 
-    def rewire(self, k: int, old: str, new: str) -> None:
-        """Let node `k` read `new` where it reads `old`."""
+    def rewire(self, k: int, old: str, new: str, place: int | None = None) -> None:
+        """Let node `k` read `new` where it reads `old`, or at one of those places alone."""
         node = self._nodes[k]
         for slot, tensor in enumerate(node.inputs):
-            if tensor.name == old:
+            if tensor.name == old and place in (None, slot):
                 node.inputs[slot] = self.tensor(new)
 
     def restate(self, k: int, attribute: str, value: int | float) -> None:

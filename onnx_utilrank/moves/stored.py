@@ -39,5 +39,5 @@ def corrected_bias(surgeon: Surgeon, site: Site, use: Use, lost: np.ndarray) -> 
     hint = slot.name if slot.name else f"{site.weight}/bias"
     name = store(surgeon, site, hint, values.reshape(slot.shape))
     if slot.kind == "add":
-        surgeon.rewire(slot.node, slot.name, name)
+        surgeon.rewire(slot.node, slot.name, name, slot.place)
     return name

@@ -50,13 +50,13 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
         # The scale and shift of a normalization come after the two values that it adds.
         if len(node.input) <= place or output not in node.input[: min(place, 2)] or axis != -1:
             return None
-        name = node.input[place]
     elif node.op_type == "Add" and node.domain in ("", "ai.onnx") and len(node.input) == 2:
         if any(a.name in ("broadcast", "axis") for a in node.attribute):
             return None  # Add before opset 7 aligns its operands in another way
-        name = node.input[1] if node.input[0] == output else node.input[0]
+        place = 1 if node.input[0] == output else 0
     else:
         return None
+    name = node.input[place]
     kind = index.constant_type(name)
     if kind is None or len(kind[0]) < -axis or kind[0][axis] != width:
         return None
@@ -64,7 +64,7 @@ def added_bias(index: GraphIndex, output: str, width: int, axis: int) -> BiasSlo
     others = [n for k, n in enumerate(shape) if k != len(shape) + axis]
     if any(n != 1 for n in others) or not index.is_finite(name):
         return None
-    return BiasSlot(kind="add", node=readers[0], name=name, shape=shape)
+    return BiasSlot(kind="add", node=readers[0], place=place, name=name, shape=shape)
 
 
 def product_and_bias(

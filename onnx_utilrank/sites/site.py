@@ -124,6 +124,7 @@ class BiasSlot:
             there is none, and one can be added. `none`: the bias is computed at run time, or a
             shape would change.
         node: Index of the node that adds (`add` only).
+        place: Which of its inputs the bias is (`add` only): others may be the same constant.
         name: The constant that holds the bias (`input` and `add`).
         shape: The shape in which a corrected bias is stored.
         scale: Factor the operator applies to it (Gemm's beta).
@@ -131,6 +132,7 @@ class BiasSlot:
 
     kind: Literal["input", "add", "new", "none"]
     node: int = -1
+    place: int = -1
     name: str = ""
     shape: tuple[int, ...] = ()
     scale: float = 1.0
