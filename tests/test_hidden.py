@@ -196,6 +196,12 @@ STYLES = {
         found=({"wqt", "wkt"}, {"wvt", "wot"}),
     ),
     "matmul": Style(body=PLAIN),
+    "a Concat of one value": Style(
+        body=PLAIN.replace(
+            "ct = Transpose<perm=[0,2,1,3]>(c)",
+            "one = Concat<axis=0>(c) ct = Transpose<perm=[0,2,1,3]>(one)",
+        )
+    ),
     "no bias": Style(
         body="qb = MatMul(x, wq) kb = MatMul(x, wk) vb = MatMul(x, wv)"
         + SPLIT.format("split_free")

@@ -22,7 +22,7 @@ __all__ = ["FOLLOWED", "Meeting", "Trace", "Values", "moves_within", "varies"]
 
 # What moves features about and changes nothing else; what reshapes them too by a shape it is told.
 _LAYOUT = frozenset({"Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Gather", "Slice"})
-_SAME = frozenset({"Identity", "Dropout"})
+_SAME = frozenset({"Identity", "Dropout", "Concat"})  # a Concat of one value, which exporters write
 _SCALING = frozenset({"Mul", "Div"})
 _ADDING = frozenset({"Add", "Sub"})
 FOLLOWED = _LAYOUT | _SAME | _SCALING | _ADDING | {"Reshape", "MatMul"}
@@ -110,7 +110,7 @@ class Trace:
                 passed = self._multiply(node)
             elif node.op_type in _SCALING | _ADDING:
                 passed = self._combine(k, node, arriving)
-            elif arriving == [node.input[0]]:
+            elif arriving == [node.input[0]] and (node.op_type != "Concat" or len(node.input) < 2):
                 passed = self._move(k, node, given[0])
         if not passed:
             for numbers in given:
