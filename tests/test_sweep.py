@@ -175,7 +175,7 @@ def test_plans_of_points_are_replayed(files, report, tmp_path):
 def test_reports_without_the_point_are_refused(report, tmp_path):
     with pytest.raises(ModelError, match=r"has no point at 0\.45"):
         RankPlan.load(report, point=0.45)
-    with pytest.raises(ModelError, match="unknown key"):
+    with pytest.raises(ModelError, match=r"report of a sweep; say which point of it \(.*0\.5.*\)"):
         RankPlan.load(report)
     plan = tmp_path / "plan.json"
     RankPlan.load(report, point=0.5).save(plan)
@@ -183,6 +183,9 @@ def test_reports_without_the_point_are_refused(report, tmp_path):
         plan.write_text(text)
         with pytest.raises(ModelError, match="not the report of a sweep"):
             RankPlan.load(plan, point=0.5)
+    plan.write_text('{"plan": {}, "samples": 3}')
+    with pytest.raises(ModelError, match="is a report; the plan is what --plan-out writes"):
+        RankPlan.load(plan)
 
 
 # --- plot ---------------------------------------------------------------------------------------

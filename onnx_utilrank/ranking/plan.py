@@ -220,6 +220,7 @@ class RankPlan:
             raw = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise ModelError(f"{label}: not JSON ({e})") from e
+        _check_report(raw, label)
         # First, as another version has other keys.
         schema = raw.get("schema") if isinstance(raw, Mapping) else None
         if type(schema) is int and schema != SCHEMA:
@@ -257,6 +258,24 @@ class RankPlan:
         parts = {"entries": tuple(entries), "hidden": tuple(hidden), "skipped": tuple(skipped)}
         then = ThenEntry.from_json(top["then"], label)
         return cls(**top | parts | {"then": then})
+
+
+def _check_report(raw: object, label: str) -> None:
+    """A report is no plan, but holds some.
+
+    Raises:
+        ModelError: It is one.
+    """
+    if not isinstance(raw, Mapping):
+        return
+    points = raw.get("points")
+    if isinstance(points, list):
+        ratios = [f"{p['ratio']:g}" for p in points if isinstance(p, Mapping) and "ratio" in p]
+        raise ModelError(
+            f"{label}: is the report of a sweep; say which point of it ({', '.join(ratios)})"
+        )
+    if isinstance(raw.get("plan"), Mapping):
+        raise ModelError(f"{label}: is a report; the plan is what --plan-out writes")
 
 
 def _of_point(text: str, point: float, label: str) -> str:
