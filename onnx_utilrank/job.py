@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 # How often weights that are no files beside the model are in memory: as they were read, in ONNX
 # Runtime and in torch.
 WEIGHT_COPIES = 3
+# Rows of a weight without which its loss cannot be predicted.
+FEWEST_ROWS = 2
 # Samples that are looked at to tell what the outputs are.
 SAMPLES_LOOKED_AT = 64
 
@@ -218,10 +220,17 @@ class Job:
             cache=self.cache(gradients.data, gradients.samples, config),
             engine=self.engine,
         )
-        seen = {m.site.key for m in measured}
+        # About its own mean one row is nothing, and no change of a weight would cost anything.
+        few = {m.site.key for m in measured if m.moment.rows < FEWEST_ROWS}
+        seen = {m.site.key for m in measured} - few
+        measured = [m for m in measured if m.site.key in seen]
+        single = "the calibration data give it a single row, which tells nothing of its inputs"
         unread = "no output depends on it on the calibration data: its gradient is zero"
         skips = tuple(
-            skip for site in sites if site.key not in seen for skip in unmeasured(site, unread)
+            skip
+            for site in sites
+            if site.key not in seen
+            for skip in unmeasured(site, single if site.key in few else unread)
         )
         rows = {m.site.key: (m.moment.rows, m.moment.enough_rows) for m in measured}
         return Measurement(

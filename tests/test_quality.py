@@ -423,3 +423,20 @@ def test_command_line_reports_the_quality(small, tmp_path, capsys, monkeypatch):
         assert len([line for line in err.splitlines() if "error:" in line]) == 1
         assert "Traceback" not in err
     assert not Path("no.onnx").exists()
+
+
+def test_what_rests_on_a_single_row_is_left_alone():
+    """About its mean one row is nothing: any change would be foreseen to cost nothing."""
+    proto = model(
+        "(float[n,48] x) => (float[n,8] y)",
+        "a = MatMul(x, v) b = Tanh(a) y = MatMul(b, w)",
+        v=noise(1, 48, 48).astype(np.float32) / 7,
+        w=noise(2, 48, 8).astype(np.float32) / 7,
+    )
+    two, three = ({"x": noise(3, n, 48).astype(np.float32)} for n in (2, 3))
+    with pytest.raises(TargetMissedError, match="single row"):
+        compress(proto, two, CompressConfig(param_ratio=0.5))
+    assert compress(proto, two, CompressConfig(param_ratio=0.5, method="svd")).plan.factored
+    assert compress(proto, three, CompressConfig(param_ratio=0.5)).plan.factored
+    with pytest.raises(DataError, match="holds 2 samples; a target of quality needs 3"):
+        compress(proto, two, target("max_divergence", 0.01))

@@ -242,9 +242,19 @@ def hold_back(
 
 
 def parted(data: Dataset, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Samples to fit to, and samples to search on: a fifth of them, see `hold_back`."""
+    """Samples to fit to, and samples to search on: a fifth of them, see `hold_back`.
+
+    Raises:
+        DataError: There are too few.
+    """
+    run = data.run or 1
+    if len(samples) < 2 * run:
+        raise DataError(
+            f"{data.label}: holds {_count(len(data))}; a target of quality needs {3 * run}, to "
+            "calibrate with, to search on and to validate"
+        )
     fitted, searched = hold_back(
-        len(samples), samples=None, seed=seed, run=data.run or 1, label=data.label
+        len(samples), samples=None, seed=seed, run=run, label=data.label
     )
     return [samples[k] for k in fitted], [samples[k] for k in searched]
 
