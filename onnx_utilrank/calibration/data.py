@@ -253,9 +253,7 @@ def parted(data: Dataset, samples: Sequence[int], seed: int) -> tuple[list[int],
             f"{data.label}: holds {_count(len(data))}; a target of quality needs {3 * run}, to "
             "calibrate with, to search on and to validate"
         )
-    fitted, searched = hold_back(
-        len(samples), samples=None, seed=seed, run=run, label=data.label
-    )
+    fitted, searched = hold_back(len(samples), samples=None, seed=seed, run=run, label=data.label)
     return [samples[k] for k in fitted], [samples[k] for k in searched]
 
 
