@@ -462,6 +462,35 @@ def test_bias_of_two_adds_stays_while_one_of_them_reads_it():
     np.testing.assert_array_equal(constants(one.model)["b"], biases["b"])
 
 
+@pytest.mark.parametrize("chain", ["", "v = Identity(W)", "u = Identity(W) v = Identity(u)"])
+def test_a_weight_by_other_names_is_one(chain: str):
+    """Exporters that drop doubles let layers that share a weight read it through Identity."""
+    body = (
+        f"{chain} a = MatMul(x, W) b = Tanh(a) c = MatMul(b, {'v' if chain else 'W'}) y = Tanh(c)"
+    )
+    wide = noise(40, 40, 40).astype(np.float32)
+    proto = model("(float[n,40] x) => (float[n,40] y)", body, W=wide)
+    (site,) = sites_of(proto)
+    assert (site.key, site.weight, site.freed, len(site.uses)) == ("W", "W", True, 2)
+    data = {"x": noise(41, 20, 40).astype(np.float32)}
+    result = compress(proto, data, CompressConfig(param_ratio=0.7, method="svd"))
+    assert ops(result.model) == ["MatMul", "MatMul", "Tanh"] * 2
+    assert set(constants(result.model)) == {"W/right", "W/left"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "v = Identity(SQ) y = MatMul(x, SQ) z = MatMul(v, x)",
+        "v = Identity(SQ) y = MatMul(x, SQ) z = Identity(v)",
+        "v = Identity(SQ) y = MatMul(x, SQ) z = Relu(v)",
+    ],
+)
+def test_a_weight_that_is_needed_by_another_name_is_not_freed(body: str):
+    proto = model("(float[6,6] x) => (float[6,6] y, float[6,6] z)", body, SQ=SQUARE)
+    assert not any(site.freed for site in sites_of(proto))
+
+
 def test_a_bias_that_is_the_shift_of_a_norm_too_leaves_it_alone():
     """Exporters store zeros once; a lost mean goes into the bias, and not into the shift."""
     body = """

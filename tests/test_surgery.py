@@ -320,7 +320,7 @@ def test_parts_of_a_form_that_are_not_its_weight_are_kept(form: Form):
     graph = index(form.proto)
     (site,), _ = find_sites(graph)
     k = site.uses[0].node
-    behind, gone = [site.weight], {*graph.node(k).output, *graph.origin(k).output}
+    behind, gone = [site.uses[0].weight], {*graph.node(k).output, *graph.origin(k).output}
     while behind:
         gone.add(name := behind.pop())
         if name in graph.producers:

@@ -232,6 +232,27 @@ class GraphIndex:
             )
         return self._finite[name]
 
+    def root(self, name: str) -> str:
+        """The value that a value is by other names: what an Identity reads, if one makes it."""
+        while name in self.constants and name in self.producers:
+            node = self.node(self.producers[name])
+            if qualified(node) != ("", "Identity"):
+                break
+            name = node.input[0]
+        return name
+
+    def aliases(self, root: str) -> tuple[frozenset[str], frozenset[int]]:
+        """All names of a constant, itself among them, and the Identity nodes that make them."""
+        names, nodes, ways = {root}, set(), [root]
+        while ways:
+            for k in self.consumers.get(ways.pop(), ()):
+                node = self.node(k)
+                if qualified(node) == ("", "Identity"):
+                    nodes.add(k)
+                    names.update(node.output)
+                    ways += node.output
+        return frozenset(names), frozenset(nodes)
+
     def freed_by(self, name: str, readers: frozenset[int]) -> bool:
         """Whether the data behind constant `name` could go if nodes `readers` stopped reading it.
 

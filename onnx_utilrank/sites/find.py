@@ -116,7 +116,8 @@ def find_sites(
         if isinstance(found, Skip):
             skips.append(found)
         elif found is not None:
-            groups[found.weight, found.op_type, found.layout].append(found)
+            root = index.root(found.weight)
+            groups[root, found.op_type, found.layout].append(found)
     skips.extend(
         Skip(
             node=f"{node_label(node)} in function {function.name!r}",
@@ -129,7 +130,8 @@ def find_sites(
     )
     # Parts of one node say the same.
     unique = dict.fromkeys(skips) if index.spans else skips
-    return tuple(_site(index, uses) for uses in groups.values()), tuple(unique)
+    sites = tuple(_site(index, root, uses) for (root, _, _), uses in groups.items())
+    return sites, tuple(unique)
 
 
 def _relabelled(found: Use | Skip, label: str) -> Use | Skip:
@@ -166,7 +168,7 @@ def _refused(
 ) -> Skip | None:
     node = index.node(use.node)
     origin = index.origin(use.node)
-    names = [node.name, use.weight, node.output[0], *origin.output]
+    names = [node.name, use.weight, index.root(use.weight), node.output[0], *origin.output]
     names += [n for n in origin.input if n in index.constants and n not in node.input]
 
     def named(patterns: Sequence[str]) -> bool:
@@ -190,25 +192,27 @@ def _refused(
     return Skip(node=use.label, op_type=use.op_type, reason=reason) if reason else None
 
 
-def _site(index: GraphIndex, uses: list[Use]) -> Site:
+def _site(index: GraphIndex, weight: str, uses: list[Use]) -> Site:
     first = uses[0]
-    kind = index.constant_type(first.weight)
+    kind = index.constant_type(weight)
     assert kind is not None
     if any((u.m, u.d) != (first.m, first.d) for u in uses):
-        raise ModelError(f"{index.store.label}: weight {first.weight!r} has two shapes")
-    readers = frozenset(u.node for u in uses)
+        raise ModelError(f"{index.store.label}: weight {weight!r} has two shapes")
+    # Nodes through which other names of the weight come are readers of it too.
+    names, through = index.aliases(weight)
+    readers = frozenset(u.node for u in uses) | through
     # A weight that two layouts see gets a key for each.
-    alone = all(k in readers for k in index.consumers[first.weight])
+    alone = all(k in readers for name in names for k in index.consumers.get(name, ()))
     return Site(
-        key=first.weight if alone else f"{first.weight}@{index.node(first.node).output[0]}",
+        key=weight if alone else f"{weight}@{index.node(first.node).output[0]}",
         op_type=first.op_type,
-        weight=first.weight,
+        weight=weight,
         uses=tuple(uses),
         m=first.m,
         d=first.d,
         dtype=kind[1],
-        stored=index.stored_type(first.weight),
-        freed=index.freed_by(first.weight, readers),
+        stored=index.stored_type(weight),
+        freed=alone and names.isdisjoint(index.pinned) and index.freed_by(weight, readers),
     )
 
 
