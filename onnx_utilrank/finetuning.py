@@ -247,9 +247,12 @@ def _rate(method: FinetuneMethod, divergence: float) -> float:
 
 def _parts(graph: TorchGraph, original: ModelStore, config: FinetuneConfig) -> list[Part]:
     """What a method trains; nothing, where the candidate is the original."""
-    changed = changed_names(graph, trainable_form(original))
+    source = trainable_form(original)
+    changed = changed_names(graph, source)
     names = trainable_names(graph)
     parts: list[Part] = []
+    if graph.store.fingerprint() == source.fingerprint():
+        return parts
     biases = trainable_names(graph, "biases")
     if config.method == "biases":
         return plain_parts(graph, biases)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
-from onnx_utilrank.calibration.data import DataSource, chosen_samples, open_data, parted
+from onnx_utilrank.calibration.data import SEARCHED, DataSource, chosen_samples, open_data, parted
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
@@ -122,7 +122,7 @@ def compress(
         config, sites, hidden = _replayed(job, plan, calibration, config)
     searched: Sequence[int] = ()
     if config.quality is not None:
-        calibration, searched = parted(job.data, calibration, config.seed)
+        calibration, searched = parted(job.data, calibration, config.seed, SEARCHED)
     quantizing = None if config.then is None else Quantizing(job, calibration, config)
     found = job.measure(config.method_key, sites, calibration, config, hidden)
     best, store, notes = None, None, found.notes

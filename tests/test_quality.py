@@ -438,5 +438,5 @@ def test_what_rests_on_a_single_row_is_left_alone():
         compress(proto, two, CompressConfig(param_ratio=0.5))
     assert compress(proto, two, CompressConfig(param_ratio=0.5, method="svd")).plan.factored
     assert compress(proto, three, CompressConfig(param_ratio=0.5)).plan.factored
-    with pytest.raises(DataError, match="holds 2 samples; a target of quality needs 3"):
+    with pytest.raises(DataError, match="holds 2 samples; 3 are needed, to calibrate with"):
         compress(proto, two, target("max_divergence", 0.01))

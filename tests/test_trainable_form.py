@@ -211,14 +211,14 @@ def test_what_cannot_be_trained_is_told_before_the_work(proto, error, reason):
 def test_options_that_leave_nothing_to_do():
     with pytest.raises(ConfigError, match="delay 60 leaves none of 60 steps"):
         train(plain(), data(), TrainConfig(labels="label", steps=60, delay=60))
-    with pytest.raises(ConfigError, match="share and delay go with method oialr"):
+    with pytest.raises(ConfigError, match="share and delay: of method oialr alone"):
         FinetuneConfig(share=0.1, delay=3)
-    with pytest.raises(ConfigError, match="share go with method oialr"):
+    with pytest.raises(ConfigError, match="share: of method oialr alone"):
         TrainConfig(labels="label", method="dense", share=0.1)
     with pytest.raises(ConfigError, match=r"learning rate 1e\+20 is not in"):
         TrainConfig(labels="label", learning_rate=1e20)
     few = {name: value[:2] for name, value in data().items()}
-    with pytest.raises(DataError, match="holds 2 samples; 3 are needed"):
+    with pytest.raises(DataError, match="holds 2 samples; 3 are needed, to train on"):
         train(plain(), few, TRAINING)
 
 

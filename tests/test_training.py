@@ -693,8 +693,10 @@ def test_weights_that_are_no_better_are_not_kept(small: onnx.ModelProto):
     assert any("stays as it is" in note for note in result.notes)
 
 
-def test_the_original_has_nothing_to_recover():
-    result = finetune(network(), network(), samples(), QUICK)
+@pytest.mark.parametrize("method", ["factors", "biases", "oialr"])
+def test_the_original_has_nothing_to_recover(method: str):
+    config = dataclasses.replace(QUICK, method=method)
+    result = finetune(network(), network(), samples(), config)
     assert (result.kept, result.history) == (False, ())
     assert result.notes
 

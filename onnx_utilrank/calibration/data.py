@@ -26,6 +26,7 @@ from onnx_utilrank.model.store import TensorSpec
 
 __all__ = [
     "DYNAMIC_BATCH",
+    "SEARCHED",
     "DataSource",
     "Dataset",
     "SampleReader",
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 # Rows of one run where the model leaves the number open.
 DYNAMIC_BATCH = 32
+
+# What samples are for where a target of quality is searched for.
+SEARCHED = "to calibrate with, to search on and to validate"
 
 # How messages name data that have no name of their own.
 _UNNAMED = "calibration data"
@@ -241,20 +245,28 @@ def hold_back(
     return sorted(chosen[held:]), sorted(chosen[:held])
 
 
-def parted(data: Dataset, samples: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Samples to fit to, and samples to search on: a fifth of them, see `hold_back`.
+def parted(
+    data: Dataset, samples: Sequence[int], seed: int, uses: str
+) -> tuple[list[int], list[int]]:
+    """Part what is not held back: a fifth of it judges what is fitted to the rest (`hold_back`).
+
+    Args:
+        data: All samples.
+        samples: Numbers of those that are not held back.
+        seed: What the choice depends on, and nothing else.
+        uses: What the three parts are for, as messages say it.
+
+    Returns:
+        Numbers of the samples to fit to, and of those to judge on.
 
     Raises:
         DataError: There are too few.
     """
     run = data.run or 1
     if len(samples) < 2 * run:
-        raise DataError(
-            f"{data.label}: holds {_count(len(data))}; a target of quality needs {3 * run}, to "
-            "calibrate with, to search on and to validate"
-        )
-    fitted, searched = hold_back(len(samples), samples=None, seed=seed, run=run, label=data.label)
-    return [samples[k] for k in fitted], [samples[k] for k in searched]
+        raise DataError(f"{data.label}: holds {_count(len(data))}; {3 * run} are needed, {uses}")
+    fitted, judged = hold_back(len(samples), samples=None, seed=seed, run=run, label=data.label)
+    return [samples[k] for k in fitted], [samples[k] for k in judged]
 
 
 def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:

@@ -72,7 +72,7 @@ class TrainingConfig(RunConfig):
 
     def _check_schedule(self, method: str) -> None:
         given = [name for name in ("share", "interval", "delay") if getattr(self, name) is not None]
-        check(method == "oialr" or not given, f"{' and '.join(given)} go with method oialr")
+        check(method == "oialr" or not given, f"{' and '.join(given)}: of method oialr alone")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

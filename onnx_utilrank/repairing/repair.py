@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent
-from onnx_utilrank.calibration.data import DataSource, parted
+from onnx_utilrank.calibration.data import SEARCHED, DataSource, parted
 from onnx_utilrank.calibration.own_code import import_function
 from onnx_utilrank.comparison import check_alike
 from onnx_utilrank.config import QualityTarget
@@ -63,7 +63,7 @@ def repair(
     calibration, held = job.data.split(samples=config.samples, seed=config.seed)
     searched: Sequence[int] = ()
     if config.quality is not None:
-        calibration, searched = parted(job.data, calibration, config.seed)
+        calibration, searched = parted(job.data, calibration, config.seed, SEARCHED)
     repairs = Repairs.measure(job, small, calibration, options)
     if not repairs.lost.residuals and not repairs.skips:
         raise ModelError(f"{small.label}: no quantized weight was found in it")

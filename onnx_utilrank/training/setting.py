@@ -10,11 +10,11 @@ import torch
 from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, usable_batch
-from onnx_utilrank.calibration.data import Dataset, DataSource, hold_back, open_data
+from onnx_utilrank.calibration.data import Dataset, DataSource, open_data, parted
 from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.calibration.survey import check_finite, linear_flops
 from onnx_utilrank.config import TrainingConfig
-from onnx_utilrank.errors import ConfigError, DataError
+from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider, find_provider
@@ -94,14 +94,8 @@ class Setting:
         Raises:
             DataError: There are too few.
         """
-        run = data.run or 1
-        if len(rest) < 2 * run:
-            raise DataError(
-                f"{data.label}: holds {len(rest) + len(held)} samples; {3 * run} are needed, to "
-                "train on, to tell when to stop, and to decide"
-            )
-        parts = hold_back(len(rest), samples=None, seed=seed, run=run, label=data.label)
-        fitted, judged = ([rest[k] for k in part] for part in parts)
+        uses = "to train on, to tell when to stop, and to decide"
+        fitted, judged = parted(data, rest, seed, uses)
         return cls(
             data=data,
             fitted=fitted,
