@@ -66,6 +66,15 @@ class TestWhichOutput:
         assert result.accuracy == pytest.approx(accuracy(result.model), abs=20)
         assert "Labels 'label' are classes of output 'y'." in result.notes
 
+    def test_as_many_classes_tell_where_nothing_else_does(self):
+        """Weights that were just drawn give scores that look like any values."""
+        session = open_session(ModelStore.load(two_headed()), CPU)
+        losses = [OutputLoss(output=name, weighting="values") for name in ("emb", "y")]
+        found = Labels("label").find_output(session, losses, [data()], "data")
+        assert found.output == "y"
+        few = data() | {"label": np.minimum(data()["label"], 1)}  # of neither as many
+        assert Labels("label").find_output(session, losses, [few], "data").output == "emb"
+
     def test_the_user_may_name_it(self):
         with pytest.raises(ConfigError, match=r"'z' is none of the outputs \['emb', 'y'\]"):
             train(two_headed(), data(), dataclasses.replace(TRAINING, labels="label=z"))

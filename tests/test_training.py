@@ -627,6 +627,22 @@ def test_training_lowers_the_loss_and_keeps_the_best():
     assert history.dropped == 0
 
 
+def test_the_best_of_the_looks_is_kept():
+    made = trainer(20, patience=20)
+    seen: list[dict[str, np.ndarray]] = []
+    scores = iter([3.0, 2.0, 1.0, *[4.0] * 18])
+
+    def judge(student: Student) -> float:
+        seen.append({name: value.copy() for name, value in student.arrays().items()})
+        return next(scores)
+
+    made.judge = judge
+    made.run()
+    kept = made.student.arrays()
+    assert all(np.array_equal(kept[name], value) for name, value in seen[2].items())
+    assert not any(np.array_equal(kept[name], value) for name, value in seen[-1].items())
+
+
 def test_what_is_judged_is_a_mean_of_steps():
     """At a rate that makes steps stray, the mean of them is better than most."""
     made = trainer(80, patience=80, averaged=True, warm_up=0.0)
