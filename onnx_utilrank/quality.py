@@ -56,7 +56,10 @@ class Quality:
             return found.mean, found.standard_error
         if target.key == "min_agreement":
             if found.agreement is None:
-                raise ConfigError("min agreement: no output of the model makes decisions")
+                raise ConfigError(
+                    "min agreement: no output of the model makes decisions, as far as its values "
+                    "tell; an output weighting of softmax says that they do"
+                )
             return found.agreement, found.agreement_error
         if found.snr_db is None:
             raise ConfigError("min snr: no output of the model holds values to compare")

@@ -368,6 +368,39 @@ def test_signal_to_noise_ratio_is_reached():
         compress(proto, data, target("min_agreement", 0.9, force=True))
 
 
+def head(level: float, classes: int = 6) -> onnx.ModelProto:
+    """Scores from random features; so much of them is one level for all."""
+    scores = noise(2, 24, classes)
+    scores += (level - 1) * scores.mean(1, keepdims=True)
+    return model(
+        f"(float[n,16] x) => (float[n,{classes}] y)",
+        "h = MatMul(x, W) t = Tanh(h) y = Gemm(t, V)",
+        W=noise(1, 16, 24).astype(np.float32),
+        V=(3 * scores).astype(np.float32),
+    )
+
+
+# 1 is the level that scores have which nothing ties together.
+@pytest.mark.parametrize(
+    ("level", "decides"), [(0.0, True), (0.25, True), (1.0, False), (4.0, False)]
+)
+def test_scores_that_share_a_level_are_values(level: float, decides: bool):
+    proto, data = head(level), {"x": activations(3, 200, 16).astype(np.float32)}
+    found = compress(proto, data, CompressConfig(param_ratio=0.7)).quality.divergence
+    assert (found.agreement is not None) is decides
+    assert (found.snr_db is None) is decides
+
+
+def test_what_all_targets_share_is_not_lost():
+    # A softmax would be blind to what is added to every score alike.
+    proto, data = head(8.0), {"x": activations(3, 400, 16).astype(np.float32)}
+    made = compress(proto, data, target("max_divergence", 0.01, force=True)).model
+    feed = {"x": activations(3, 600, 16)[400:].astype(np.float32)}
+    y, z = run(proto, feed)["y"], run(made, feed)["y"]
+    lost = np.square(z - y).sum() / np.square(y - y.mean(0)).sum() / 2
+    assert lost < 0.02  # twice the limit, on other samples
+
+
 def test_weighting_of_the_user_judges_too(small):
     path, data = small
     config = CompressConfig(param_ratio=0.5)

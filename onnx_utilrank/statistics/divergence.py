@@ -30,6 +30,10 @@ OVERCONFIDENT = 1e-3
 # Share of the largest possible entropy above which scores are no logits of classes: a trained
 # classifier is surer than that on its own data, a softmax of an embedding never is.
 UNDECIDED = 0.9
+# How much of what scores do is in the level that they share, which a softmax does not see, beside
+# what is in another direction of theirs: about 1 for targets that have nothing to do with each
+# other, near 0 for a trained classifier, as the gradient of its cross-entropy has none of it.
+LEVELLED = 0.4
 # Below the smallest normal float32, where a softmax of that type underflows.
 _LEAST = 1e-38
 
@@ -103,13 +107,16 @@ def scores(loss: OutputLoss, y: np.ndarray) -> np.ndarray:
     return _centred(log_probabilities(loss, y) if loss.probabilities else y)
 
 
-def choose_weighting(y: np.ndarray, *, classes: bool, probabilities: bool) -> Weighting:
+def choose_weighting(
+    y: np.ndarray, *, classes: bool, probabilities: bool, sequence: bool
+) -> Weighting:
     """How an output is to be weighted, from what the reference gives on some samples.
 
     Args:
         y: The values that the output takes, [rows, features].
         classes: Whether the graph says that its last axis holds scores of classes.
         probabilities: Whether it is a softmax.
+        sequence: Whether there are several rows a sample, such as tokens.
     """
     if y.shape[-1] < 2 or not (classes or probabilities):
         return "values"
@@ -118,7 +125,16 @@ def choose_weighting(y: np.ndarray, *, classes: bool, probabilities: bool) -> We
     entropy = -(np.exp(log_p) * log_p).sum(-1).mean() / np.log(y.shape[-1])
     if not probabilities and entropy > UNDECIDED:
         return "values"
+    # The level of scores of tokens drifts, in language models that decide on them all the same.
+    if not (probabilities or sequence) and _shared(y) > LEVELLED:
+        return "values"
     return "logits" if output_sharpness(loss, y) < OVERCONFIDENT else "softmax"
+
+
+def _shared(y: np.ndarray) -> float:
+    """Variance of the level that the features share, over the mean one of their directions."""
+    variance = y.var(0).sum()
+    return float(y.shape[-1] ** 2 * y.mean(-1).var() / variance) if variance else 0.0
 
 
 def output_variance(loss: OutputLoss, y: np.ndarray) -> float:

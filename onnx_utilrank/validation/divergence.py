@@ -107,7 +107,9 @@ def find_losses(
         width = flat.size / sum(map(len, rows)) if ragged and flat.size else 1.0
         if not flat.size or not np.isfinite(flat).all():
             continue
-        chosen = weighting or choose_weighting(flat, classes=classes, probabilities=probabilities)
+        chosen = weighting or choose_weighting(
+            flat, classes=classes, probabilities=probabilities, sequence=len(shape) > 2
+        )
         loss = replace(loss, weighting="values" if flat.shape[-1] < 2 else chosen)
         losses.append(
             replace(
