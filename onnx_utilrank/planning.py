@@ -39,8 +39,8 @@ AIM = 0.985
 NEAR = 0.03
 
 
-# What becomes of a model with factors in the end, without and with branches.
-Final = Callable[[ModelStore], tuple[ModelStore, ModelStore]]
+# What becomes of a model with factors in the end.
+Final = Callable[[ModelStore], ModelStore]
 
 
 def make_offers(
@@ -152,12 +152,13 @@ def fit(
         TargetMissedError: It cannot be reached.
     """
 
-    def final(store: ModelStore) -> tuple[ModelStore, ModelStore]:
-        """Without and with branches beside what is quantized."""
-        made = store if quantizing is None else quantizing(store).store
-        if quantizing is None or not config.repair_rank:
-            return made, made
-        return made, repaired(job, store, made, samples, config, config.repair_rank)
+    def final(store: ModelStore) -> ModelStore:
+        if quantizing is None:
+            return store
+        made = quantizing(store).store
+        if not config.repair_rank:
+            return made
+        return repaired(job, store, made, samples, config, config.repair_rank)
 
     if config.latency_ratio is not None:
         plan = _fit_latency(job, found, offers, samples, config, final)
@@ -165,19 +166,15 @@ def fit(
     if config.size_ratio is not None:
         whole = job.source.file_bytes
 
-        def sizes(store: ModelStore) -> tuple[int, int]:
-            plain, made = final(store)
-            return plain.file_bytes, made.file_bytes
+        def file_bytes(store: ModelStore) -> int:
+            return final(store).file_bytes
 
         what = f"a file of {config.size_ratio:g} of its bytes"
-        return _fit_made(job, found, offers, config, whole, what, NODE_BYTES, sizes)
+        return _fit_made(job, found, offers, config, whole, what, NODE_BYTES, file_bytes)
     if config.param_ratio is not None:
-
-        def counts(store: ModelStore) -> tuple[int, int]:
-            return (count := count_parameters(store)), count
-
+        whole = count_parameters(job.store)
         what = f"a ratio of {config.param_ratio:g} of its parameters"
-        return _fit_made(job, found, offers, config, count_parameters(job.store), what, 0, counts)
+        return _fit_made(job, found, offers, config, whole, what, 0, count_parameters)
     return build(job, offers.plan(config.ratio), found, config)
 
 
@@ -189,7 +186,7 @@ def _fit_made(
     whole: int,
     what: str,
     slack: int,
-    taken: Callable[[ModelStore], tuple[int, int]],
+    taken: Callable[[ModelStore], int],
 ) -> tuple[RankPlan, ModelStore]:
     """What a model takes is known when it is made: where the first plan misses what was asked for,
     the next ones aim lower by what was too much.
@@ -202,24 +199,27 @@ def _fit_made(
         whole: What the source takes.
         what: What was asked for, as messages say it.
         slack: How much lower to aim beyond what was too much.
-        taken: What a model takes, without and with what comes on top.
+        taken: What a model takes.
 
     Raises:
         TargetMissedError: It cannot be reached.
     """
     assert config.ratio is not None
-    ratio = config.ratio
+    ratio, least = config.ratio, math.inf
     for _ in range(FITS):
         plan, store = build(job, offers.plan(ratio), found, config)
-        plain, made = taken(store)
+        made = taken(store)
         excess = made - math.floor(config.ratio * whole)
         if excess <= 0:
             return plan, store
-        # A plan may have used less than it was allowed, where branches take the rest.
-        ratio = min(ratio, plain / whole) - (excess + slack) / whole
+        least = min(least, made / whole)
+        # From what the plan counts on, which may be less than it was allowed.
+        ratio = offers.counted(ratio) - (excess + slack) / whole
         if ratio <= 0:
             break
-    raise TargetMissedError(f"{job.store.label}: {what} cannot be reached")
+    raise TargetMissedError(
+        f"{job.store.label}: {what} cannot be reached: {least:.4f} is the least that was made"
+    )
 
 
 def _fit_latency(
@@ -252,7 +252,7 @@ def _fit_latency(
             break
         _, store = build(job, replace(plan, refit=False), found, config)
         measured = compare_latency(
-            reference, open_session(final(store)[1], job.provider), feeds, seconds=TRIAL_SECONDS
+            reference, open_session(final(store), job.provider), feeds, seconds=TRIAL_SECONDS
         ).ratio
         fastest = min(fastest, measured)
         if measured <= AIM * wanted:

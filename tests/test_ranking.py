@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError
 from onnx_utilrank.moves.low_rank import LOW_RANK
-from onnx_utilrank.ranking.budget import allocate
+from onnx_utilrank.ranking.budget import allocate, spend
 from onnx_utilrank.ranking.method import (
     Choice,
     Measured,
@@ -187,6 +187,20 @@ def test_no_site_could_still_be_improved_within_the_budget(case):
     for move, c in zip(taken, choices, strict=True):
         affordable = [m for m in c.moves if m.cost - move.cost <= left]
         assert min(m.error for m in affordable) == move.error
+
+
+@law
+@given(case=budgets(CHOICES), rest=st.integers(0, 20))
+def test_what_is_left_buys_better_moves_and_is_not_exceeded(case, rest):
+    choices, budget = case
+    before = allocate(choices, budget)
+    after = spend(choices, before, rest)
+    assert spent(after) <= spent(before) + rest
+    assert total_error(after) <= total_error(before)
+    left = spent(before) + rest - spent(after)
+    for each, taken in zip(choices, after, strict=True):
+        better = [m for m in each.moves if m.error < taken.error]
+        assert all(m.cost - taken.cost > left for m in better)
 
 
 @law

@@ -177,6 +177,25 @@ def test_ratios_out_of_reach_are_refused(name: str):
         CompressConfig(param_ratio=0.5, **{name: 0.5})
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_parameters_are_met_where_a_plan_counts_on_too_few(seed: int):
+    """A bias that two Convs share is one parameter less to the plan than to what is made of it."""
+    weights = {"K": noise(seed, 32, 8, 3, 3) / 8, "L": noise(seed + 9, 32, 32, 3, 3) / 16}
+    weights["b"] = noise(2, 32)
+    proto = model(
+        "(float[n,16,h,w] x) => (float[n,32,h,w] y)",
+        "a = Conv<group=2, pads=[1, 1, 1, 1]>(x, K, b) r = Relu(a) "
+        "y = Conv<pads=[1, 1, 1, 1]>(r, L, b)",
+        **{name: value.astype(np.float32) for name, value in weights.items()},
+    )
+    data = {"x": noise(4, 40, 16, 6, 6).astype(np.float32)}
+    before = count_parameters(ModelStore.load(proto))
+    for ratio in np.arange(0.31, 0.41, 0.02).tolist():
+        config = CompressConfig(param_ratio=ratio, refit=False, moves=("low-rank", "pivot"))
+        made = compress(proto, data, config).model
+        assert (ratio - 0.05) * before < count_parameters(ModelStore.load(made)) <= ratio * before
+
+
 @pytest.mark.parametrize("name", ["size_ratio", "flop_ratio", "param_ratio"])
 def test_whole_models_are_kept_where_all_may_stay(name: str):
     proto = classifier()

@@ -601,3 +601,35 @@ def test_bytes_and_operations_are_met(key: str, figure: str):
     assert result.plan.shrunk
     before, after = result.validation.reference, result.validation.candidate
     assert getattr(after, figure) <= 0.5 * getattr(before, figure)
+
+
+def test_budget_is_spent_where_weights_around_units_go_apart():
+    """Any rank can be bought then, not only those at which a price changes its mind."""
+    rng = np.random.default_rng(1)
+
+    def nearly(rows: int, columns: int, rank: int = 8) -> np.ndarray:
+        low = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, columns)) / math.sqrt(rank)
+        weight = (low + 0.05 * rng.normal(size=(rows, columns))) / math.sqrt(columns)
+        return weight.astype(np.float32)
+
+    proto = model(
+        "(float[n,48] x) => (float[n,10] y)",
+        "h = Gemm(x, A, a) t = Tanh(h) u = MatMul(t, B) r = Relu(u) s = MatMul(r, C) "
+        "y = Softmax(s)",
+        A=nearly(48, 96),
+        a=noise(2, 96).astype(np.float32),
+        B=nearly(96, 96),
+        C=nearly(96, 10),
+    )
+    data = {"x": noise(3, 160, 48).astype(np.float32)}
+    lost = []
+    for ratio in (0.4, 0.45, 0.5):
+        plan = compress(proto, data, CompressConfig(param_ratio=ratio), dry_run=True).plan
+        assert plan.hidden
+        assert not plan.shrunk
+        # A rank more of any of the weights takes less than 2 % of the parameters.
+        assert ratio - 0.02 < plan.param_ratio <= ratio
+        lost.append(plan.predicted_divergence)
+        assert lost[-1] == pytest.approx(sum(e.predicted_error for e in plan.entries), rel=0.2)
+    assert lost == sorted(lost, reverse=True)
+    assert lost[-1] < lost[0]

@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "spend"]
 
 BISECTIONS = 100
 
@@ -72,6 +72,21 @@ def allocate(choices: Sequence[_Offer[P_co]], budget: float) -> list[P_co] | Non
         if spent(taken) > budget:  # errors too flat for any price to tell moves apart
             taken = [int(c.argmin()) for c in costs]
     _fill(costs, errors, taken, budget - spent(taken))
+    return [c.moves[k] for c, k in zip(choices, taken, strict=True)]
+
+
+def spend(choices: Sequence[_Offer[P_co]], moves: Sequence[P_co], left: float) -> list[P_co]:
+    """Better moves, as far as what is left of a budget pays for them.
+
+    Args:
+        choices: The sites.
+        moves: One of theirs each.
+        left: What all may cost together beyond what these do.
+    """
+    costs = [np.array([m.cost for m in c.moves], dtype=np.float64) for c in choices]
+    errors = [np.array([m.error for m in c.moves]) for c in choices]
+    taken = [list(c.moves).index(move) for c, move in zip(choices, moves, strict=True)]
+    _fill(costs, errors, taken, left)
     return [c.moves[k] for c, k in zip(choices, taken, strict=True)]
 
 

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 from onnx_utilrank.config import CompressConfig
 from onnx_utilrank.errors import ConfigError, TargetMissedError
-from onnx_utilrank.model.graph import GraphIndex, node_label
+from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK
 from onnx_utilrank.moves.two_convs import TwoConvs
-from onnx_utilrank.ranking.budget import allocate
+from onnx_utilrank.ranking.budget import allocate, spend
 from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
+from onnx_utilrank.ranking.entries import dense_parameters, hidden_entry, site_entry
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
 from onnx_utilrank.ranking.method import (
     Choice,
@@ -22,12 +23,11 @@ from onnx_utilrank.ranking.method import (
     candidate_ranks,
     fast_multiple,
 )
-from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan
+from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.skipped import skipped_nodes, unfactorable
 from onnx_utilrank.ranking.then import ThenEntry
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.ranking.utilized_rank import at_energy
-from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
@@ -153,16 +153,32 @@ class Offers:
             return None
         taken: dict[int, Move] = {}
         kept = {}
+        apart: list[int] = []
         for bundle, option in zip(self.bundles, options, strict=True):
             taken.update(zip(bundle.members, option.moves, strict=True))
             if option.kept is not None:
                 assert bundle.hidden is not None
                 kept[bundle.hidden.key] = option
-        return Decision(
-            moves=[taken[k] for k in range(len(self.choices))],
-            shrunk=kept,
-            error=sum(option.error for option in options),
-        )
+            elif not bundle.tied:
+                apart += bundle.members
+        error = sum(option.error for option in options)
+        # Bundles have but the corners of what their weights can do each by itself.
+        left = budget - sum(option.cost for option in options)
+        before = [taken[k] for k in apart]
+        after = spend([self.choices[k] for k in apart], before, left)
+        taken.update(zip(apart, after, strict=True))
+        gained = sum(a.error - b.error for a, b in zip(before, after, strict=True))
+        moves = [taken[k] for k in range(len(self.choices))]
+        return Decision(moves=moves, shrunk=kept, error=error - gained)
+
+    def counted(self, ratio: float) -> float:
+        """The share of the cost that the plan for a ratio keeps, by this count: at most the ratio.
+
+        The ratio must be one that can be reached.
+        """
+        decided = self.allocate(ratio)
+        assert decided is not None
+        return (self.rest + sum(m.cost for m in decided.moves)) / max(self.ledger.total, 1)
 
     def predicted(self, ratio: float) -> float | None:
         """The loss that is expected at a ratio; None where the method does not know, or it cannot
@@ -211,7 +227,7 @@ class Offers:
                 f"({outside:.4f} lies outside the {len(self.choices)} weights that can be factored)"
             )
         entries = tuple(
-            _entry(self.index, c.measured, m, self.ledger)
+            site_entry(self.index, c.measured, m, self.ledger)
             for c, m in zip(self.choices, decided.moves, strict=True)
         )
         parameters = count_parameters(self.index.source)
@@ -229,7 +245,7 @@ class Offers:
             augment=self.config.augment and two_sided,
             entries=entries,
             hidden=tuple(
-                _hidden_entry(b, decided.shrunk.get(b.hidden.key))
+                hidden_entry(b, decided.shrunk.get(b.hidden.key))
                 for b in self.bundles
                 if b.hidden is not None
             ),
@@ -238,11 +254,6 @@ class Offers:
             if self.config.then is not None
             else None,
         )
-
-
-def _dense_parameters(site: Site) -> int:
-    # A weight that stays whatever happens to this site is none of its cost.
-    return site.parameters if site.freed else 0
 
 
 def kinds_offered(
@@ -289,7 +300,7 @@ def _choice(
         dense = Move(
             rank=None,
             bias=False,
-            parameters=_dense_parameters(site),
+            parameters=dense_parameters(site),
             error=0.0,
             cost=ledger.dense(site),
         )
@@ -325,69 +336,3 @@ def _shrunk(
         kind=SHRINK,
         cost=ledger.shrunk(site, rows, columns, extra),
     )
-
-
-def _hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
-    hidden = bundle.hidden
-    assert hidden is not None
-    n, kept = hidden.size, None if option is None else option.kept
-    reason = "its weights do as well by themselves at this target"
-    if kept is not None:
-        reason = f"{kept} of {n} features in each of {len(hidden.groups)} groups"
-        if hidden.units:
-            reason = f"{kept} of {n} hidden units"
-    return HiddenEntry(
-        hidden=hidden.key,
-        sites=hidden.sites,
-        groups=len(hidden.groups),
-        size=n,
-        kept=kept,
-        predicted_error=0.0 if option is None else option.error,
-        reason=reason,
-    )
-
-
-def _entry(index: GraphIndex, measured: Measured, move: Move, ledger: Ledger) -> PlanEntry:
-    site, moment = measured.site, measured.moment
-    error = 0.0
-    if move.rank is not None:
-        error = measured.error(site_matrix(index, site), move)
-    return PlanEntry(
-        site=site.key,
-        nodes=tuple(use.label for use in site.uses),
-        op_type=site.op_type,
-        m=site.m,
-        d=site.d,
-        rank=move.rank,
-        bias=move.bias,
-        subspaces=move.subspaces,
-        move=None if move.rank is None else move.kind,
-        parameters_before=_dense_parameters(site),
-        parameters_after=move.parameters,
-        predicted_error=error,
-        rows=None if moment is None else moment.rows,
-        trusted=moment is None or moment.enough_rows,
-        reason=_reason(index, site, move, ledger),
-    )
-
-
-def _reason(index: GraphIndex, site: Site, move: Move, ledger: Ledger) -> str:
-    if move.kind == SHRINK:
-        return "it shrinks with the features it makes or reads: see hidden"
-    if move.rank is not None:
-        return f"rank {move.rank} of {site.full_rank}"
-    if site.tied is not None and not site.freed:
-        return f"it shares its weight with {site.tied!r}, which says more"
-    if not site.freed:
-        own = {use.node for use in site.uses}
-        others = [k for k in index.readers_of(index.family(site.weight)) if k not in own]
-        named = f" ({', '.join(node_label(index.node(k)) for k in others)})" if others else ""
-        return (
-            f"its weight has other readers and would stay: factors would come on top of it{named}"
-        )
-    if site.break_even_rank < 1:
-        return "no rank saves parameters on so narrow a weight"
-    slower = None if ledger.latency is None else ledger.latency.refused(site)
-    if slower is not None:
-        return slower
-    return "at this target it is worth more dense than at any rank that saves parameters"

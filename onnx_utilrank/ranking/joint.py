@@ -37,11 +37,13 @@ class Bundle:
         members: Which of the choices they are.
         hidden: The features between them; None for a weight by itself.
         moves: What can be done.
+        tied: Whether all make the same move, because they share a weight.
     """
 
     members: tuple[int, ...]
     hidden: Hidden | None
     moves: tuple[Option, ...]
+    tied: bool = False
 
 
 def bundled(
@@ -92,7 +94,7 @@ def bundled(
             members = (k, place[tied])
             taken.update(members)
             both = tuple(_as_one([choices[j] for j in members]))
-            bundles.append(Bundle(members=members, hidden=None, moves=both))
+            bundles.append(Bundle(members=members, hidden=None, moves=both, tied=True))
     for k, choice in enumerate(choices):
         if k not in taken:
             alone = [Option(cost=m.cost, error=m.error, moves=(m,)) for m in choice.moves]
