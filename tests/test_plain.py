@@ -475,6 +475,94 @@ def test_heads_are_followed_through_fused_scores():
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
+# --- constants that are split -------------------------------------------------------------------
+
+# Attention to other rows, as PyTorch exports it: its packed weight is split in the graph.
+CROSS = """
+    Q, KV = Split<axis=0>(W, sizes)
+    Qt = Transpose<perm=[1, 0]>(Q)
+    KVt = Transpose<perm=[1, 0]>(KV)
+    q0 = MatMul(x, Qt)
+    kv0 = MatMul(c, KVt)
+    bq, bkv = Split<axis=0>(b, sizes)
+    q1 = Add(q0, bq)
+    kv1 = Add(kv0, bkv)
+    k1, v1 = Split<axis=2>(kv1, halves)
+    q2 = Reshape(q1, apart) k2 = Reshape(k1, apart) v2 = Reshape(v1, apart)
+    q3 = Transpose<perm=[0, 2, 1, 3]>(q2)
+    k3 = Transpose<perm=[0, 2, 3, 1]>(k2)
+    v3 = Transpose<perm=[0, 2, 1, 3]>(v2)
+    s0 = MatMul(q3, k3)
+    s = Softmax(s0)
+    a = MatMul(s, v3)
+    a1 = Transpose<perm=[0, 2, 1, 3]>(a)
+    a2 = Reshape(a1, joined)
+    y = MatMul(a2, O)
+"""
+
+
+def cross(more: str = "", out: str = "") -> onnx.ModelProto:
+    sizes = {"sizes": [E, 2 * E], "halves": [E, E], "apart": [0, 0, 2, E // 2], "joined": [0, 0, E]}
+    weights = {"W": float32(1, 3 * E, E), "b": float32(2, 3 * E), "O": float32(3, E, E)}
+    return model(
+        f"(float[n,s,{E}] x, float[n,t,{E}] c) => (float[n,s,{E}] y{out})",
+        CROSS + more,
+        **weights,
+        **{name: np.array(value) for name, value in sizes.items()},
+    )
+
+
+def pairs(count: int) -> list[Feed]:
+    return [
+        {"x": noise(k, 2, 5, E).astype(np.float32), "c": noise(k + 50, 2, 4, E).astype(np.float32)}
+        for k in range(count)
+    ]
+
+
+def test_parts_of_a_constant_are_weights():
+    proto = cross()
+    sites, _ = find_sites(index(proto))
+    assert [(s.key, s.m, s.d, s.freed) for s in sites] == [
+        *(("Qt", E, E, True), ("KVt", 2 * E, E, True), ("O", E, E, True))
+    ]
+    made = compress(proto, pairs(3), EXACT).model
+    assert "W" not in constants(made)
+    assert_same(proto, made, pairs(1)[0])
+    onnx.checker.check_model(made, full_check=True)
+
+
+def test_heads_between_parts_of_a_constant_shrink():
+    proto, data = cross(), pairs(30)
+    made = compress(proto, data, CompressConfig(param_ratio=0.7, moves=("shrink",)))
+    assert made.plan.shrunk
+    assert made.plan.param_ratio <= 0.7
+    assert made.quality.divergence.mean == pytest.approx(made.plan.predicted_divergence, rel=1)
+    onnx.checker.check_model(made.model, full_check=True)
+
+
+@pytest.mark.parametrize("chosen", ["Qt", "KVt", "O"])
+def test_parts_that_are_left_alone_are_held_once(chosen: str):
+    proto = cross()
+    config = CompressConfig(energy=1.0, force=True, include=(chosen,))
+    made = compress(proto, pairs(2), config).model
+    split = ops(made).count("Split")
+    assert split == (3 if chosen == "O" else 2)
+    assert ("W" in constants(made)) == (chosen == "O")
+    assert_same(proto, made, pairs(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "out", "freed"),
+    [
+        ("z = Neg(W)", ", float[a,b] z", ["O"]),  # pieces would come on top of it
+        ("", f", float[{E},{E}] Q", ["KVt", "O"]),  # one piece stays, in the place of the whole
+    ],
+)
+def test_parts_that_others_read_stay(more: str, out: str, freed: list[str]):
+    sites, _ = find_sites(index(cross(more, out)))
+    assert [s.key for s in sites if s.freed] == freed
+
+
 # --- put together again -------------------------------------------------------------------------
 
 ALL = """

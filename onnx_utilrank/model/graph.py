@@ -180,26 +180,32 @@ class GraphIndex:
         node = self.node(self.producers[name])
         if node.op_type == "Constant":
             return self.store.array(next(a.t for a in node.attribute if a.name == "value"))
+        (self._folded[name],) = self.evaluated(node)
+        return self._folded[name]
+
+    def evaluated(self, node: onnx.NodeProto) -> list[np.ndarray]:
+        """The outputs of a node that reads constants.
+
+        Raises:
+            ModelError: The data cannot be read or the node cannot be evaluated.
+        """
         feed = {given: self.constant(given) for given in filter(None, node.input)}
         axes = attributes(node).get("axes")
         try:
-            if node.op_type == "Identity":
-                folded: object = feed[node.input[0]]  # the same, where the evaluator copies
-            elif node.op_type == "Unsqueeze" and isinstance(axes, list):
+            if node.op_type == "Identity":  # the same, where the evaluator copies
+                return [np.asarray(feed[node.input[0]])]
+            if node.op_type == "Unsqueeze" and isinstance(axes, list):
                 # The form of before opset 13, on which the evaluator fails (onnx 1.23).
-                folded = np.expand_dims(np.asarray(feed[node.input[0]]), tuple(axes))
-            else:
-                # It takes a node as it is; opset 13 stands for models that import none.
-                run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
-                (folded,) = run.run(None, feed)
+                return [np.expand_dims(np.asarray(feed[node.input[0]]), tuple(axes))]
+            # It takes a node as it is; opset 13 stands for models that import none.
+            run = ReferenceEvaluator(node, opsets={"": self.store.opset or 13})
+            return [np.asarray(made) for made in run.run(None, feed)]
         except (
             *(RuntimeError, ValueError, TypeError),
             *(LookupError, ArithmeticError, AttributeError),
         ) as e:
             reason = " ".join(str(e).split())
             raise ModelError(f"{self.store.label}: {node_label(node)}: {reason}") from e
-        self._folded[name] = np.asarray(folded)
-        return self._folded[name]
 
     def constant_type(self, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]] | None:
         """Shape and element type of a constant, without reading an initializer's values."""

@@ -1,7 +1,8 @@
 """See nodes that do several things at once as the plain nodes they stand for.
 
 ONNX Runtime's own operators fuse a product with what follows it, an Einsum may be a product in
-disguise, and a Conv of several groups is several Convs. Their weights are then ones of MatMul, Gemm
+disguise, a Conv of several groups is several Convs, and a constant that is split is several
+constants. Their weights are then ones of MatMul, Gemm
 and Conv like any other, and the value W x has a name, at which it can be measured. What the surgery
 leaves alone goes back to the one node it was.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from onnx_utilrank.model.einsum import matrix_product
 from onnx_utilrank.model.graph import GraphIndex, all_names, attributes, qualified
@@ -44,8 +46,7 @@ def index_model(store: ModelStore) -> GraphIndex:
         take_apart = _FUSED.get(operator) or _BETWEEN.get(operator)
         if take_apart is None or operator in local or not store.opset:
             continue  # without ONNX's own operators there are no plain ones
-        whole = len(node.input) > 1 and all((*node.input[:2], *node.output[:1])) and node.output
-        if not whole:
+        if not all((*node.input[:2], *node.output[:1])) or not (node.input and node.output):
             continue
         weightless = take_apart is _matmul or operator in _BETWEEN
         if index.constants.isdisjoint(node.input[:2]) and not weightless:
@@ -217,10 +218,28 @@ def _einsum(parts: Parts) -> bool:
     return True
 
 
+def _split(parts: Parts) -> bool:
+    """Split of a constant: a constant each."""
+    node, index = parts.node, parts.index
+    data = node.input[0]
+    kind = index.constant_type(data)
+    if kind is None or not np.issubdtype(kind[1], np.floating) or not all(node.output):
+        return False
+    # Pieces would come on top of a whole that something else reads; of biases that is next to none.
+    if len(kind[0]) > 1 and not index.freed_by(data, frozenset({parts.place})):
+        return False
+    if not index.constants.issuperset(node.input):
+        return False
+    for name, values in zip(node.output, index.evaluated(node), strict=True):
+        parts.add("Constant", [], [name], value=numpy_helper.from_array(values, name))
+    return True
+
+
 # What takes a node of each domain and operator apart; False where it is of a form it does not know.
 _FUSED: dict[tuple[str, str], Callable[[Parts], bool]] = {
     ("", "Conv"): _conv,
     ("", "Einsum"): _einsum,
+    ("", "Split"): _split,
     (MICROSOFT, "Attention"): attention,
     (MICROSOFT, "FusedConv"): _fused_conv,
     (MICROSOFT, "FusedGemm"): _gemm,

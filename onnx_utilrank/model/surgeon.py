@@ -20,7 +20,7 @@ from onnx.external_data_helper import uses_external_data
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnx_utilrank.model.external import SMALLEST_OUTSIDE, Scratch
-from onnx_utilrank.model.graph import GraphIndex, all_names, new_name
+from onnx_utilrank.model.graph import GraphIndex, Span, all_names, new_name
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = ["Surgeon"]
@@ -135,7 +135,7 @@ class Surgeon:
         Initializers and layout nodes that nothing reads any more because of the surgery are gone;
         what was unused before stays. Nodes that were one and are untouched become it again.
         """
-        whole = [s for s in self.index.spans if not any(map(self._touched, s.nodes))]
+        whole = self._whole()
         begins = {span.nodes.start: span.origin for span in whole}
         parts = {k for span in whole for k in span.nodes}
         dead = self._dead(parts, list(begins.values()))
@@ -182,6 +182,21 @@ class Surgeon:
                 if uses_external_data(tensor) and tensor.name not in self._new:
                     writer.put(tensor, source.outside_bytes(tensor))
         return ModelStore(proto=proto, folder=self._scratch.path, scratch=self._scratch)
+
+    def _whole(self) -> list[Span]:
+        """What was taken apart and can be one node again: nothing of it was changed or has gone."""
+        spans = self.index.spans
+        if not spans:
+            return []
+        gone = self._dead((), ())
+        return [
+            span
+            for span in spans
+            if not any(
+                self._touched(k) or not gone.isdisjoint(self.index.node(k).output)
+                for k in span.nodes
+            )
+        ]
 
     def _touched(self, k: int) -> bool:
         """Whether anything of node `k` was changed."""
