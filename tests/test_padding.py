@@ -38,6 +38,23 @@ def test_the_side_without_padding_tells(lengths, real, left, kind):
         assert find(mask, "key_padding_mask") == Padding("key_padding_mask", 0)
 
 
+@pytest.mark.parametrize("hidden", [-np.inf, np.finfo(np.float32).min, -1e4])
+@pytest.mark.parametrize("name", ["mask", "attention_mask"])
+@pytest.mark.parametrize("form", [(-1, LENGTH), (-1, 1, 1, LENGTH)])
+@pytest.mark.parametrize("lengths", [(3, LENGTH, 5), (LENGTH, LENGTH), (4, 4)])
+def test_what_is_added_to_scores_is_zero_where_positions_are_real(hidden, name, form, lengths):
+    padded = np.arange(LENGTH) >= np.array(lengths)[:, None]
+    mask = np.where(padded, hidden, 0.0).astype(np.float32).reshape(form)
+    found = find_padding([{name: mask}], (len(lengths), LENGTH, 7))
+    assert found == Padding(name, 0)
+    np.testing.assert_array_equal(found.kept({name: mask}), ~padded)
+
+
+def test_masks_of_pairs_are_no_padding():
+    causal = np.triu(np.full((2, 1, 4, 4), -np.inf), 1)
+    assert find_padding([{"mask": causal}], (2, 4, 7)) is None
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -115,3 +132,28 @@ def test_what_is_real_counts_whichever_value_marks_it(real, kind, method):
     # Means over the samples held back, and over all of them.
     own = lost[~padded].mean() / (2 * y[~padded].var(0).sum())
     assert result.quality.divergence.mean == pytest.approx(own, rel=0.5, abs=1e-6)
+
+
+def test_positions_hidden_by_infinities_do_not_count():
+    """Attention whose scores are masked by what is added to them; what is hidden is noise."""
+    proto = model(
+        f"(float[n,t,{D}] x, float[n,1,1,t] mask) => (float[n,t,{C}] y)",
+        "a = MatMul(x, W) k = Transpose<perm=[0, 2, 1]>(a) s = MatMul(a, k) "
+        "m = Squeeze(mask, one) b = Add(s, m) p = Softmax(b) v = MatMul(p, x) r = MatMul(v, V) "
+        "u = Tanh(r) y = MatMul(u, O)",
+        W=(noise(1, D, D) / D).astype(np.float32),
+        V=noise(2, D, H).astype(np.float32),
+        O=noise(3, H, C).astype(np.float32),
+        one=np.array([1], np.int64),
+    )
+    held = samples(1, np.float32)
+    padded = held.pop("padded")
+    held["mask"] = np.where(padded, -np.inf, 0).astype(np.float32)[:, None, None]
+    config = CompressConfig(param_ratio=0.7, moves=("low-rank",), weighting="values")
+    result = compress(proto, held, config)
+    assert result.plan.factored
+    assert not any("gradients" in note for note in result.notes)
+    assert any("where 'mask' is 0" in note for note in result.notes)
+    y, z = (run(each, held)["y"] for each in (proto, result.model))
+    lost = ((y - z) ** 2).sum(-1)[~padded].mean() / (2 * y[~padded].var(0).sum())
+    assert result.quality.divergence.mean == pytest.approx(lost, rel=0.7, abs=1e-6)

@@ -358,7 +358,10 @@ def _is_fixed(dim: int | str | None) -> bool:
 
 
 def _first_not_finite(array: np.ndarray) -> int | None:
-    """Number of the first item [...] along axis 0 that holds NaN or infinity, if any does."""
+    """Number of the first item [...] along axis 0 that holds NaN or infinity, if any does.
+
+    A mask, of 0 and -infinity alone, may.
+    """
     if array.dtype.kind in "biuUO":
         return None
     step = max(1, _CHUNK // max(1, array[:1].size))
@@ -366,7 +369,10 @@ def _first_not_finite(array: np.ndarray) -> int | None:
         part = array[start : start + step]
         finite = np.isfinite(part)
         if not finite.all():
-            return start + int(np.argmin(finite.reshape(len(part), -1).all(axis=1)))
+            # Of a mask that is added to scores, -infinity hides a place.
+            is_mask = np.isin(array, (0, -np.inf)).all()
+            first = np.argmin(finite.reshape(len(part), -1).all(axis=1))
+            return None if is_mask else start + int(first)
     return None
 
 

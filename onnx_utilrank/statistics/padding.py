@@ -9,11 +9,13 @@ __all__ = ["Padding", "find_padding"]
 
 # What exporters of transformers call the input that is 1 at real positions.
 _USUAL = "attention_mask"
+# What is added to scores to hide a position is no larger than this, in half precision too.
+_HIDING = -1e4
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """A graph input [rows, positions] of two values that tells padding from real positions.
+    """A graph input of one value a position that tells padding from real ones.
 
     Attributes:
         input: Its name.
@@ -26,7 +28,9 @@ class Padding:
     def kept(self, feed: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """Which positions of a run are real, bool [rows, positions]; None where it says nothing."""
         mask = feed.get(self.input)
-        return None if mask is None else np.ascontiguousarray((mask != 0) == bool(self.real))
+        if mask is None:
+            return None
+        return np.ascontiguousarray((_by_position(mask) != 0) == bool(self.real))
 
 
 def find_padding(
@@ -34,10 +38,12 @@ def find_padding(
 ) -> Padding | None:
     """What says which positions of a value [rows, positions, …] are padding, if anything does.
 
-    An input of rank 2 with "mask" in its name, of whose values, 0 and 1 only, one marks what is
-    real. Samples are padded on one side, so that on the other all of them are real: the column
-    there has one value, that of real positions. Where both ends have, and they differ, all samples
-    are padded on the same side, and the name tells; where neither end has, it is no padding.
+    An input [rows, positions] or [rows, 1, 1, positions] with "mask" in its name. Where it is added
+    to scores, what is real is 0 and the rest far below. Else its values are 0 and 1, of which one
+    marks what is real. Samples are padded on one side, so that on the other all of them are real:
+    the column there has one value, that of real positions. Where both ends have, and they differ,
+    all samples are padded on the same side, and the name tells; where neither end has, it is no
+    padding.
 
     Args:
         feeds: Some runs to look at.
@@ -48,16 +54,26 @@ def find_padding(
     for name, value in feeds[0].items():
         if not isinstance(value, np.ndarray):  # a list, for a sequence
             continue
-        if "mask" in name.lower() and value.ndim == 2 and value.shape == shape[:2]:
-            real = _real([np.asarray(feed[name]) for feed in feeds], name.lower())
+        if "mask" in name.lower() and _by_position(value).shape == shape[:2]:
+            masks = [_by_position(np.asarray(feed[name])) for feed in feeds]
+            real = _real(masks, name.lower())
             if real is not None:
                 return Padding(name, real)
     return None
 
 
+def _by_position(mask: np.ndarray) -> np.ndarray:
+    """A mask of positions alone, [rows, positions]; any other as it is."""
+    return mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
+
+
 def _real(masks: Sequence[np.ndarray], name: str) -> int | None:
     """The value of real positions; None where they are no masks of padding."""
-    if not all(mask.size and np.isin(mask, (0, 1)).all() for mask in masks):
+    if not all(mask.size for mask in masks):
+        return None
+    if all(((mask == 0) | (mask <= _HIDING)).all() for mask in masks):
+        return 0
+    if not all(np.isin(mask, (0, 1)).all() for mask in masks):
         return None
     if name == _USUAL:
         return 1
