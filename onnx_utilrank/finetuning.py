@@ -17,7 +17,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.results import FinetuneResult
-from onnx_utilrank.runtime.sessions import Session, open_session
+from onnx_utilrank.runtime.sessions import Session
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.surgery.rewrite import check_contract
 from onnx_utilrank.torch_graph.graph import TorchGraph
@@ -32,7 +32,12 @@ from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, mak
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.teacher import Teacher
 from onnx_utilrank.training.weights import Part, changed_names, plain_parts, trainable_names
-from onnx_utilrank.validation.divergence import Divergence, OutputRecorder, find_losses
+from onnx_utilrank.validation.divergence import (
+    Divergence,
+    OutputRecorder,
+    find_losses,
+    open_judged,
+)
 
 __all__ = ["finetune", "finetuned"]
 
@@ -90,12 +95,12 @@ def finetuned(
     progress: Progress,
 ) -> FinetuneResult:
     """See `finetune`; the samples are parted already."""
-    teacher_session = open_session(original, setting.provider)
-    candidate_session = open_session(small, setting.provider)
+    teacher_session = open_judged(original, setting.provider)
     setting.check_finite(original, teacher_session)
     losses = find_losses(original, teacher_session, setting.looked_at, config.weighting)
     if not losses:
         raise ModelError(f"{original.label}: no output holds floating values to follow")
+    candidate_session = open_judged(small, setting.provider, losses)
     held = OutputRecorder(teacher_session, losses, setting.feeds(setting.held))
     before = held.compare(candidate_session)
     form = trainable_form(small)
@@ -117,7 +122,7 @@ def finetuned(
             or _rate(config.method, judged.compare(candidate_session).mean),
             progress=progress,
         )
-        made_session = open_session(made, setting.provider)
+        made_session = open_judged(made, setting.provider, losses)
         found = _verdict(objective, held, before, teacher_session, candidate_session, made_session)
         store = made if found.better else small
         reason = f"On the samples held back the {found.lost} no less than before"

@@ -49,7 +49,7 @@ from onnx_utilrank.statistics.divergence import rows_of
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
-from onnx_utilrank.validation.divergence import find_losses
+from onnx_utilrank.validation.divergence import find_losses, open_judged
 from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = ["Job"]
@@ -278,7 +278,7 @@ class Job:
 
     def gradients(self, samples: Sequence[int], config: CompressConfig) -> Gradients:
         """Prepare gradients on some samples; ModelError where they cannot be had."""
-        session = open_session(self.store, self.provider)
+        session = open_judged(self.store, self.provider)
         looked_at = self.feeds(samples[: max(SAMPLES_LOOKED_AT, self.data.run or 1)])
         losses = find_losses(self.store, session, looked_at, config.weighting)
         if not losses:

@@ -16,7 +16,6 @@ from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.results import TrainResult
-from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites
 from onnx_utilrank.statistics.factorize import factored
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
@@ -29,7 +28,7 @@ from onnx_utilrank.training.setting import DEFAULT_STEPS, Schedule, Setting, mak
 from onnx_utilrank.training.student import Student
 from onnx_utilrank.training.subspaces import Subspace
 from onnx_utilrank.training.weights import plain_parts, trainable_names
-from onnx_utilrank.validation.divergence import find_losses
+from onnx_utilrank.validation.divergence import find_losses, open_judged
 
 __all__ = ["train"]
 
@@ -68,7 +67,7 @@ def train(
     assert config.labels is not None
     source = trainable_form(ModelStore.load(model))
     setting = Setting.open(source, data, config)
-    session = open_session(source, setting.provider)
+    session = open_judged(source, setting.provider)
     setting.check_finite(source, session)
     losses = find_losses(source, session, setting.looked_at)
     labels = Labels.parse(config.labels)
@@ -111,7 +110,8 @@ def train(
     store = _factored(dense, student)
     check_contract(source, store)
     held = LabelledSamples(objective, setting.feeds(setting.held))
-    right = [held.accuracy(open_session(each, setting.provider)) for each in (source, store)]
+    sessions = (open_judged(each, setting.provider, [classes]) for each in (source, store))
+    right = [held.accuracy(session) for session in sessions]
     return TrainResult(
         store=store,
         method=config.method,

@@ -15,9 +15,14 @@ from onnx_utilrank.config import CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.runtime.sessions import Session, open_session
+from onnx_utilrank.runtime.sessions import Session
 from onnx_utilrank.statistics.divergence import OutputLoss
-from onnx_utilrank.validation.divergence import Divergence, OutputRecorder, find_losses
+from onnx_utilrank.validation.divergence import (
+    Divergence,
+    OutputRecorder,
+    find_losses,
+    open_judged,
+)
 
 __all__ = ["Judge", "Quality", "quality_dict", "strict", "with_metric"]
 
@@ -105,7 +110,7 @@ class Judge:
         self._labels = None if config.labels is None else Labels.parse(config.labels)
         given = config.evaluate
         self._metric = import_function(given) if isinstance(given, str) else given
-        session = open_session(job.source, job.provider)
+        session = open_judged(job.source, job.provider, losses)
         self.losses = tuple(losses) or find_losses(
             job.source, session, self._feeds, config.weighting
         )
@@ -134,7 +139,7 @@ class Judge:
             ModelError: It does not load or run.
             DataError: The user's metric gives no number.
         """
-        session = open_session(candidate, self._job.provider)
+        session = open_judged(candidate, self._job.provider, self.losses)
         found = self._recorder.compare(session) if self.losses else None
         right = self._correct(session)
         if right is not None and self._right is not None:

@@ -8,8 +8,7 @@ from onnx_utilrank.job import SAMPLES_LOOKED_AT, Job
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.quantization.scheme import Calibration, Quantized
 from onnx_utilrank.quantization.schemes import find_scheme
-from onnx_utilrank.runtime.sessions import open_session
-from onnx_utilrank.validation.divergence import find_losses
+from onnx_utilrank.validation.divergence import find_losses, open_judged
 
 __all__ = ["Quantizing"]
 
@@ -37,7 +36,7 @@ class Quantizing:
         self.scheme.check(job.provider)
         self._job = job
         looked_at = job.feeds(samples[: max(SAMPLES_LOOKED_AT, job.data.run or 1)])
-        session = open_session(job.source, job.provider)
+        session = open_judged(job.source, job.provider)
         self._calibration = Calibration(
             data=job.data,
             samples=samples,

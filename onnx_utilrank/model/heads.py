@@ -7,7 +7,13 @@ import onnx
 
 from onnx_utilrank.model.store import ModelStore
 
-__all__ = ["SoftmaxHead", "is_classification", "softmax_head"]
+__all__ = [
+    "SoftmaxHead",
+    "decided_outputs",
+    "hidden_scores",
+    "is_classification",
+    "softmax_head",
+]
 
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
 _LINEAR = frozenset({"Gemm", "MatMul", "Add", "Conv", "com.microsoft.FusedGemm"})
@@ -100,6 +106,29 @@ def softmax_head(model: ModelStore, output: str) -> SoftmaxHead | None:
     if head is None or _operator(head) != "Softmax":
         return None
     return SoftmaxHead(logits=str(head.input[0]), axis=_axis(model, head), reshaped=reshaped)
+
+
+def decided_outputs(model: ModelStore) -> dict[str, tuple[str, int]]:
+    """Outputs that are the classes which an ArgMax decides for.
+
+    Of each the scores that it reads, and their axis. Nodes that cast or reshape the classes may lie
+    between.
+    """
+    found = {}
+    for output in model.outputs:
+        head, _ = _head(model.proto.graph, output.name)
+        if head is not None and _operator(head) == "ArgMax":
+            axis = next((a.i for a in head.attribute if a.name == "axis"), 0)
+            found[output.name] = str(head.input[0]), int(axis)
+    return found
+
+
+def hidden_scores(model: ModelStore) -> dict[str, int]:
+    """Scores that outputs are decided by where no output tells of them, and their axis."""
+    shown = {output.name for output in model.outputs}
+    heads = (_head(model.proto.graph, output.name)[0] for output in model.outputs)
+    shown |= {str(h.input[0]) for h in heads if h is not None and _operator(h) in _SOFTMAX}
+    return {scores: axis for scores, axis in decided_outputs(model).values() if scores not in shown}
 
 
 def _axis(model: ModelStore, softmax: onnx.NodeProto) -> int:

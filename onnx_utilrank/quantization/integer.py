@@ -23,9 +23,8 @@ from onnx_utilrank.quantization.ranges import Range, ranges
 from onnx_utilrank.quantization.scheme import Calibration, Quantized, require_known, require_some
 from onnx_utilrank.ranking.cost import NODE_BYTES
 from onnx_utilrank.runtime.providers import Provider
-from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.site import Skip
-from onnx_utilrank.validation.divergence import OutputRecorder
+from onnx_utilrank.validation.divergence import OutputRecorder, open_judged
 
 __all__ = ["INT8", "INT8_DYNAMIC", "Dynamic", "Static"]
 
@@ -172,14 +171,14 @@ def _quantized(
     if stays is None:
         stays = ()
         if calibration.losses:
-            session = open_session(prepared.source, calibration.provider)
-            recorder = OutputRecorder(session, calibration.losses, calibration.judging())
+            losses, provider = calibration.losses, calibration.provider
+            session = open_judged(prepared.source, provider, losses)
+            recorder = OutputRecorder(session, losses, calibration.judging())
 
             def lost(names: Sequence[str]) -> float:
                 calibration.progress("quantizing", 0, 0)
-                return recorder.compare(
-                    open_session(make([nodes[n] for n in names]), calibration.provider)
-                ).mean
+                candidate = make([nodes[n] for n in names])
+                return recorder.compare(open_judged(candidate, provider, losses)).mean
 
             stays = culprits(list(nodes), lost)
     require_known(store, nodes, stays)

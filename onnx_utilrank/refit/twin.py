@@ -116,7 +116,7 @@ class Twin:
         self._parts = {key: StandIn(layer, (made or {})[key]) for key, layer in keys.items()}
 
     def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """The outputs of these names.
+        """The values of these names, inner ones too.
 
         Raises:
             ModelError: A node cannot be computed.
@@ -133,7 +133,8 @@ class Twin:
                     part = self._parts[layer.measured.site.key]
                     part.step(self._graph, k, use, state, samples)
                 for value in self._graph.dead_after[k]:
-                    state.pop(value, None)
+                    if value not in outputs:
+                        state.pop(value, None)
         return {name: state[name].cpu().numpy() for name in outputs}
 
 

@@ -37,6 +37,8 @@ def window_axes(
     if not windows or any(loss.weighting != "values" for loss in losses):
         return {}
     names = [loss.output for loss in losses]
+    if not {o.name for o in store.outputs}.issuperset(names):
+        return {}  # scores of decisions, which no user sees
     tried = Augmentation.of([feed], windows=windows).cut(feed, np.random.default_rng(0))
     session = open_session(store, provider)
     try:

@@ -7,10 +7,17 @@ from typing import Protocol
 
 import numpy as np
 
+from onnx_utilrank.calibration.survey import expose
 from onnx_utilrank.errors import ConfigError
-from onnx_utilrank.model.heads import is_classification, softmax_head
+from onnx_utilrank.model.heads import (
+    decided_outputs,
+    hidden_scores,
+    is_classification,
+    softmax_head,
+)
 from onnx_utilrank.model.store import ModelStore
-from onnx_utilrank.runtime.sessions import Feed, Session
+from onnx_utilrank.runtime.providers import Provider
+from onnx_utilrank.runtime.sessions import Feed, Session, open_session
 from onnx_utilrank.statistics.divergence import (
     OutputLoss,
     Weighting,
@@ -28,6 +35,7 @@ __all__ = [
     "OutputRecorder",
     "find_losses",
     "measure_divergence",
+    "open_judged",
 ]
 
 _REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
@@ -58,13 +66,32 @@ class Divergence:
     samples: int
 
 
+def open_judged(
+    store: ModelStore, provider: Provider, losses: Sequence[OutputLoss] = ()
+) -> Session:
+    """A session that gives what counts, also where the outputs are decisions alone.
+
+    Args:
+        store: The model.
+        provider: Where to run it.
+        losses: What counts; by default the scores that its outputs are decided by.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+        ProviderUnavailableError: The session does not use the provider.
+    """
+    wanted = {loss.output for loss in losses} if losses else set(hidden_scores(store))
+    hidden = wanted - {o.name for o in store.outputs}
+    return open_session(expose(store, sorted(hidden)) if hidden else store, provider)
+
+
 def find_losses(
     store: ModelStore,
     session: Session,
     feeds: Sequence[Feed],
     weighting: Weighting | None = None,
 ) -> tuple[OutputLoss, ...]:
-    """What counts at each floating output of a model.
+    """What counts at each floating output of a model, and at the scores that others are made of.
 
     Whether an output holds scores of classes is read off the graph and off the values it takes:
     see `choose_weighting`. Which positions of outputs [rows, positions, …] are padding: see
@@ -72,7 +99,7 @@ def find_losses(
 
     Args:
         store: The model.
-        session: The same, loaded.
+        session: The same, as `open_judged` loads it.
         feeds: Some runs to look at.
         weighting: What the user says instead, for every output.
 
@@ -81,8 +108,11 @@ def find_losses(
         InferenceError: A run fails.
     """
     types = {o.name: o.type for o in session.raw.get_outputs()}
-    # A graph may list a value among its outputs twice.
-    names = list(dict.fromkeys(o.name for o in store.outputs if types.get(o.name) in _REAL))
+    decided, hidden = decided_outputs(store), hidden_scores(store)
+    # A graph may list a value among its outputs twice. The number of a class is no value, and
+    # neither has a gradient nor a size that says how wrong it is.
+    own = [o.name for o in store.outputs if o.name not in decided]
+    names = [n for n in dict.fromkeys((*own, *hidden)) if types.get(n) in _REAL]
     if not names:
         return ()
     outputs = [session.run(feed, names) for feed in feeds]
@@ -90,6 +120,8 @@ def find_losses(
     for name in names:
         shape = outputs[0][name].shape
         classes, probabilities, axis = _classes(store, name, shape)
+        if name in hidden:
+            classes, axis = True, hidden[name] - (len(shape) if hidden[name] >= 0 else 0)
         loss = OutputLoss(
             output=name,
             weighting="values",
@@ -110,6 +142,8 @@ def find_losses(
         chosen = weighting or choose_weighting(
             flat, classes=classes, probabilities=probabilities, sequence=len(shape) > 2
         )
+        if name in hidden and chosen == "values" and weighting is None:
+            chosen = "logits"  # which they are, whatever their size
         loss = replace(loss, weighting="values" if flat.shape[-1] < 2 else chosen)
         losses.append(
             replace(

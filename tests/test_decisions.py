@@ -1,0 +1,143 @@
+"""Models whose outputs are decisions: the scores that they are made from are what counts."""
+
+import numpy as np
+import onnx
+import pytest
+from builders import activations, model, noise, run
+
+from onnx_utilrank import (
+    CompressConfig,
+    FinetuneConfig,
+    QualityTarget,
+    TrainConfig,
+    compress,
+    finetune,
+    train,
+)
+from onnx_utilrank.model.heads import decided_outputs
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.validation.divergence import find_losses, open_judged
+
+D, H, C = 20, 40, 6
+LAYERS = "h = MatMul(x, W) t = Tanh(h) u = MatMul(t, V) r = Relu(u) s = MatMul(r, O) "
+PIXELS = "h = Conv(x, W) t = Tanh(h) s = Conv(t, O) "
+
+# How the output `y` is made of the scores, its type, and the axis of the classes.
+DECIDED = {
+    "classes": ("y = ArgMax<axis=-1, keepdims=0>(s)", "int64[n]", -1),
+    "kept axis": ("y = ArgMax<axis=1>(s)", "int64[n,one]", -1),
+    "squeezed": ("a = ArgMax<axis=1>(s) y = Squeeze(a, axes)", "int64[n]", -1),
+    "numbers": ("a = ArgMax<axis=-1, keepdims=0>(s) y = Cast<to=1>(a)", "float[n]", -1),
+    "of a softmax": ("p = Softmax(s) y = ArgMax<axis=-1, keepdims=0>(p)", "int64[n]", -1),
+    "pixels": ("y = ArgMax<axis=1, keepdims=0>(s)", "int64[n,h,w]", -3),
+}
+
+
+def decider(how: str = "classes", more: str = "", out: str = "") -> onnx.ModelProto:
+    body, kind, axis = DECIDED[how]
+    if axis == -1:
+        shapes, dims = {"W": (D, H), "V": (H, H), "O": (H, C)}, f"n,{D}"
+    else:
+        shapes, dims = {"W": (H, D, 3, 3), "O": (C, H, 1, 1)}, f"n,{D},8,8"
+    scales = {"W": 0.5, "V": 0.3, "O": 1.0}
+    held = {
+        name: (scales[name] * 0.9 ** np.arange(shape[-1]) * noise(k, *shape)).astype(np.float32)
+        for k, (name, shape) in enumerate(shapes.items())
+    }
+    return model(
+        f"(float[{dims}] x) => ({kind} y{out})",
+        (LAYERS if axis == -1 else PIXELS) + body + more,
+        axes=np.array([1]),
+        **held,
+    )
+
+
+def samples(how: str = "classes", count: int = 300) -> dict[str, np.ndarray]:
+    shape = (D, 8, 8) if how == "pixels" else (D,)
+    return {"x": activations(7, count, *shape).astype(np.float32)}
+
+
+@pytest.mark.parametrize("how", DECIDED)
+def test_scores_behind_decisions_are_what_counts(how: str):
+    store, data = ModelStore.load(decider(how)), samples(how, 16)
+    session = open_judged(store, CPU)
+    (loss,) = find_losses(store, session, [data])
+    assert loss.output == ("p" if how == "of a softmax" else "s")
+    assert loss.axis == DECIDED[how][2]
+    assert loss.weighting in ("softmax", "logits")
+    assert loss.probabilities == (how == "of a softmax")
+    assert decided_outputs(store).keys() == {"y"}
+
+
+@pytest.mark.parametrize("how", DECIDED)
+def test_deciders_are_compressed_by_what_they_decide_by(how: str):
+    proto, data = decider(how), samples(how, 120)
+    result = compress(proto, data, CompressConfig(param_ratio=0.5, method="two-sided"))
+    assert result.plan.factored or result.plan.shrunk
+    assert [o.name for o in result.model.graph.output] == ["y"]
+    agreed = np.mean(run(proto, data)["y"] == run(result.model, data)["y"])
+    found = result.quality.divergence
+    assert found.agreement is not None
+    assert abs(found.agreement - agreed) < 0.15
+    assert result.plan.predicted_divergence is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "out"),
+    [
+        ("", f", float[n,{C}] s"),
+        (" q = Softmax(s)", f", float[n,{C}] q"),
+        (" q = LogSoftmax(s)", f", float[n,{C}] q"),
+    ],
+)
+def test_scores_that_are_told_anyway_count_once(more: str, out: str):
+    store = ModelStore.load(decider(more=more, out=out))
+    losses = find_losses(store, open_judged(store, CPU), [samples(count=16)])
+    assert [loss.output for loss in losses] == [out.split()[-1]]
+
+
+def test_other_outputs_count_beside_decisions():
+    store = ModelStore.load(decider(more=" z = Neg(r)", out=f", float[n,{H}] z"))
+    losses = find_losses(store, open_judged(store, CPU), [samples(count=16)])
+    assert [(loss.output, loss.weighting == "values") for loss in losses] == [
+        *(("z", True), ("s", False))
+    ]
+
+
+def test_agreement_of_decisions_is_a_target():
+    proto, data = decider(), samples()
+    config = CompressConfig(quality=QualityTarget(key="min_agreement", limit=0.9))
+    result = compress(proto, data, config)
+    assert result.plan.param_ratio < 1
+    assert result.quality.divergence.agreement >= 0.8
+    other = {"x": activations(8, 500, D).astype(np.float32)}
+    assert np.mean(run(proto, other)["y"] == run(result.model, other)["y"]) > 0.8
+
+
+def test_labels_are_classes_of_the_scores():
+    proto, data = decider(), samples(count=400)
+    right = run(proto, data)["y"]
+    config = CompressConfig(quality=QualityTarget(key="max_drop", limit=20.0), labels="label")
+    result = compress(proto, data | {"label": right}, config)
+    assert result.quality.metric == pytest.approx(100 - result.quality.drop)
+    assert result.plan.param_ratio < 1
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp16"])
+def test_deciders_are_quantized(scheme: str):
+    proto, data = decider(), samples()
+    result = compress(proto, data, CompressConfig(param_ratio=0.7, then=scheme))
+    assert result.quality.divergence.agreement > 0.7
+    assert [o.name for o in result.model.graph.output] == ["y"]
+
+
+def test_deciders_are_trained():
+    proto, data = decider(), samples(count=400)
+    small = compress(proto, data, CompressConfig(param_ratio=0.2)).model
+    tuned = finetune(proto, small, data, FinetuneConfig(steps=60, augment=False))
+    assert tuned.after.mean <= tuned.before.mean
+    labels = {"label": run(proto, data)["y"]}
+    config = TrainConfig(labels="label", steps=20, method="dense", augment=False)
+    trained = train(proto, data | labels, config)
+    assert trained.accuracy_before == pytest.approx(100)
