@@ -64,8 +64,10 @@ BODY = """
 
 
 def network(seed: int = 0) -> onnx.ModelProto:
-    """Two layers around which a residual runs, and a classifier."""
+    """Two layers around which a residual runs, and a classifier: its scores share no level."""
     scale = 1 / math.sqrt(D)
+    scores = noise(seed + 5, D, C)
+    scores -= scores.mean(1, keepdims=True)
     return model(
         f"(float[n,{D}] x) => (float[n,{C}] y)",
         BODY,
@@ -73,7 +75,7 @@ def network(seed: int = 0) -> onnx.ModelProto:
         b1=(0.1 * noise(seed + 2, H)).astype(np.float32),
         w2=(scale * noise(seed + 3, H, D)).astype(np.float32),
         b2=(0.1 * noise(seed + 4, D)).astype(np.float32),
-        w3=(2 * scale * noise(seed + 5, D, C)).astype(np.float32),
+        w3=(2 * scale * scores).astype(np.float32),
         b3=(0.1 * noise(seed + 6, C)).astype(np.float32),
     )
 
@@ -677,7 +679,7 @@ QUICK = FinetuneConfig(steps=120, learning_rate=5e-3)
 def test_finetuning_recovers_and_is_what_the_file_computes(small: onnx.ModelProto):
     result = finetune(network(), small, samples(), QUICK)
     assert result.kept
-    assert result.after.mean < 0.7 * result.before.mean
+    assert result.after.mean < 0.8 * result.before.mean
     assert result.history[0].step == 0
     again = finetune(network(), small, samples(), QUICK)
     assert again.model.SerializeToString() == result.model.SerializeToString()
