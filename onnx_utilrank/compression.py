@@ -246,7 +246,7 @@ def _basis(hidden: Hidden, group: Group, kept: int, made: Mapping[str, Refitted]
     found = made[group.made.site].heads
     assert found is not None
     makers = hidden.makers(group.made.site)
-    every, k = len(makers), makers.index(group)
+    every, k = len(makers), makers.index(group.made)
     rows = slice(group.made.start, group.made.start + hidden.size)
     return Basis(
         expand=found.expand[rows, k::every][:, :kept],

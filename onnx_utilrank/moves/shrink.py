@@ -82,6 +82,8 @@ def shrink(surgeon: Surgeon, what: Shrinking) -> None:
         _restate(surgeon, repair, hidden.size, kept)
     for node in hidden.splits:
         _split_anew(surgeon, node, hidden.size, kept)
+    for repair in hidden.slices:
+        _slice_anew(surgeon, repair, hidden.size, kept)
     surgeon.forget(hidden.values)
     for repair in hidden.shapes:
         _show_as_before(surgeon, repair, hidden.size, kept)
@@ -93,12 +95,17 @@ def _balanced(what: Shrinking) -> list[Basis]:
     What makes a feature and what reads it share its scale as they like: L K is the same. Weights
     that differ in it by orders of magnitude do badly in half precision, quantized, or trained.
     """
+    pairs = list(zip(what.hidden.groups, what.bases, strict=True))
+    met: dict[Part, np.ndarray] = {}  # by what makes the features, wherever those are read
+    for group, basis in pairs:
+        squares = _squares_met(what, group.met, basis.expand)
+        met[group.made] = met.get(group.made, 0.0) + squares
     bases = []
-    for group, basis in zip(what.hidden.groups, what.bases, strict=True):
+    for group, basis in pairs:
         rows = slice(group.made.start, group.made.start + what.hidden.size)
         made = np.square(basis.reduce @ what.weights[group.made.site][rows]).sum(1)
-        met = _squares_met(what, group.met, basis.expand)
-        ratios = np.divide(met, made, out=np.ones(len(made)), where=(made > 0) & (met > 0))
+        sizes = met[group.made]
+        ratios = np.divide(sizes, made, out=np.ones(len(made)), where=(made > 0) & (sizes > 0))
         scale = ratios**0.25
         bases.append(Basis(expand=basis.expand / scale, reduce=scale[:, None] * basis.reduce))
     return bases
@@ -237,6 +244,16 @@ def _split_anew(surgeon: Surgeon, node: int, size: int, kept: int) -> None:
     held = surgeon.index.constant(name)
     assert held is not None
     surgeon.rewire(node, name, surgeon.constant(f"{name}/shrunk", held // size * kept))
+
+
+def _slice_anew(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
+    """Change between which features is cut; a bound beyond the last of them stays."""
+    for name in dict.fromkeys(surgeon.index.node(repair.node).input[1:3]):
+        held = surgeon.index.constant(name)
+        assert held is not None
+        if abs(int(held.flat[0])) < repair.extent:
+            new = surgeon.constant(f"{name}/shrunk", held // size * kept)
+            surgeon.rewire(repair.node, name, new)
 
 
 def _show_as_before(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:

@@ -158,6 +158,7 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
         total += repair.length
     for node in hidden.splits:
         total += len(index.node(node).output)
+    total += 2 * len(hidden.slices)
     for name, nodes in _targets(index, hidden).items():
         kind = index.constant_type(name)
         if kind is not None and index.freed_by(name, frozenset(nodes)):
@@ -175,10 +176,13 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
 
 
 def _targets(index: GraphIndex, hidden: Hidden) -> dict[str, set[int]]:
-    """The shapes that Reshape nodes and the sizes that Split nodes read, with the nodes."""
+    """The shapes that are read, the sizes of Splits and the bounds of Slices, with the nodes."""
     found: dict[str, set[int]] = {}
     for node in (*(repair.node for repair in hidden.reshapes), *hidden.splits):
         found.setdefault(index.node(node).input[1], set()).add(node)
+    for repair in hidden.slices:
+        for name in index.node(repair.node).input[1:3]:
+            found.setdefault(name, set()).add(repair.node)
     return found
 
 

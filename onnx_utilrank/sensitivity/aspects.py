@@ -247,8 +247,9 @@ def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tu
     takes = {s.key: s.bias in ("input", "add") for s in sites}
     found: dict[str, list[tuple[slice, bool]]] = {}
     for each in hidden:
-        for group in each.groups:
-            rows = slice(group.made.start, group.made.start + each.size)
-            centred = group.met.side == "columns" and takes.get(group.met.site, False)
-            found.setdefault(group.made.site, []).append((rows, centred))
+        for made in dict.fromkeys(g.made for g in each.groups):
+            rows = slice(made.start, made.start + each.size)
+            met = (g.met for g in each.groups if g.made == made)
+            centred = all(p.side == "columns" and takes.get(p.site, False) for p in met)
+            found.setdefault(made.site, []).append((rows, centred))
     return found

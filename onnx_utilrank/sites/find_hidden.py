@@ -78,22 +78,25 @@ class _Assembly:
         size = min(sizes)
         if len(sizes) > 1 or size < 2:
             return None
-        groups, covered = [], []
-        for meeting in meetings:
+        groups = []
+        makers: list[np.ndarray] = []  # which may be met several times
+        others: list[np.ndarray] = []  # and what meets them: of one basis each
+        for meeting in map(_from_the_shared, meetings):
             for k, line in enumerate(meeting.made):
                 if meeting.rows is not None:
                     met = self._part(meeting.rows[k])
-                    covered.append(meeting.rows[k])
+                    others.append(meeting.rows[k])
                 else:
                     assert meeting.columns is not None
                     site, starts = meeting.columns
                     met = Part(site=site.key, side="columns", start=int(starts[k]))
                 made = self._part(line)
-                covered.append(line)
+                makers.append(line)
                 if made is None or met is None:
                     return None
                 groups.append(Group(made=made, met=met))
-        return self._complete(groups, size, np.concatenate(covered), units=False)
+        every = np.concatenate([np.unique(np.concatenate(makers)), *others])
+        return self._complete(groups, size, every, units=False)
 
     def units(self, pairs: Sequence[np.ndarray]) -> Iterable[Hidden]:
         """The units that one weight alone reads, with the gates that were multiplied with them."""
@@ -149,8 +152,9 @@ class _Assembly:
             sites=tuple(s.key for s in self.trace.sites if s.key in keys),
             size=size,
             groups=tuple(groups),
-            reshapes=tuple(r for op, r in repairs if op == "Reshape"),
+            reshapes=tuple(r for op, r in repairs if op in ("Reshape", "Expand")),
             splits=tuple(r.node for op, r in repairs if op == "Split"),
+            slices=tuple(r for op, r in repairs if op == "Slice"),
             shapes=tuple(r for op, r in repairs if op == "Shape"),
             depthwise=tuple(r for op, r in repairs if op == "Conv"),
             attentions=tuple(r for op, r in repairs if op == "Attention"),
@@ -188,20 +192,38 @@ class _Assembly:
             runs = np.moveaxis(numbers, axes[0], -1).reshape(-1, extent)
             if extent % size or not _in_runs(np.unique(runs, axis=0).reshape(-1, size)):
                 return None
-            place, length = axes[0], numbers.ndim
-            if op == "Shape":
-                shown = _shown(self.trace.index.node(k), length)
-                if place not in shown:
-                    continue
-                place, length = shown.index(place), len(shown)
-            elif op == "Split":
-                stated = self.trace.index.constant(self.trace.index.node(k).input[1])
-                if stated is None or any(int(n) % size for n in stated):
-                    return None
-            elif op == "Reshape" and self._target(k)[place] <= 0:
-                continue  # the extent follows from others
-            found.append((op, Repair(node=k, place=place, length=length, extent=extent)))
+            if not self._cuts_between_groups(op, k, size, extent):
+                return None
+            stated = self._stated(op, k, axes[0], numbers.ndim)
+            if stated is not None:
+                place, length = stated
+                found.append((op, Repair(node=k, place=place, length=length, extent=extent)))
         return found
+
+    def _cuts_between_groups(self, op: str, k: int, size: int, extent: int) -> bool:
+        """Whether a Split or Slice takes no group apart; True for what cuts nothing."""
+        node, index = self.trace.index.node(k), self.trace.index
+        if op == "Split":
+            sizes = index.constant(node.input[1])
+            return sizes is not None and not any(int(n) % size for n in sizes)
+        if op == "Slice":
+            bounds = [index.constant(name) for name in node.input[1:3]]
+            inside = [int(b.flat[0]) for b in bounds if b is not None]
+            return not any(bound % size for bound in inside if abs(bound) < extent)
+        return True
+
+    def _stated(self, op: str, k: int, axis: int, rank: int) -> tuple[int, int] | None:
+        """Where a node states the extent of an axis, and among how many; None where it does not."""
+        if op == "Shape":
+            shown = _shown(self.trace.index.node(k), rank)
+            return (shown.index(axis), len(shown)) if axis in shown else None
+        if op == "Reshape" and self._target(k)[axis] <= 0:
+            return None  # it follows from others
+        if op == "Expand":
+            target = self._target(k)
+            place = axis - (rank - len(target))
+            return (place, len(target)) if place >= 0 and target[place] != 1 else None
+        return axis, rank
 
     def _target(self, k: int) -> np.ndarray:
         name = self.trace.index.node(k).input[1]
@@ -221,6 +243,13 @@ class _Assembly:
                 return None
             found.append(Vector(node=k, name=name, axis=axis, parts=kept))
         return tuple(found)
+
+
+def _from_the_shared(meeting: Meeting) -> Meeting:
+    """The meeting seen from keys that several queries meet: those have one basis together."""
+    if meeting.rows is None or len(np.unique(meeting.rows[:, 0])) == len(meeting.rows):
+        return meeting
+    return Meeting(made=meeting.rows, rows=meeting.made)
 
 
 def _alike(line: np.ndarray, pairs: Sequence[np.ndarray]) -> list[np.ndarray] | None:

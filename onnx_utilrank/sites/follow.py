@@ -23,16 +23,20 @@ __all__ = ["FOLLOWED", "Meeting", "Trace", "Values", "moves_within", "varies"]
 # What moves features about and changes nothing else; what reshapes them too by a shape it is told.
 _LAYOUT = frozenset({"Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Gather", "Slice"})
 _SAME = frozenset({"Identity", "Dropout", "Concat"})  # a Concat of one value, which exporters write
+_REPEATING = frozenset({"Expand", "Tile"})  # heads of keys and values, each for several queries
 _SCALING = frozenset({"Mul", "Div"})
 _ADDING = frozenset({"Add", "Sub"})
-FOLLOWED = _LAYOUT | _SAME | _SCALING | _ADDING | {"Reshape", "MatMul"}
+FOLLOWED = _LAYOUT | _SAME | _REPEATING | _SCALING | _ADDING | {"Reshape", "MatMul"}
 
 Values = Mapping[str, np.ndarray]
 
 
 @dataclass(slots=True)
 class Meeting:
-    """Features [groups, n] on the one side, and what they meet on the other."""
+    """Features [groups, n] on the one side, and what they meet on the other.
+
+    Those of one group may be read by several columns: the group then stands there once for each.
+    """
 
     made: np.ndarray
     rows: np.ndarray | None = None  # numbers of the features they are multiplied with
@@ -130,16 +134,15 @@ class Trace:
             return False
         n = groups.shape[1]
         places = {int(row[0]): k for k, row in enumerate(groups)}
-        starts = np.zeros(len(groups), dtype=int)
-        for start in range(0, len(lines[0]), n):
-            run = lines[0, start : start + n]
-            k = places.get(int(run[0]))
-            if k is None or not np.array_equal(run, groups[k]):
-                return False
-            starts[k] = start
-        if len(lines[0]) != groups.size:
+        starts = np.arange(0, len(lines[0]), n)
+        met = [places.get(int(lines[0, start])) for start in starts]
+        known = [k for k in met if k is not None]
+        if len(known) < len(met) or set(known) != set(places.values()):
             return False
-        self.meetings.append(Meeting(made=groups, columns=(site, starts)))
+        made = groups[known]
+        if not np.array_equal(made.reshape(-1), lines[0]):
+            return False
+        self.meetings.append(Meeting(made=made, columns=(site, starts)))
         return True
 
     def _multiply(self, node: onnx.NodeProto) -> bool:
@@ -243,20 +246,34 @@ class Trace:
             made = [numbers.reshape(self.values[node.output[0]].shape)]
             if node.op_type == "Reshape":
                 self.seen.append(("Reshape", k, made[0]))
+        elif node.op_type == "Expand":
+            made = [np.broadcast_to(numbers, self.values[node.output[0]].shape)]
+            self.seen.append(("Expand", k, made[0]))
         elif node.op_type == "Transpose":
             perm = attributes(node).get("perm")
             made = [np.transpose(numbers, perm if isinstance(perm, list) else None)]
         else:
             made = self._evaluated(node, numbers)
             if made and _cuts(node, numbers, made[0]):
-                # Along the features only a Split can be stated anew.
-                if node.op_type != "Split" or any(a.name == "split" for a in node.attribute):
+                # Along the features only what is stated by constants can be stated anew.
+                if not self._is_stated(node):
                     return False
                 if len(node.input) > 1 and node.input[1]:
-                    self.seen.append(("Split", k, numbers))
+                    self.seen.append((node.op_type, k, numbers))
         for name, moved in zip(node.output, made, strict=False):
             self._arrive(name, moved, source)
         return len(made) == len(node.output)
+
+    def _is_stated(self, node: onnx.NodeProto) -> bool:
+        """Whether constants say where a Split or Slice cuts, the latter along one axis."""
+        told = [self.index.constant(name) for name in node.input[1:]]
+        known = [value for value in told if value is not None]
+        if len(known) < len(told):
+            return False
+        if node.op_type == "Slice":
+            alone = all(value.size == 1 for value in known)
+            return alone and len(known) > 1 and all(int(v.flat[0]) == 1 for v in known[3:])
+        return node.op_type == "Split" and all(a.name != "split" for a in node.attribute)
 
     def _evaluated(self, node: onnx.NodeProto, numbers: np.ndarray) -> list[np.ndarray]:
         feed = {node.input[0]: numbers.astype(np.int64)}
@@ -271,8 +288,8 @@ class Trace:
 
 
 def _cuts(node: onnx.NodeProto, before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether a Split, Gather or Slice takes features of a group apart."""
-    if node.op_type == "Slice":
+    """Whether a Split, Gather or Slice takes features of a group apart, or a Tile repeats them."""
+    if node.op_type in ("Slice", "Tile"):
         axes = [a for a in range(before.ndim) if before.shape[a] != after.shape[a]]
     else:
         axes = [next((a.i for a in node.attribute if a.name == "axis"), 0)]

@@ -92,9 +92,10 @@ class Hidden:
         key: What plans and reports call it: the key of the first weight that makes them.
         sites: Keys of all its weights, in graph order.
         size: Features n in a group.
-        groups: The groups.
-        reshapes: Reshape nodes whose targets name the features.
+        groups: The groups; one that several columns read stands there once for each.
+        reshapes: Reshape and Expand nodes whose targets name the features.
         splits: Split nodes that name how many features go where.
+        slices: Slice nodes that cut features of other groups off.
         shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
         vectors: Constants that are added to them, or hold something of each unit.
         values: Every value that holds them: what a model declares of their shapes no longer holds.
@@ -116,6 +117,7 @@ class Hidden:
     values: tuple[str, ...]
     depthwise: tuple[Repair, ...] = ()
     attentions: tuple[Repair, ...] = ()
+    slices: tuple[Repair, ...] = ()
     units: bool = False
 
     @property
@@ -123,9 +125,9 @@ class Hidden:
         """The weight that reads units."""
         return self.groups[0].met.site if self.units else None
 
-    def makers(self, site: str) -> tuple[Group, ...]:
-        """The groups whose features a site makes."""
-        return tuple(g for g in self.groups if g.made.site == site)
+    def makers(self, site: str) -> tuple[Part, ...]:
+        """The rows of a site that make a group each, however often it is read."""
+        return tuple(dict.fromkeys(g.made for g in self.groups if g.made.site == site))
 
     def added(self, index: GraphIndex, site: str, m: int) -> np.ndarray:
         """What is added to the features that a site of m rows makes, on their way, [m].
