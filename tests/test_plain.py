@@ -207,6 +207,47 @@ def test_one_value_that_meets_many_is_no_product_of_matrices():
     run(made, data)
 
 
+@pytest.mark.parametrize(
+    ("equation", "is_product"),
+    [
+        *(
+            ("bqhd,bkhd->bhqk", True),
+            ("aecd,abcd->acbe", True),
+            ("ab,bc", True),
+            ("ab,cb->ca", True),
+        ),
+        *(
+            ("ab,ab->a", False),
+            ("abc,abc->ab", False),
+            ("abcd,bcd->a", False),
+            ("ab,bc->abc", False),
+        ),
+        *(("ab,bc->c", False), ("...a,ab->...b", False), ("aa,ab->b", False), ("ab,cd->ac", False)),
+    ],
+)
+def test_products_of_computed_stacks_are_seen_as_such(equation: str, is_product: bool):
+    left, _, rest = equation.partition(",")
+    right = rest.partition("->")[0]
+    extents = (
+        dict(zip("abcdehkq", (2, 3, 4, 5, 6, 2, 3, 4), strict=True)) if "." not in equation else {}
+    )
+    shapes = [[extents.get(i, 2) for i in term.replace("...", "z")] for term in (left, right)]
+    x, z = (noise(k, *shape).astype(np.float32) for k, shape in enumerate(shapes))
+    dims = [",".join(map(str, shape)) for shape in shapes]
+    expected = np.einsum(equation, x, z)
+    proto = model(
+        f"(float[{dims[0]}] x, float[{dims[1]}] z) => (float[{','.join('i' * expected.ndim)}] y)",
+        f'a = Relu(x) b = Relu(z) y = Einsum<equation="{equation}">(a, b)',
+    )
+    seen = index(proto)
+    assert ("MatMul" in ops(seen.store.proto)) == is_product
+    feed = {"x": x, "z": z}
+    np.testing.assert_allclose(
+        run(seen.store, feed)["y"], run(proto, feed)["y"], rtol=1e-5, atol=1e-6
+    )
+    assert rewrite(seen, []).proto.SerializeToString() == proto.SerializeToString()
+
+
 @pytest.mark.parametrize("what", LEFT_ALONE)
 def test_forms_that_are_not_followed_are_left_with_the_reason(what: str):
     signature, body, reason = LEFT_ALONE[what]

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_utilrank.model.einsum import matrix_product
+from onnx_utilrank.model.einsum import batch_product, matrix_product
 from onnx_utilrank.model.graph import GraphIndex, all_names, attributes, qualified
 from onnx_utilrank.model.parts import MICROSOFT, Parts, text, with_parts
 from onnx_utilrank.model.plain_attention import attention, multi_head
@@ -48,7 +48,7 @@ def index_model(store: ModelStore) -> GraphIndex:
             continue  # without ONNX's own operators there are no plain ones
         if not all((*node.input[:2], *node.output[:1])) or not (node.input and node.output):
             continue
-        weightless = take_apart is _matmul or operator in _BETWEEN
+        weightless = take_apart in (_matmul, _einsum) or operator in _BETWEEN
         if index.constants.isdisjoint(node.input[:2]) and not weightless:
             continue
         taken = all_names(store.proto) if taken is None else taken
@@ -186,22 +186,34 @@ def _matmul(parts: Parts) -> bool:
 
 
 def _einsum(parts: Parts) -> bool:
-    """Einsum of one constant that is a product of matrices once axes are ordered and joined."""
+    """Einsum that is a product of matrices once axes are ordered and joined."""
     node, index = parts.node, parts.index
     kinds = [index.constant_type(name) for name in node.input]
-    if len(kinds) != 2 or (kinds[0] is None) == (kinds[1] is None):
+    if len(kinds) != 2:
         return False
-    slot = 0 if kinds[0] is not None else 1
-    shape = (kinds[slot] or ((), None))[0]
-    form = matrix_product(text(attributes(node), "equation"), slot, shape)
-    if form is None:
-        return False
-    x, weight = node.input[1 - slot], node.input[slot]
+    equation = text(attributes(node), "equation")
 
     def moved(name: str, perm: Sequence[int], hint: str) -> str:
         if list(perm) == list(range(len(perm))):
             return name
         return parts.add("Transpose", [name], [parts.value(hint)], perm=list(perm))
+
+    if kinds[0] is None and kinds[1] is None:
+        stack = batch_product(equation)
+        if stack is None:
+            return False
+        left = moved(node.input[0], stack.left_order, "left")
+        right = moved(node.input[1], stack.right_order, "right")
+        y = parts.add("MatMul", [left, right], [parts.value("product")], named=True)
+        moved(y, stack.output_order, "turned")
+        parts.nodes[-1].output[0] = node.output[0]
+        return True
+    slot = 0 if kinds[0] is not None else 1
+    shape = (kinds[slot] or ((), None))[0]
+    form = None if kinds[1 - slot] is not None else matrix_product(equation, slot, shape)
+    if form is None:
+        return False
+    x, weight = node.input[1 - slot], node.input[slot]
 
     def shaped(name: str, to: Sequence[int] | None, hint: str) -> str:
         if to is None:

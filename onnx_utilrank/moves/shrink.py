@@ -250,10 +250,22 @@ def _slice_anew(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
     """Change between which features is cut; a bound beyond the last of them stays."""
     for name in dict.fromkeys(surgeon.index.node(repair.node).input[1:3]):
         held = surgeon.index.constant(name)
-        assert held is not None
-        if abs(int(held.flat[0])) < repair.extent:
-            new = surgeon.constant(f"{name}/shrunk", held // size * kept)
-            surgeon.rewire(repair.node, name, new)
+        if held is None:
+            of_groups, new = surgeon.value(f"{name}/groups"), surgeon.value(f"{name}/shrunk")
+            steps = (("Div", size, surgeon.tensor(name), of_groups), ("Mul", kept, of_groups, new))
+            for op, number, bound, made in steps:
+                factor = surgeon.constant(f"{made.name}/factor", np.array([number]))
+                node = gs.Node(
+                    op=op,
+                    name=surgeon.unique(f"{made.name}/extent"),
+                    inputs=[bound, surgeon.tensor(factor)],
+                    outputs=[made],
+                )
+                surgeon.insert(repair.node, node)
+            surgeon.rewire(repair.node, name, new.name)
+        elif abs(int(held.flat[0])) < repair.extent:
+            new_name = surgeon.constant(f"{name}/shrunk", held // size * kept)
+            surgeon.rewire(repair.node, name, new_name)
 
 
 def _show_as_before(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:

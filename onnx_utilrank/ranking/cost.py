@@ -158,7 +158,9 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
         total += repair.length
     for node in hidden.splits:
         total += len(index.node(node).output)
-    total += 2 * len(hidden.slices)
+    for repair in hidden.slices:  # a bound that is computed is divided and multiplied
+        bounds = dict.fromkeys(index.node(repair.node).input[1:3])
+        total += sum(1 if name in index.constants else 2 for name in bounds)
     for name, nodes in _targets(index, hidden).items():
         kind = index.constant_type(name)
         if kind is not None and index.freed_by(name, frozenset(nodes)):

@@ -207,7 +207,7 @@ class _Assembly:
             sizes = index.constant(node.input[1])
             return sizes is not None and not any(int(n) % size for n in sizes)
         if op == "Slice":
-            bounds = [index.constant(name) for name in node.input[1:3]]
+            bounds = [self.trace.told(name) for name in node.input[1:3]]
             inside = [int(b.flat[0]) for b in bounds if b is not None]
             return not any(bound % size for bound in inside if abs(bound) < extent)
         return True
@@ -226,9 +226,9 @@ class _Assembly:
         return axis, rank
 
     def _target(self, k: int) -> np.ndarray:
-        name = self.trace.index.node(k).input[1]
-        held = self.trace.index.constant(name)
-        return self.trace.values[name] if held is None else held
+        told = self.trace.told(self.trace.index.node(k).input[1])
+        assert told is not None
+        return told
 
     def _vectors(self, features: set[int], size: int) -> tuple[Vector, ...] | None:
         found = []

@@ -159,12 +159,15 @@ class Trace:
             pairs = np.unique(np.concatenate([rows, others], axis=1), axis=0)
             self.meetings.append(Meeting(made=pairs[:, :n], rows=pairs[:, n:]))
             return True
-        if right is None or right.ndim < 2 or varies(right, -2) or not varies(right, -1):
+        # Values, weighed by attention on either side: positions are mixed, features are not.
+        values, features, positions = (left, -2, -1) if right is None else (right, -1, -2)
+        if values is None or values.ndim < 2:
             return False
-        # Values, weighed by attention: rows are mixed, features are not.
-        shape = self.values[out].shape
-        self.numbers[out] = np.broadcast_to(right[..., :1, :], shape)
-        self.heads[out] = np.unique(right[..., 0, :].reshape(-1, right.shape[-1]), axis=0)
+        if varies(values, positions) or not varies(values, features):
+            return False
+        one = values.take([0], positions)
+        self.numbers[out] = np.broadcast_to(one, self.values[out].shape)
+        self.heads[out] = np.unique(one.reshape(-1, values.shape[features]), axis=0)
         return True
 
     def _attend(self, k: int, node: onnx.NodeProto, arriving: list[str]) -> bool:
@@ -255,7 +258,7 @@ class Trace:
         else:
             made = self._evaluated(node, numbers)
             if made and _cuts(node, numbers, made[0]):
-                # Along the features only what is stated by constants can be stated anew.
+                # Along the features only what is stated by inputs can be stated anew.
                 if not self._is_stated(node):
                     return False
                 if len(node.input) > 1 and node.input[1]:
@@ -265,15 +268,18 @@ class Trace:
         return len(made) == len(node.output)
 
     def _is_stated(self, node: onnx.NodeProto) -> bool:
-        """Whether constants say where a Split or Slice cuts, the latter along one axis."""
-        told = [self.index.constant(name) for name in node.input[1:]]
-        known = [value for value in told if value is not None]
-        if len(known) < len(told):
-            return False
+        """Whether inputs say where a Split or Slice cuts, the latter along one axis."""
         if node.op_type == "Slice":
-            alone = all(value.size == 1 for value in known)
-            return alone and len(known) > 1 and all(int(v.flat[0]) == 1 for v in known[3:])
+            told = [self.told(name) for name in node.input[1:]]
+            known = [value for value in told if value is not None and value.size == 1]
+            whole = len(known) == len(told) > 1
+            return whole and all(int(v.flat[0]) == 1 for v in known[3:])
         return node.op_type == "Split" and all(a.name != "split" for a in node.attribute)
+
+    def told(self, name: str) -> np.ndarray | None:
+        """What a constant holds, or a value that is computed held on the sample."""
+        held = self.index.constant(name)
+        return self.values.get(name) if held is None else held
 
     def _evaluated(self, node: onnx.NodeProto, numbers: np.ndarray) -> list[np.ndarray]:
         feed = {node.input[0]: numbers.astype(np.int64)}
