@@ -112,10 +112,11 @@ def test_the_whole_chain_runs_and_is_resumed(comparison, zoo, tmp_path, capsys):
         "    ONNX_UTILRANK_ZOO=ZOO python tools/method_comparison.py --samples 40 --limit 9 "
     )
     (head, *rows), (health_head, *health) = sections(printed.out)
-    assert head == ["method", "70 %", "0.001 %"]
+    assert head == ["method", "70 %", "0.001 %", "seconds"]
     assert [row[0] for row in rows] == list(comparison.CONTENDERS)
     assert all(re.fullmatch(r"\d+\.\d\d \(\S+\)", row[1]) for row in rows)
     assert {row[2] for row in rows} == {"–"}
+    assert all(re.fullmatch(r"[\d.e-]+ \+ [\d.e-]+", row[3]) for row in rows)
     assert "tiny: drop of kB (divergence)" in printed.out
     assert evaluations(zoo) == ["tiny --limit 9"] * 11
 
@@ -187,7 +188,7 @@ def test_what_fails_is_told_and_taken_again(comparison, zoo, tmp_path, capsys):
     reason = "zoo.py eval failed with exit status 1: no labels"
     assert f"unrated at 0.7 by svd: {reason}\n" in printed.err
     ((_, row),) = sections(printed.out)
-    assert row == ["svd", "failed", "–"]
+    assert row[:3] == ["svd", "failed", "–"]
     assert [r["reason"] for r in json.loads(out.read_text())["rows"] if r["failed"]] == [reason]
     kept = comparison.Results({"samples": 40, "limit": 9}, out).entries
     assert [entry.ratio for entry in kept.values()] == [1e-5]
@@ -221,14 +222,15 @@ def test_tables_of_numbers_that_are_hard_to_show(comparison):
     entries = [
         entry(comparison, "svd", float("inf"), metric={"metric": "PSNR", "drop": None}),
         entry(comparison, "asvd", 1234.5),
-        entry(comparison, "default", 0.0127, predicted=0.01, error=0.003),
+        entry(comparison, "default", 0.0127, predicted=0.01, error=0.003, seconds=12.0),
         entry(comparison, "svd", 0.5, ratio=0.25, metric={"metric": "PSNR", "drop": 0.217}),
+        entry(comparison, "default", 0.1, ratio=0.25, seconds=3.0, measuring=1.0),
     ]
-    (head, svd, asvd, default), (_, health) = sections(comparison.tables(entries))
-    assert head == ["method", "50 %", "25 %"]
-    assert svd == ["svd", "not finite (inf)", "0.22 (0.5)"]
-    assert asvd == ["asvd", "(1234)", ""]
-    assert default == ["default", "(0.013)", ""]
+    (head, svd, asvd, default), (_, health, _) = sections(comparison.tables(entries))
+    assert head == ["method", "50 %", "25 %", "seconds"]
+    assert svd == ["svd", "not finite (inf)", "0.22 (0.5)", "1 + –"]
+    assert asvd == ["asvd", "(1234)", "", "1 + –"]
+    assert default == ["default", "(0.013)", "(0.1)", "1 + 7.5"]
     assert health == ["m", "asvd", "50 %", "0.01", "0.013 ± 0.003", "–", "0.00"]
 
 

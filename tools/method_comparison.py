@@ -255,6 +255,13 @@ def _cell(entry: Entry | None) -> str:
     return f"{'not finite' if drop is None else format(drop, '.2f')} {found}"
 
 
+def _taken(entries: Sequence[Entry]) -> str:
+    """Seconds that measuring took and, on the mean, making a model."""
+    made = [entry.seconds for entry in entries if entry.seconds is not None]
+    each = _number(sum(made) / len(made)) if made else NOTHING
+    return f"{_number(entries[0].measuring)} + {each}"
+
+
 def tables(entries: Sequence[Entry]) -> str:
     """A table of drops and divergences for each model, and one of how `default` does."""
     by_key = {entry.key: entry for entry in entries}
@@ -265,10 +272,15 @@ def tables(entries: Sequence[Entry]) -> str:
         ratios = sorted({entry.ratio for entry in own}, reverse=True)
         metric = next((e.metric["metric"] for e in own if e.metric), "no metric")
         rows = [
-            [method, *(_cell(by_key.get((model, ratio, method))) for ratio in ratios)]
+            [
+                method,
+                *(_cell(by_key.get((model, ratio, method))) for ratio in ratios),
+                _taken(taken),
+            ]
             for method in methods
+            if (taken := [entry for entry in own if entry.method == method])
         ]
-        head = ["method", *(f"{100 * ratio:g} %" for ratio in ratios)]
+        head = ["method", *(f"{100 * ratio:g} %" for ratio in ratios), "seconds"]
         parts.append(f"{model}: drop of {metric} (divergence)\n\n{markdown(head, rows, head[:1])}")
     if DEFAULT in methods:
         parts.append(f"health of `{DEFAULT}`\n\n{_health(by_key)}")
@@ -342,7 +354,8 @@ def _caption(options: argparse.Namespace, given: Sequence[str]) -> str:
         f"{command('method_comparison.py', given, SAID)}\n\n"
         f"onnx-utilrank {__version__}; at most {options.samples} calibration samples, a fifth of "
         "them held back for the divergence: nats a decision, or ½ of the relative squared error of "
-        f"values. Metrics: `zoo.py eval`{part}; a drop above 0 is worse. {NOTHING}: out of reach."
+        f"values. Metrics: `zoo.py eval`{part}; a drop above 0 is worse. {NOTHING}: out of reach. "
+        "Seconds: to measure the model, once for all ratios, and to make one of them."
     )
 
 
