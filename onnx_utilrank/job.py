@@ -278,7 +278,8 @@ class Job:
 
     def gradients(self, samples: Sequence[int], config: CompressConfig) -> Gradients:
         """Prepare gradients on some samples; ModelError where they cannot be had."""
-        session = open_judged(self.store, self.provider)
+        # Of the model as it is given: what candidates are compared with has its names.
+        session = open_judged(self.source, self.provider)
         looked_at = self.feeds(samples[: max(SAMPLES_LOOKED_AT, self.data.run or 1)])
         losses = find_losses(self.store, session, looked_at, config.weighting)
         if not losses:

@@ -136,7 +136,10 @@ def losses_note(losses: Sequence[OutputLoss]) -> str:
     for loss in losses:
         told = loss.padding
         where = f" where {told.input!r} is {told.real}" if told else ""
-        counted.append(f"{loss.output!r} as {loss.weighting}{where}")
+        what = f"{loss.output!r}"
+        if loss.decides is not None:
+            what += f", which {loss.decides!r} is decided by,"
+        counted.append(f"{what} as {loss.weighting}{where}")
     return f"What counts at the outputs: {', '.join(counted)}."
 
 

@@ -21,6 +21,7 @@ from onnx_utilrank.validation.divergence import (
     Divergence,
     OutputRecorder,
     find_losses,
+    is_judged,
     open_judged,
 )
 
@@ -139,8 +140,10 @@ class Judge:
             ModelError: It does not load or run.
             DataError: The user's metric gives no number.
         """
-        session = open_judged(candidate, self._job.provider, self.losses)
-        found = self._recorder.compare(session) if self.losses else None
+        # A model of another's making may not have the scores behind its decisions by their names.
+        losses = self.losses if is_judged(candidate, self.losses) else ()
+        session = open_judged(candidate, self._job.provider, losses)
+        found = self._recorder.compare(session) if losses else None
         right = self._correct(session)
         if right is not None and self._right is not None:
             lost = 100 * (self._right.astype(np.float64) - right)

@@ -8,6 +8,7 @@ from builders import activations, model, noise, run
 from onnx_utilrank import (
     CompressConfig,
     FinetuneConfig,
+    ModelError,
     QualityTarget,
     TrainConfig,
     compress,
@@ -87,6 +88,8 @@ def test_deciders_are_compressed_by_what_they_decide_by(how: str):
     ("more", "out"),
     [
         ("", f", float[n,{C}] s"),
+        (" q = Identity(s)", f", float[n,{C}] q"),
+        (" q = Cast<to=10>(s)", f", float16[n,{C}] q"),
         (" q = Softmax(s)", f", float[n,{C}] q"),
         (" q = LogSoftmax(s)", f", float[n,{C}] q"),
     ],
@@ -95,6 +98,74 @@ def test_scores_that_are_told_anyway_count_once(more: str, out: str):
     store = ModelStore.load(decider(more=more, out=out))
     losses = find_losses(store, open_judged(store, CPU), [samples(count=16)])
     assert [loss.output for loss in losses] == [out.split()[-1]]
+
+
+def test_scores_are_told_whatever_is_decided_by():
+    store = ModelStore.load(decider("of a softmax", out=f", float[n,{C}] s"))
+    (loss,) = find_losses(store, open_judged(store, CPU), [samples(count=16)])
+    assert loss.output == "s"
+
+
+@pytest.mark.parametrize("level", [0.0, 3.0])
+def test_level_of_scores_that_are_decided_by_says_nothing(level: float):
+    proto = decider()
+    (head,) = (t for t in proto.graph.initializer if t.name == "O")
+    values = onnx.numpy_helper.to_array(head)
+    values = 3 * (values + level * values[:, :1])
+    head.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), "O"))
+    store = ModelStore.load(proto)
+    (loss,) = find_losses(store, open_judged(store, CPU), [samples(count=64)])
+    assert loss.weighting == "softmax"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = ArgMax<axis=0>(s)",  # of samples, not of classes
+        "t_ = Transpose(s) y = ArgMax<axis=0>(t_)",
+        "y = ArgMax<axis=1>(x)",
+        "y = ArgMax<axis=1>(O)",
+        "k = Constant<value_floats=[1.0, 2.0]>() y = ArgMax<axis=0>(k)",
+    ],
+)
+def test_what_decides_on_nothing_is_not_followed(body: str):
+    proto = model(
+        f"(float[n,{D}] x) => (int64[a,b] y, float[n,{C}] z)",
+        LAYERS + body + " z = Neg(s)",
+        W=noise(0, D, H).astype(np.float32),
+        V=noise(1, H, H).astype(np.float32),
+        O=noise(2, H, C).astype(np.float32),
+    )
+    store = ModelStore.load(proto)
+    losses = find_losses(store, open_judged(store, CPU), [samples(count=16)])
+    assert [loss.output for loss in losses] == ["z"]
+
+
+def test_decisions_within_functions_are_compressed_by_other_means():
+    proto = model(
+        f"(float[n,{D}] x) => (int64[n] y)",
+        "y = own.whole(x, W, V, O)",
+        domains=', "own" : 1',
+        functions='<opset_import: ["" : 17], domain: "own"> whole (x, W, V, O) => (y) { '
+        + LAYERS
+        + "y = ArgMax<axis=-1, keepdims=0>(s) }",
+        W=noise(0, D, H).astype(np.float32),
+        V=noise(1, H, H).astype(np.float32),
+        O=noise(2, H, C).astype(np.float32),
+    )
+    result = compress(proto, samples(), CompressConfig(param_ratio=0.7))
+    assert result.plan.method == "one-sided"
+    assert result.quality.divergence is None
+
+
+def test_candidate_with_other_names_is_told():
+    proto, data = decider(), samples(count=400)
+    other = compress(proto, data, CompressConfig(param_ratio=0.5)).model
+    for node in other.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["renamed" if name == "s" else name for name in names]
+    with pytest.raises(ModelError, match="makes no value 's', the scores that the original dec"):
+        finetune(proto, other, data, FinetuneConfig(steps=5))
 
 
 def test_other_outputs_count_beside_decisions():
@@ -115,10 +186,12 @@ def test_agreement_of_decisions_is_a_target():
     assert np.mean(run(proto, other)["y"] == run(result.model, other)["y"]) > 0.8
 
 
-def test_labels_are_classes_of_the_scores():
+@pytest.mark.parametrize("labels", ["label", "label=y"])
+def test_labels_are_classes_of_the_scores(labels: str):
     proto, data = decider(), samples(count=400)
     right = run(proto, data)["y"]
-    config = CompressConfig(quality=QualityTarget(key="max_drop", limit=20.0), labels="label")
+    goal = QualityTarget(key="max_drop", limit=20.0)
+    config = CompressConfig(quality=goal, labels=labels)
     result = compress(proto, data | {"label": right}, config)
     assert result.quality.metric == pytest.approx(100 - result.quality.drop)
     assert result.plan.param_ratio < 1

@@ -602,6 +602,63 @@ def test_features_that_something_mixes_stay(name: str):
         assert found_in(style, batch) == sorted(style.found, key=sorted)
 
 
+# Bounds that are computed in another type than shapes have; and a cut within a head.
+NOT_STATED = {
+    "type": "ms = Shape(mb) mw = Gather(ms, a2) mi = Cast<to=6>(mw) mt = Add(mi, two_) "
+    "one = Div(mt, three_) two = Mul(one, two_) all = Mul(one, three_) qb = Slice(mb, zero_, one, "
+    "two_) kb = Slice(mb, one, two, two_) vb = Slice(mb, two, all, two_) ",
+    "place": "qb = Slice(mb, a0, c1, a2) kb = Slice(mb, c1, c2, a2) ve = Slice(mb, c2, c3, a2) "
+    "ho = Slice(ve, a0, half, a2) hu = Slice(ve, half, c1, a2) vb = Concat<axis=2>(hu, ho) ",
+}
+
+
+@pytest.mark.parametrize("why", NOT_STATED)
+def test_slices_that_cannot_be_stated_anew_are_left(why: str):
+    body = "m = MatMul(x, w) mb = Add(m, b) " + NOT_STATED[why] + SPLIT.format("split_0") + ATTEND
+    style = Style(body=body + MERGE.format("merge_0") + OUT)
+    proto = style.proto()
+    for value, name in ((0, "zero_"), (2, "two_"), (3, "three_")):
+        if name in style.body:
+            held = numpy_helper.from_array(np.array([value], np.int32), name)
+            proto.graph.initializer.append(held)
+    run(proto, style.feed(2))
+    assert hidden_of(proto, style.feed(2))[2] == []
+
+
+def test_one_constant_may_be_a_bound_and_the_axis():
+    style = Style(
+        body="m = MatMul(x, w2) l = Slice(m, a0, a2, a2) r = Slice(m, a2, four, a2) "
+        "k = Transpose<perm=[0,2,1]>(r) s = MatMul(l, k) p = Softmax(s) y = MatMul(p, x)"
+    )
+    proto = style.proto()
+    for name, value in (("w2", noise(30, D, 4).astype(np.float32)), ("four", np.array([4]))):
+        proto.graph.initializer.append(numpy_helper.from_array(value, name))
+    graph, sites, (hidden,) = hidden_of(proto, style.feed(1))
+    assert hidden.size == 2
+    bases = bases_of(hidden, 1, 50)
+    store = rewrite(graph, [], [shrinking(graph, sites, hidden, bases)])
+    onnx.checker.check_model(store.proto, full_check=True)
+    expected = projected(graph, sites, [(hidden, bases)])
+    assert_close(run(store, style.feed(3))["y"], run(expected, style.feed(3))["y"])
+
+
+@pytest.mark.parametrize(
+    "product", ["t = Transpose<perm=[0,2,1]>(m) c = MatMul(t, z)", "c = MatMul(z, m)"]
+)
+@pytest.mark.parametrize("vector", ["z = ReduceMean<axes=[0,2], keepdims=0>(x)", "z = Neg(line)"])
+def test_products_with_a_vector_have_no_heads(product: str, vector: str):
+    proto = model(
+        f"(float[n,{T},{D}] x) => (float[n,{D}] y)",
+        f"m = MatMul(x, wv) {vector} {product} y = MatMul(c, wo)",
+        wv=noise(2, D, ALL).astype(np.float32),
+        wo=noise(3, ALL, D).astype(np.float32),
+        line=noise(4, T).astype(np.float32),
+    )
+    feed = {"x": noise(5, 3, T, D).astype(np.float32)}
+    run(proto, feed)
+    assert all(h.units for h in hidden_of(proto, feed)[2])
+
+
 @pytest.mark.parametrize("first", ["Conv", "MatMul"])
 def test_conv_of_several_taps_reads_no_features(first: str):
     body = f"h = {first}(x, V) i = Identity(h) y = Conv(i, W)"

@@ -134,7 +134,8 @@ def test_what_is_real_counts_whichever_value_marks_it(real, kind, method):
     assert result.quality.divergence.mean == pytest.approx(own, rel=0.5, abs=1e-6)
 
 
-def test_positions_hidden_by_infinities_do_not_count():
+@pytest.mark.parametrize("then", [None, "fp16"])
+def test_positions_hidden_by_infinities_do_not_count(then):
     """Attention whose scores are masked by what is added to them; what is hidden is noise."""
     proto = model(
         f"(float[n,t,{D}] x, float[n,1,1,t] mask) => (float[n,t,{C}] y)",
@@ -149,7 +150,7 @@ def test_positions_hidden_by_infinities_do_not_count():
     held = samples(1, np.float32)
     padded = held.pop("padded")
     held["mask"] = np.where(padded, -np.inf, 0).astype(np.float32)[:, None, None]
-    config = CompressConfig(param_ratio=0.7, moves=("low-rank",), weighting="values")
+    config = CompressConfig(param_ratio=0.7, moves=("low-rank",), weighting="values", then=then)
     result = compress(proto, held, config)
     assert result.plan.factored
     assert not any("gradients" in note for note in result.notes)

@@ -604,6 +604,26 @@ def test_parts_that_others_read_stay(more: str, out: str, freed: list[str]):
     assert [s.key for s in sites if s.freed] == freed
 
 
+def test_parts_that_nothing_reads_are_held_no_more():
+    proto = model(
+        f"(float[n,{E}] x) => (float[n,{E}] y)",
+        "A, B, C = Split<axis=0>(W) h = MatMul(x, A) r = Relu(h) y = MatMul(r, B)",
+        W=float32(1, 3 * E, E),
+    )
+    data = {"x": activations(3, 40, E).astype(np.float32)}
+    made = compress(proto, data, EXACT).model
+    assert "Split" not in ops(made)
+    assert sum(v.size for v in constants(made).values()) == 2 * 2 * E * E
+    assert_same(proto, made, data)
+
+
+def test_one_value_that_meets_many_within_a_sum_is_no_product_of_stacks():
+    body = 'a = Relu(x) b = Relu(z) y = Einsum<equation="ab,bc->ac">(a, b)'
+    proto = model("(float[3,1] x, float[4,5] z) => (float[3,5] y)", body)
+    declared = onnx.shape_inference.infer_shapes(proto)
+    assert "MatMul" not in ops(index(declared).store.proto)
+
+
 # --- put together again -------------------------------------------------------------------------
 
 ALL = """

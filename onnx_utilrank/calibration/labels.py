@@ -66,12 +66,12 @@ class Labels:
             raise DataError(f"{where}: labels {self.key!r}: {which}")
         if not losses:
             raise ConfigError(f"labels {self.key!r}: no output of the model holds finite scores")
-        names = [loss.output for loss in losses]
+        names = [loss.decides or loss.output for loss in losses]
         if self.output is not None and self.output not in names:
             raise ConfigError(
                 f"labels {self.key!r}: {self.output!r} is none of the outputs {names}"
             )
-        meant = [loss for loss in losses if self.output in (None, loss.output)]
+        meant = [loss for loss in losses if self.output in (None, loss.decides or loss.output)]
         needed = int(counted.max()) + 1
         made = session.run(feeds[0], [loss.output for loss in meant])
         extents, fitting = {}, []

@@ -15,6 +15,7 @@ from onnx_utilrank.inspection.contents import (
 from onnx_utilrank.inspection.report import InspectedHidden, InspectedSite, InspectionReport
 from onnx_utilrank.model.functions import inlined
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.heads import hidden_scores
 from onnx_utilrank.model.plain import index_model
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.moves.moves import MOVES
@@ -160,7 +161,7 @@ def _features(hidden: Hidden) -> InspectedHidden:
         hidden=hidden.key,
         kind="units" if hidden.units else "heads",
         size=hidden.size,
-        groups=len(hidden.groups),
+        groups=hidden.count,
         sites=hidden.sites,
     )
 
@@ -168,4 +169,5 @@ def _features(hidden: Hidden) -> InspectedHidden:
 def _gradients(store: ModelStore) -> tuple[str, ...]:
     found = obstacles(store)
     floats = any(spec.dtype is not None and spec.dtype.kind in "fV" for spec in store.outputs)
+    floats = floats or bool(hidden_scores(store))
     return found if floats or not store.outputs else (*found, "no output holds floating values")

@@ -83,7 +83,7 @@ class GraphIndex:
     pinned: frozenset[str]
     _folded: dict[str, np.ndarray] = field(default_factory=dict)
     _finite: dict[str, bool] = field(default_factory=dict)
-    _ranks: dict[str, int] = field(default_factory=dict)
+    _extents: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -127,8 +127,11 @@ class GraphIndex:
             producers=producers,
             consumers=dict(consumers),
             pinned=frozenset(pinned),
-            _ranks={
-                value.name: len(value.type.tensor_type.shape.dim)
+            _extents={
+                value.name: tuple(
+                    dim.dim_value if dim.HasField("dim_value") else None
+                    for dim in value.type.tensor_type.shape.dim
+                )
                 for value in (*graph.value_info, *graph.input)
                 if value.type.tensor_type.HasField("shape")
             },
@@ -137,7 +140,7 @@ class GraphIndex:
     def __reduce__(self) -> tuple[object, ...]:
         # What was folded may be large, and is found again.
         held = (self.spans, self.constants, self.producers, self.consumers, self.pinned)
-        return _sent, (self.store, self.source, *held, self._ranks)
+        return _sent, (self.store, self.source, *held, self._extents)
 
     def node(self, k: int) -> onnx.NodeProto:
         """The k-th node of the main graph."""
@@ -150,17 +153,22 @@ class GraphIndex:
         inside = place >= 0 and k in self.spans[place].nodes
         return self.spans[place].origin if inside else self.node(k)
 
-    def rank(self, name: str) -> int | None:
-        """Number of dimensions that the model declares of an input or inner value, if it does.
+    def extents(self, name: str) -> tuple[int | None, ...] | None:
+        """Extents that the model declares of an input or inner value, if it does; None where free.
 
-        A value that is only cast has as many as before.
+        A value that is only cast has the same as before.
         """
-        while name not in self._ranks and name in self.producers:
+        while name not in self._extents and name in self.producers:
             node = self.node(self.producers[name])
             if node.op_type not in ("Cast", "Identity") or node.domain not in ("", "ai.onnx"):
                 break
             name = node.input[0]
-        return self._ranks.get(name)
+        return self._extents.get(name)
+
+    def rank(self, name: str) -> int | None:
+        """Number of dimensions that the model declares of an input or inner value, if it does."""
+        extents = self.extents(name)
+        return None if extents is None else len(extents)
 
     def constant(self, name: str) -> np.ndarray | None:
         """Values of a constant: an initializer, a Constant node, or either behind layout operators.
@@ -339,7 +347,7 @@ def _sent(
     producers: dict[str, int],
     consumers: dict[str, list[int]],
     pinned: frozenset[str],
-    ranks: dict[str, int],
+    extents: dict[str, tuple[int | None, ...]],
 ) -> GraphIndex:
     return GraphIndex(
         store=store,
@@ -350,7 +358,7 @@ def _sent(
         producers=producers,
         consumers=consumers,
         pinned=pinned,
-        _ranks=ranks,
+        _extents=extents,
     )
 
 

@@ -125,10 +125,24 @@ def decided_outputs(model: ModelStore) -> dict[str, tuple[str, int]]:
 
 def hidden_scores(model: ModelStore) -> dict[str, int]:
     """Scores that outputs are decided by where no output tells of them, and their axis."""
-    shown = {output.name for output in model.outputs}
-    heads = (_head(model.proto.graph, output.name)[0] for output in model.outputs)
-    shown |= {str(h.input[0]) for h in heads if h is not None and _operator(h) in _SOFTMAX}
-    return {scores: axis for scores, axis in decided_outputs(model).values() if scores not in shown}
+    graph, decided = model.proto.graph, decided_outputs(model)
+    told = {_origin(graph, output.name) for output in model.outputs if output.name not in decided}
+    made = {name for node in graph.node if node.op_type != "Constant" for name in node.output}
+    return {
+        scores: axis
+        for scores, axis in decided.values()
+        if scores in made and _origin(graph, scores) not in told
+    }
+
+
+def _origin(graph: onnx.GraphProto, name: str) -> str:
+    """The value that one tells of, by casting or reshaping it or by its softmax."""
+    for _ in graph.node:
+        node, _ = _head(graph, name)
+        if node is None or _operator(node) not in _SOFTMAX:
+            return name if node is None else str(node.output[0])
+        name = str(node.input[0])
+    return name
 
 
 def _axis(model: ModelStore, softmax: onnx.NodeProto) -> int:

@@ -2,9 +2,9 @@
 
 ONNX Runtime's own operators fuse a product with what follows it, an Einsum may be a product in
 disguise, a Conv of several groups is several Convs, and a constant that is split is several
-constants. Their weights are then ones of MatMul, Gemm
-and Conv like any other, and the value W x has a name, at which it can be measured. What the surgery
-leaves alone goes back to the one node it was.
+constants. Their weights are then ones of MatMul, Gemm and Conv like any other, and the value W x
+has a name, at which it can be measured. What the surgery leaves alone goes back to the one node it
+was.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_utilrank.model.einsum import batch_product, matrix_product
+from onnx_utilrank.model.einsum import BatchProduct, batch_product, matrix_product
 from onnx_utilrank.model.graph import GraphIndex, all_names, attributes, qualified
 from onnx_utilrank.model.parts import MICROSOFT, Parts, text, with_parts
 from onnx_utilrank.model.plain_attention import attention, multi_head
@@ -200,7 +200,7 @@ def _einsum(parts: Parts) -> bool:
 
     if kinds[0] is None and kinds[1] is None:
         stack = batch_product(equation)
-        if stack is None:
+        if stack is None or _repeats(parts, stack):
             return False
         left = moved(node.input[0], stack.left_order, "left")
         right = moved(node.input[1], stack.right_order, "right")
@@ -243,8 +243,17 @@ def _split(parts: Parts) -> bool:
     if not index.constants.issuperset(node.input):
         return False
     for name, values in zip(node.output, index.evaluated(node), strict=True):
-        parts.add("Constant", [], [name], value=numpy_helper.from_array(values, name))
+        if name in index.consumers or name in index.pinned:
+            parts.add("Constant", [], [name], value=numpy_helper.from_array(values, name))
     return True
+
+
+def _repeats(parts: Parts, stack: BatchProduct) -> bool:
+    """Whether one value of an operand meets many of the other in the sum, which MatMul refuses."""
+    left, right = (parts.index.extents(name) for name in parts.node.input)
+    one = None if left is None else left[stack.left_order[-1]]
+    other = None if right is None else right[stack.right_order[-2]]
+    return one != other and 1 in (one, other)
 
 
 # What takes a node of each domain and operator apart; False where it is of a form it does not know.

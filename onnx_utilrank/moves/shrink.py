@@ -248,7 +248,7 @@ def _split_anew(surgeon: Surgeon, node: int, size: int, kept: int) -> None:
 
 def _slice_anew(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
     """Change between which features is cut; a bound beyond the last of them stays."""
-    for name in dict.fromkeys(surgeon.index.node(repair.node).input[1:3]):
+    for place, name in enumerate(surgeon.index.node(repair.node).input[1:3], 1):
         held = surgeon.index.constant(name)
         if held is None:
             of_groups, new = surgeon.value(f"{name}/groups"), surgeon.value(f"{name}/shrunk")
@@ -262,10 +262,10 @@ def _slice_anew(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:
                     outputs=[made],
                 )
                 surgeon.insert(repair.node, node)
-            surgeon.rewire(repair.node, name, new.name)
+            surgeon.rewire(repair.node, name, new.name, place)
         elif abs(int(held.flat[0])) < repair.extent:
             new_name = surgeon.constant(f"{name}/shrunk", held // size * kept)
-            surgeon.rewire(repair.node, name, new_name)
+            surgeon.rewire(repair.node, name, new_name, place)
 
 
 def _show_as_before(surgeon: Surgeon, repair: Repair, size: int, kept: int) -> None:

@@ -124,7 +124,8 @@ class Floating:
         if limits is None:
             return  # bfloat16 has the exponents of float32
         used = {n for found in slots for n in found} - index.constants
-        found = ranges(index.store, sorted(used), calibration)
+        # What is infinite stays in float with all that is too large.
+        found = ranges(index.store, sorted(used), calibration, finite=False)
         largest = {name: max(map(abs, edges)) for name, edges in found.items()}
         small: set[str] = set()
         for name in {n for node in nodes for n in node.input if n in index.constants}:

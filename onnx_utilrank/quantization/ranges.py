@@ -18,7 +18,9 @@ __all__ = ["Range", "ranges"]
 Range = tuple[float, float]
 
 
-def ranges(store: ModelStore, values: Iterable[str], calibration: Calibration) -> dict[str, Range]:
+def ranges(
+    store: ModelStore, values: Iterable[str], calibration: Calibration, *, finite: bool = True
+) -> dict[str, Range]:
     """The least and the largest element that values of the main graph take.
 
     The whole range counts, as with `CalibrationMethod.MinMax` of onnxruntime.quantization; what
@@ -30,6 +32,7 @@ def ranges(store: ModelStore, values: Iterable[str], calibration: Calibration) -
         store: The model.
         values: Floating values that nodes make, and inputs.
         calibration: The samples.
+        finite: Whether infinities, such as those of masks, are an error.
 
     Raises:
         ModelError: The model does not run, or a value is not finite.
@@ -54,7 +57,7 @@ def ranges(store: ModelStore, values: Iterable[str], calibration: Calibration) -
         seen = session.run(feed, wanted) if wanted else {}
         for name, (least, largest) in taps.items():
             low, high = float(seen[least]), float(seen[largest])
-            if not np.isfinite([low, high]).all():
+            if np.isnan([low, high]).any() or (finite and not np.isfinite([low, high]).all()):
                 raise ModelError(
                     f"{store.label}: value {name!r} is not finite on the calibration data: it has "
                     "no range"

@@ -159,7 +159,7 @@ def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], ke
     for node in hidden.splits:
         total += len(index.node(node).output)
     for repair in hidden.slices:  # a bound that is computed is divided and multiplied
-        bounds = dict.fromkeys(index.node(repair.node).input[1:3])
+        bounds = index.node(repair.node).input[1:3]
         total += sum(1 if name in index.constants else 2 for name in bounds)
     for name, nodes in _targets(index, hidden).items():
         kind = index.constant_type(name)
@@ -183,7 +183,8 @@ def _targets(index: GraphIndex, hidden: Hidden) -> dict[str, set[int]]:
     for node in (*(repair.node for repair in hidden.reshapes), *hidden.splits):
         found.setdefault(index.node(node).input[1], set()).add(node)
     for repair in hidden.slices:
-        for name in index.node(repair.node).input[1:3]:
+        names = index.node(repair.node).input
+        for name in set(names[1:3]) - set(names[3:]):
             found.setdefault(name, set()).add(repair.node)
     return found
 

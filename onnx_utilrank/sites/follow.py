@@ -148,6 +148,8 @@ class Trace:
     def _multiply(self, node: onnx.NodeProto) -> bool:
         left, right = (self.numbers.get(name) for name in node.input)
         (out,) = node.output
+        if any(self._rank(name) < 2 for name in node.input):
+            return False  # a vector has no axis of features beside the one that is summed
         if left is not None and right is not None:
             # Queries and keys: each head of the one meets a head of the other, feature by feature.
             if left.ndim < 2 or right.ndim < 2 or varies(left, -2) or varies(right, -1):
@@ -271,10 +273,16 @@ class Trace:
         """Whether inputs say where a Split or Slice cuts, the latter along one axis."""
         if node.op_type == "Slice":
             told = [self.told(name) for name in node.input[1:]]
-            known = [value for value in told if value is not None and value.size == 1]
-            whole = len(known) == len(told) > 1
+            known = [v for v in told if v is not None and v.size == 1]
+            # What is computed is computed with, in the type that shapes have.
+            inner = (v for v in map(self.values.get, node.input[1:3]) if v is not None)
+            whole = len(known) == len(told) > 1 and all(v.dtype == np.int64 for v in inner)
             return whole and all(int(v.flat[0]) == 1 for v in known[3:])
         return node.op_type == "Split" and all(a.name != "split" for a in node.attribute)
+
+    def _rank(self, name: str) -> int:
+        kind = self.index.constant_type(name)
+        return np.ndim(self.values.get(name, 0)) if kind is None else len(kind[0])
 
     def told(self, name: str) -> np.ndarray | None:
         """What a constant holds, or a value that is computed held on the sample."""

@@ -95,7 +95,7 @@ class Hidden:
         groups: The groups; one that several columns read stands there once for each.
         reshapes: Reshape and Expand nodes whose targets name the features.
         splits: Split nodes that name how many features go where.
-        slices: Slice nodes that cut features of other groups off.
+        slices: Slice nodes that cut features of other groups off, at constant or computed bounds.
         shapes: Shape nodes that read them; whoever reads those is shown the extents as they were.
         vectors: Constants that are added to them, or hold something of each unit.
         values: Every value that holds them: what a model declares of their shapes no longer holds.
@@ -119,6 +119,11 @@ class Hidden:
     attentions: tuple[Repair, ...] = ()
     slices: tuple[Repair, ...] = ()
     units: bool = False
+
+    @property
+    def count(self) -> int:
+        """Groups that have a basis of their own."""
+        return len({g.made for g in self.groups})
 
     @property
     def reader(self) -> str | None:

@@ -52,6 +52,8 @@ class OutputLoss:
         variance: What `logits` and `values` are relative to: summed over the last axis.
         sharpness: Mean of 1 − Σ p² (`softmax`): the energy of its Fisher information.
         padding: What says which positions [rows, positions] do not count; None where all do.
+        decides: The graph output that is the class of the highest score, where the scores
+            themselves are none.
     """
 
     output: str
@@ -61,6 +63,7 @@ class OutputLoss:
     variance: float = 1.0
     sharpness: float = 1.0
     padding: Padding | None = None
+    decides: str | None = None
 
 
 def samples_in(feed: Mapping[str, np.ndarray]) -> int:
@@ -108,7 +111,7 @@ def scores(loss: OutputLoss, y: np.ndarray) -> np.ndarray:
 
 
 def choose_weighting(
-    y: np.ndarray, *, classes: bool, probabilities: bool, sequence: bool
+    y: np.ndarray, *, classes: bool, probabilities: bool, drifting: bool
 ) -> Weighting:
     """How an output is to be weighted, from what the reference gives on some samples.
 
@@ -116,7 +119,8 @@ def choose_weighting(
         y: The values that the output takes, [rows, features].
         classes: Whether the graph says that its last axis holds scores of classes.
         probabilities: Whether it is a softmax.
-        sequence: Whether there are several rows a sample, such as tokens.
+        drifting: Whether a level that scores share says nothing, as that of tokens, on which
+            language models decide all the same, and that of what an ArgMax decides by.
     """
     if y.shape[-1] < 2 or not (classes or probabilities):
         return "values"
@@ -125,8 +129,7 @@ def choose_weighting(
     entropy = -(np.exp(log_p) * log_p).sum(-1).mean() / np.log(y.shape[-1])
     if not probabilities and entropy > UNDECIDED:
         return "values"
-    # The level of scores of tokens drifts, in language models that decide on them all the same.
-    if not (probabilities or sequence) and _shared(y) > LEVELLED:
+    if not (probabilities or drifting) and _shared(y) > LEVELLED:
         return "values"
     return "logits" if output_sharpness(loss, y) < OVERCONFIDENT else "softmax"
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from onnx_utilrank.calibration.survey import expose
-from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.heads import (
     decided_outputs,
     hidden_scores,
@@ -34,6 +34,7 @@ __all__ = [
     "Divergence",
     "OutputRecorder",
     "find_losses",
+    "is_judged",
     "measure_divergence",
     "open_judged",
 ]
@@ -77,12 +78,22 @@ def open_judged(
         losses: What counts; by default the scores that its outputs are decided by.
 
     Raises:
-        ModelError: ONNX Runtime cannot load the model.
+        ModelError: ONNX Runtime cannot load the model, or it does not make these scores.
         ProviderUnavailableError: The session does not use the provider.
     """
     wanted = {loss.output for loss in losses} if losses else set(hidden_scores(store))
-    hidden = wanted - {o.name for o in store.outputs}
-    return open_session(expose(store, sorted(hidden)) if hidden else store, provider)
+    hidden = sorted(wanted - {o.name for o in store.outputs})
+    if not is_judged(store, losses):
+        raise ModelError(
+            f"{store.label}: makes no value {hidden[0]!r}, the scores that the original decides by"
+        )
+    return open_session(expose(store, hidden) if hidden else store, provider)
+
+
+def is_judged(store: ModelStore, losses: Sequence[OutputLoss]) -> bool:
+    """Whether a model makes all that counts; others may call scores behind decisions otherwise."""
+    made = {name for node in store.proto.graph.node for name in node.output}
+    return made.union(o.name for o in store.outputs).issuperset(loss.output for loss in losses)
 
 
 def find_losses(
@@ -109,6 +120,7 @@ def find_losses(
     """
     types = {o.name: o.type for o in session.raw.get_outputs()}
     decided, hidden = decided_outputs(store), hidden_scores(store)
+    decisive = {scores for scores, _ in decided.values()}
     # A graph may list a value among its outputs twice. The number of a class is no value, and
     # neither has a gradient nor a size that says how wrong it is.
     own = [o.name for o in store.outputs if o.name not in decided]
@@ -121,13 +133,17 @@ def find_losses(
         shape = outputs[0][name].shape
         classes, probabilities, axis = _classes(store, name, shape)
         if name in hidden:
-            classes, axis = True, hidden[name] - (len(shape) if hidden[name] >= 0 else 0)
+            place = hidden[name] % max(len(shape), 1)
+            if place == 0:
+                continue  # over the first axis it compares samples, not classes
+            classes, axis = True, place - len(shape)
         loss = OutputLoss(
             output=name,
             weighting="values",
             probabilities=probabilities,
             axis=axis,
-            padding=find_padding(feeds, shape),
+            padding=find_padding(feeds, _with_last(shape, axis)),
+            decides=next((o for o, (scores, _) in decided.items() if scores == name), None),
         )
         rows = []
         for feed, y in zip(feeds, outputs, strict=True):
@@ -140,7 +156,10 @@ def find_losses(
         if not flat.size or not np.isfinite(flat).all():
             continue
         chosen = weighting or choose_weighting(
-            flat, classes=classes, probabilities=probabilities, sequence=len(shape) > 2
+            flat,
+            classes=classes,
+            probabilities=probabilities,
+            drifting=len(shape) > 2 or name in decisive,
         )
         if name in hidden and chosen == "values" and weighting is None:
             chosen = "logits"  # which they are, whatever their size
@@ -158,6 +177,12 @@ def find_losses(
             "last axis, and there is none"
         )
     return tuple(losses)
+
+
+def _with_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """A shape with an axis moved to the end."""
+    place = axis % max(len(shape), 1)
+    return *shape[:place], *shape[place + 1 :], *shape[place : place + 1]
 
 
 def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool, bool, int]:
