@@ -197,6 +197,13 @@ def test_labels_are_classes_of_the_scores(labels: str):
     assert result.plan.param_ratio < 1
 
 
+def test_labels_name_scores_that_are_an_output_beside_their_decision():
+    proto, data = decider(out=f", float[n,{C}] s"), samples(count=200)
+    config = CompressConfig(quality=QualityTarget(key="max_drop", limit=20.0), labels="label=s")
+    right = run(proto, data)["y"]
+    assert compress(proto, data | {"label": right}, config).quality.metric is not None
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp16"])
 def test_deciders_are_quantized(scheme: str):
     proto, data = decider(), samples()

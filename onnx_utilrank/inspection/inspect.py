@@ -161,7 +161,7 @@ def _features(hidden: Hidden) -> InspectedHidden:
         hidden=hidden.key,
         kind="units" if hidden.units else "heads",
         size=hidden.size,
-        groups=hidden.count,
+        groups=len(hidden.made),
         sites=hidden.sites,
     )
 

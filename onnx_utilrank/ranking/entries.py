@@ -25,13 +25,13 @@ def hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
     n, kept = hidden.size, None if option is None else option.kept
     reason = "its weights do as well by themselves at this target"
     if kept is not None:
-        reason = f"{kept} of {n} features in each of {hidden.count} groups"
+        reason = f"{kept} of {n} features in each of {len(hidden.made)} groups"
         if hidden.units:
             reason = f"{kept} of {n} hidden units"
     return HiddenEntry(
         hidden=hidden.key,
         sites=hidden.sites,
-        groups=hidden.count,
+        groups=len(hidden.made),
         size=n,
         kept=kept,
         predicted_error=0.0 if option is None else option.error,

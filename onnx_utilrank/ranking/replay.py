@@ -74,7 +74,7 @@ def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) ->
         changed.update(entry.sites)
         found = known.get(entry.hidden)
         stated = (entry.sites, entry.size, entry.groups)
-        if found is None or (found.sites, found.size, found.count) != stated:
+        if found is None or (found.sites, found.size, len(found.made)) != stated:
             raise ModelError(
                 f"{index.store.label}: the plan shrinks the features of {entry.hidden!r}, which "
                 "the model does not have that way"

@@ -247,7 +247,7 @@ def _heads(sites: Sequence[Site], hidden: Sequence[Hidden]) -> dict[str, list[tu
     takes = {s.key: s.bias in ("input", "add") for s in sites}
     found: dict[str, list[tuple[slice, bool]]] = {}
     for each in hidden:
-        for made in dict.fromkeys(g.made for g in each.groups):
+        for made in each.made:
             rows = slice(made.start, made.start + each.size)
             met = (g.met for g in each.groups if g.made == made)
             centred = all(p.side == "columns" and takes.get(p.site, False) for p in met)

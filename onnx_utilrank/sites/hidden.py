@@ -121,9 +121,9 @@ class Hidden:
     units: bool = False
 
     @property
-    def count(self) -> int:
-        """Groups that have a basis of their own."""
-        return len({g.made for g in self.groups})
+    def made(self) -> tuple[Part, ...]:
+        """The rows that make features: a group of one basis each, however often it is read."""
+        return tuple(dict.fromkeys(g.made for g in self.groups))
 
     @property
     def reader(self) -> str | None:
@@ -131,8 +131,8 @@ class Hidden:
         return self.groups[0].met.site if self.units else None
 
     def makers(self, site: str) -> tuple[Part, ...]:
-        """The rows of a site that make a group each, however often it is read."""
-        return tuple(dict.fromkeys(g.made for g in self.groups if g.made.site == site))
+        """Those of a site."""
+        return tuple(part for part in self.made if part.site == site)
 
     def added(self, index: GraphIndex, site: str, m: int) -> np.ndarray:
         """What is added to the features that a site of m rows makes, on their way, [m].

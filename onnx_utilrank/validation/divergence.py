@@ -121,8 +121,8 @@ def find_losses(
     types = {o.name: o.type for o in session.raw.get_outputs()}
     decided, hidden = decided_outputs(store), hidden_scores(store)
     decisive = {scores for scores, _ in decided.values()}
-    # A graph may list a value among its outputs twice. The number of a class is no value, and
-    # neither has a gradient nor a size that says how wrong it is.
+    # A graph may list a value among its outputs twice. The number of a class has neither a gradient
+    # nor a size that says how wrong it is.
     own = [o.name for o in store.outputs if o.name not in decided]
     names = [n for n in dict.fromkeys((*own, *hidden)) if types.get(n) in _REAL]
     if not names:
@@ -143,7 +143,7 @@ def find_losses(
             probabilities=probabilities,
             axis=axis,
             padding=find_padding(feeds, _with_last(shape, axis)),
-            decides=next((o for o, (scores, _) in decided.items() if scores == name), None),
+            decides=next((o for o, (s, _) in decided.items() if s == name in hidden), None),
         )
         rows = []
         for feed, y in zip(feeds, outputs, strict=True):
