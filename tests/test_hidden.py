@@ -34,7 +34,7 @@ from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.sites.find import find_sites, site_kind, site_matrix
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
-from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.sites.hidden import Hidden, Part
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import Decomposition, Metric, grouped, optimal
 from onnx_utilrank.statistics.moments import SecondMoment
@@ -640,6 +640,9 @@ def test_one_constant_may_be_a_bound_and_the_axis():
     onnx.checker.check_model(store.proto, full_check=True)
     expected = projected(graph, sites, [(hidden, bases)])
     assert_close(run(store, style.feed(3))["y"], run(expected, style.feed(3))["y"])
+    site = sites["w2"]
+    change = hidden_cost(graph, hidden, sites, 1) + hidden.rows("w2", site.m, 1) * site.d
+    assert count_parameters(store) - count_parameters(graph.store) == change - site.parameters
 
 
 @pytest.mark.parametrize(
@@ -885,6 +888,26 @@ def test_both_sides_of_a_feature_are_of_one_size(name: str):
         met = met[group.met.start // hidden.size * 2 :][:2]
         norms = np.linalg.norm(made, axis=1), np.linalg.norm(met, axis=1)
         np.testing.assert_allclose(*norms, rtol=(D + ALL) * EPS)
+
+
+@pytest.mark.parametrize("name", SHARED_STYLES)
+def test_makers_are_of_the_size_of_all_that_meets_their_features(name: str):
+    style = SHARED_STYLES[name]
+    graph, sites, found = hidden_of(style.proto(), style.feed(1))
+    for hidden in found:
+        what = shrinking(graph, sites, hidden, bases_of(hidden, 2, 50))
+        after = index(rewrite(graph, [], [what]).proto)
+        small, _ = find_sites(after)
+        matrices = {s.weight.removesuffix("/shrunk"): site_matrix(after, s) for s in small}
+
+        def squares(part: Part, matrices: dict[str, np.ndarray] = matrices) -> np.ndarray:
+            matrix = matrices[part.site] if part.side == "rows" else matrices[part.site].T
+            start = part.start // N * 2  # 2 of N features are kept
+            return np.square(matrix[start : start + 2]).sum(1)
+
+        for part in hidden.made:
+            met = sum(squares(g.met) for g in hidden.groups if g.made == part)
+            np.testing.assert_allclose(squares(part), met, rtol=2 * (D + ALL) * EPS)
 
 
 def test_new_biases_of_makers_are_taken_into_the_new_basis():
