@@ -403,18 +403,24 @@ def test_engine_cost_prints_every_stage(monkeypatch, tiny_files, capsys):
     seconds = [float(figures[f"{stage}, s"]) for stage in engine_cost.PASSES]
     assert float(figures["ratio"]) > 0
     assert all(s >= 0 for s in seconds)
+    assert float(figures["memory, GiB"]) < 4
+    assert float(figures["beside, GiB"]) < 4
     assert engine_cost.main(["--model", f"{model}.missing", "--data", data]) == 5
 
 
 def test_engine_stages_add_up(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     engine_cost = importlib.import_module("engine_cost")
-    clock = iter([1.0, 3.0, 4.0, 9.0])
+    clock = iter([0.5, 1.0, 3.0, 4.0, 9.0])
     monkeypatch.setattr(engine_cost.time, "perf_counter", lambda: next(clock))
-    stages = engine_cost.Stages()
+    held = iter([5, 30, 20, 10])
+    peak = engine_cost.Peak()
+    monkeypatch.setattr(peak, "look", lambda: setattr(peak, "bytes", next(held)))
+    stages = engine_cost.Stages(peak)
     for stage in ("calibrating", "decomposing", "calibrating", ""):
         stages(stage, 0, 0)
-    assert stages.seconds == {"calibrating": 7.0, "decomposing": 1.0}
+    assert stages.seconds == {"opening": 0.5, "calibrating": 7.0, "decomposing": 1.0}
+    assert stages.bytes == {"opening": 5, "calibrating": 30, "decomposing": 20}
 
 
 def test_move_costs_prints_a_row_for_each_shape(monkeypatch, capsys):

@@ -27,7 +27,7 @@ class Peak:
     """The most that was seen.
 
     Attributes:
-        bytes: That.
+        bytes: That, since it was last taken.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,12 @@ class Peak:
     def look(self, process: int | str = "self") -> None:
         """Look once."""
         self.bytes = max(self.bytes, anonymous_bytes(process))
+
+    def take(self) -> int:
+        """The most so far, now at the latest; what is seen from here on begins anew."""
+        self.look()
+        most, self.bytes = self.bytes, 0
+        return most
 
 
 @contextmanager

@@ -8,8 +8,10 @@ right after, and the mean of both taken: the machine may be busier at one time t
     decomposing  spectra, factors and least squares of every weight, which does not depend on the
                  number of samples
     ratio        passes to plain inference
-    memory       the most that the process held while it compressed, above what it held before,
+    memory       the most that the process held in these stages, above what it held before,
                  without pages of mapped files, which the system drops when it needs the room
+    beside       the same of what the budget does not hold: loading the model, making the new one,
+                 and comparing the two
 """
 
 import argparse
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from anonymous_memory import anonymous_bytes, peak_of_this_process
+from anonymous_memory import Peak, anonymous_bytes, peak_of_this_process
 from command_line import failed, new_parser
 from tables import command, markdown
 
@@ -44,24 +46,32 @@ DECOMPOSITIONS = ("decomposing", "solving")
 BATCH = 16
 COLUMNS = (
     *("model", "samples", "plain, s", *(f"{stage}, s" for stage in PASSES), "ratio"),
-    *("decomposing, s", "memory budget, GiB", "memory, GiB"),
+    *("decomposing, s", "memory budget, GiB", "memory, GiB", "beside, GiB"),
 )
 
 
 @dataclass(slots=True)
 class Stages:
-    """Seconds by stage: what passes between two calls belongs to the stage of the earlier one."""
+    """What each stage takes: what passes between two calls belongs to that of the earlier one.
 
+    Attributes:
+        peak: Looks at the memory meanwhile.
+        seconds: By stage.
+        bytes: The most memory, by stage.
+    """
+
+    peak: Peak
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _stage: str = ""
-    _since: float = 0.0
+    bytes: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _stage: str = "opening"
+    _since: float = field(default_factory=lambda: time.perf_counter())
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Take note that a stage has come so far."""
         del done, total, detail
         now = time.perf_counter()
-        if self._stage:
-            self.seconds[self._stage] += now - self._since
+        self.seconds[self._stage] += now - self._since
+        self.bytes[self._stage] = max(self.bytes[self._stage], self.peak.take())
         self._stage, self._since = stage, now
 
 
@@ -81,17 +91,22 @@ def _row(label: str, model: Path, data: object, config: CompressConfig) -> tuple
     samples, _ = dataset.split(samples=config.samples, seed=config.seed)
     before = plain_seconds(model, dataset, samples)
     held = anonymous_bytes()
-    stages = Stages()
     with peak_of_this_process() as peak:
+        stages = Stages(peak)
         compress(model, data, config, progress=stages)  # type: ignore[arg-type]
         stages("", 0, 0)
     plain = (before + plain_seconds(model, dataset, samples)) / 2
     passes = [stages.seconds[stage] for stage in PASSES]
+    engine = {*PASSES, *DECOMPOSITIONS}
+    memory = [
+        max((b for s, b in stages.bytes.items() if (s in engine) == within), default=held) - held
+        for within in (True, False)
+    ]
     return (
         *(label, str(len(samples)), f"{plain:.1f}", *(f"{s:.1f}" for s in passes)),
         f"{sum(passes) / plain:.2f}",
         f"{sum(stages.seconds[stage] for stage in DECOMPOSITIONS):.1f}",
-        *(f"{config.memory_budget / 2**30:.1f}", f"{(peak.bytes - held) / 2**30:.1f}"),
+        *(f"{n / 2**30:.1f}" for n in (config.memory_budget, *memory)),
     )
 
 
