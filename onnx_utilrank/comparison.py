@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import islice
 
 from onnx_utilrank.calibration.data import Dataset
+from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.calibration.survey import linear_flops
 from onnx_utilrank.config import ValidateConfig
 from onnx_utilrank.errors import ModelError
@@ -14,7 +15,7 @@ from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed
 from onnx_utilrank.validation.depth import LayerError, error_through_depth
 from onnx_utilrank.validation.report import ModelFigures, ValidationReport
-from onnx_utilrank.validation.report import validate as compare_models
+from onnx_utilrank.validation.validate import validate as compare_models
 
 __all__ = ["check_alike", "compare"]
 
@@ -43,7 +44,7 @@ def compare(
         samples: Numbers of the samples.
         batch: Samples of a run.
         providers: Where they run.
-        config: Tolerances.
+        config: Tolerances, and which array of the data holds the right classes.
         timed: Samples of a run that is timed; None for `batch`.
         counted: The model that a quantized candidate was made of: its parameters and operations
             are those of this one, as in fewer bits they are no longer to be seen.
@@ -70,6 +71,9 @@ def compare(
         ),
         max_error=config.max_error,
         min_agreement=config.min_agreement,
+        labels=None if config.labels is None else Labels.parse(config.labels),
+        max_drop=config.max_drop,
+        where=data.label,
     )
     return replace(report, depth=depth)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
 from onnx_utilrank.calibration.data import SEARCHED, DataSource, chosen_samples, open_data, parted
+from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
@@ -331,7 +332,7 @@ def validate(
     *,
     progress: Progress = silent,
 ) -> ValidationReport:
-    """Compare a candidate with its reference: outputs, size, FLOPs and latency.
+    """Compare a candidate with its reference: outputs, size, FLOPs, latency, and accuracy.
 
     Args:
         reference: The model that is right by definition.
@@ -349,7 +350,8 @@ def validate(
         config.providers, config.custom_op_libraries, config.provider_options
     )
     first = ModelStore.load(reference)
-    dataset = open_data(data, first.inputs)
+    wanted = [] if config.labels is None else [Labels.parse(config.labels).spec]
+    dataset = open_data(data, [*first.inputs, *wanted])
     samples = chosen_samples(dataset, config.samples, config.seed)
     batch = usable_batch(open_session(first, providers[0]), dataset)
     progress("validating", 0, 0)

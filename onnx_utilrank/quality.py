@@ -17,6 +17,7 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import Session
 from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.validation.accuracy import accuracy_drop, right_answers
 from onnx_utilrank.validation.divergence import (
     Divergence,
     OutputRecorder,
@@ -40,7 +41,8 @@ class Quality:
         divergence: How far its outputs are from the original's; None where none are floating.
         metric: The user's metric; None without one.
         drop: How much of the metric is lost, above 0 for worse; None without one.
-        drop_error: Standard error of the drop over samples; None where the samples are the user's.
+        drop_error: Standard error of the drop over labels; None where the samples are the user's,
+            or there is one label.
         saturated: Whether the metric shows no loss though the outputs are far off.
     """
 
@@ -146,9 +148,7 @@ class Judge:
         found = self._recorder.compare(session) if losses else None
         right = self._correct(session)
         if right is not None and self._right is not None:
-            lost = 100 * (self._right.astype(np.float64) - right)
-            drop = float(lost.mean())
-            error = float(lost.std(ddof=1) / math.sqrt(len(lost))) if len(lost) > 1 else math.inf
+            drop, error = accuracy_drop(self._right, right)
             return self._quality(found, 100 * float(right.mean()), drop, error)
         metric = self._evaluate(candidate)
         if metric is None or self._baseline is None:
@@ -187,12 +187,7 @@ class Judge:
         """For each label that counts whether the largest score is that of its class."""
         if self._labels is None:
             return None
-        output = self._classes.output
-        right = [
-            self._labels.right(feed, session.run(feed, [output])[output], self._classes)
-            for feed in self._feeds
-        ]
-        return np.concatenate(right)
+        return right_answers(session, self._labels, self._classes, self._feeds)
 
 
 def with_metric(config: CompressConfig) -> CompressConfig:

@@ -7,7 +7,7 @@ import pytest
 
 from onnx_utilrank import stages
 from onnx_utilrank.repairing import repair
-from onnx_utilrank.validation import report
+from onnx_utilrank.validation import validate
 from onnx_utilrank.validation.bench import LatencyComparison, compare_latency
 
 SECONDS = 0.2
@@ -22,6 +22,6 @@ def short_timings() -> Iterator[None]:
         return compare_latency(*args, **{**options, "seconds": seconds})
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (report, stages, repair):
+        for module in (validate, stages, repair):
             patch.setattr(module, "compare_latency", short)
         yield

@@ -28,7 +28,7 @@ from onnx_utilrank.runtime.providers import CPU, PROVIDERS, find_provider, find_
 from onnx_utilrank.runtime.sessions import InferenceError, open_session
 from onnx_utilrank.torch_graph.placement import device_beside
 from onnx_utilrank.validation.report import ModelFigures, ProviderResult
-from onnx_utilrank.validation.report import validate as validate_stores
+from onnx_utilrank.validation.validate import validate as validate_stores
 
 AVAILABLE = ort.get_available_providers()
 OTHERS = [name for name in ort.get_all_providers() if name not in AVAILABLE]

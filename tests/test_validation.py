@@ -36,9 +36,8 @@ from onnx_utilrank.validation.report import (
     ModelFigures,
     ProviderResult,
     ValidationReport,
-    tolerance_failures,
-    validate,
 )
+from onnx_utilrank.validation.validate import tolerance_failures, validate
 
 
 def store(signature: str, body: str, opset: int = 17) -> ModelStore:

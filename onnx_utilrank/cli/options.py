@@ -196,11 +196,16 @@ def add_metric_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="your metric, higher is better: takes the path of an ONNX file, gives a number",
     )
-    metric.add_argument(
+    add_labels_option(metric, "the metric is then the accuracy in per cent")
+
+
+def add_labels_option(parser: argparse._ActionsContainer, effect: str) -> None:
+    """The right classes of samples, and what they are for."""
+    parser.add_argument(
         "--labels",
         metavar="KEY[=OUTPUT]",
         help="array of the data with the right classes, int64, one for each sample or position: "
-        "the metric is then the accuracy in per cent; OUTPUT, where several could be meant",
+        f"{effect}; OUTPUT, where several could be meant",
     )
 
 

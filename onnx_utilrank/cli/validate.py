@@ -5,6 +5,7 @@ import argparse
 from onnx_utilrank.cli.emit import emit
 from onnx_utilrank.cli.options import (
     add_data_options,
+    add_labels_option,
     add_output_options,
     add_providers_option,
     check_outputs,
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.description = (
         "Runs both models on the samples: output error, equal decisions, parameters, "
-        "file size, FLOPs, and a paired latency ratio, on every provider asked for."
+        "file size, FLOPs, and a paired latency ratio, on every provider asked for; with "
+        "labels the accuracy of both, too."
     )
     parser.add_argument("reference", metavar="REFERENCE", help="the .onnx file that is right")
     parser.add_argument("candidate", metavar="CANDIDATE", help="the .onnx file to compare with it")
@@ -48,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A",
         help="least share of equal decisions that passes; less ends in exit status 3",
     )
+    group(parser, "tolerances").add_argument(
+        "--max-drop",
+        type=number(float, 0),
+        metavar="D",
+        help="most points of accuracy that may be lost, of --labels; more ends in exit status 3",
+    )
+    add_labels_option(
+        group(parser, "metric"), "the accuracy of both models is measured, and what is lost"
+    )
     add_output_options(parser)
 
 
@@ -60,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         **providers_options(args),
         max_error=args.max_error,
         min_agreement=args.min_agreement,
+        labels=args.labels,
+        max_drop=args.max_drop,
         samples=args.samples,
         seed=args.seed,
     )

@@ -115,6 +115,10 @@ class ValidateConfig:
         custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         max_error: Largest relative output error that passes; None for any.
         min_agreement: Least share of equal decisions that passes, in [0, 1]; None for any.
+        labels: The array of the data, int64 [samples] or [samples, positions], with the right
+            classes: both models are held to them. `KEY=OUTPUT` says which output they are classes
+            of, where several could be meant.
+        max_drop: Most points of accuracy that may be lost; None for any. It needs labels.
         samples: Samples to use; None for all.
         seed: Seed of the choice of samples.
 
@@ -127,6 +131,8 @@ class ValidateConfig:
     custom_op_libraries: tuple[str, ...] = ()
     max_error: float | None = None
     min_agreement: float | None = None
+    labels: str | None = None
+    max_drop: float | None = None
     samples: int | None = None
     seed: int = 0
 
@@ -137,5 +143,7 @@ class ValidateConfig:
         check(self.max_error is None or self.max_error >= 0, "max error must not be negative")
         least = self.min_agreement
         check(least is None or 0 <= least <= 1, f"min agreement {least} is not in [0, 1]")
+        check(self.max_drop is None or self.max_drop >= 0, "max drop must not be negative")
+        check(self.max_drop is None or self.labels is not None, "max drop needs labels")
         check(self.samples is None or self.samples > 0, "samples must be at least 1")
         check(self.seed >= 0, "seed must not be negative")

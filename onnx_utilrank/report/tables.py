@@ -234,6 +234,14 @@ def comparison(report: ValidationReport) -> Iterator[RenderableType]:
     yield table
     yield _outputs((r.provider, r.outputs) for r in report.providers)
     yield Text(f"Compared on {report.samples} samples.")
+    for result in report.providers:
+        if (a := result.accuracy) is not None:
+            spread = "" if a.drop_error is None else f" ± {a.drop_error:.2g}"
+            yield Text(
+                f"Accuracy of {printable(repr(a.output))} on {result.provider}: "
+                f"{a.reference:.2f} % before, {a.candidate:.2f} % after, on {a.count} labels; "
+                f"drop {a.drop:.3g}{spread}."
+            )
     yield from _providers(report)
     yield from sentences(report.notes, {})
 

@@ -1,4 +1,4 @@
-"""The whole validation of a candidate: outputs and latency per provider, size, tolerances."""
+"""What the validation of a candidate found: outputs and latency by provider, size, tolerances."""
 
 import dataclasses
 import math
@@ -6,29 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from onnx_utilrank.errors import ConfigError
-from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.placement import Placement
-from onnx_utilrank.runtime.profile import OperatorTime, operator_times
-from onnx_utilrank.runtime.providers import Provider
-from onnx_utilrank.runtime.sessions import Feed, Session, open_session
-from onnx_utilrank.validation.bench import LatencyComparison, compare_latency, copies_note
-from onnx_utilrank.validation.compare import (
-    FloatTypes,
-    OutputComparison,
-    compare_outputs,
-    find_classifications,
-    float_types,
-    snr_db,
-)
+from onnx_utilrank.runtime.profile import OperatorTime
+from onnx_utilrank.validation.accuracy import Accuracy
+from onnx_utilrank.validation.bench import LatencyComparison, copies_note
+from onnx_utilrank.validation.compare import FloatTypes, OutputComparison, snr_db
 from onnx_utilrank.validation.depth import LayerError
 
 __all__ = [
     "ModelFigures",
     "ProviderResult",
     "ValidationReport",
-    "tolerance_failures",
-    "validate",
+    "compared_outputs",
 ]
 
 
@@ -67,6 +56,7 @@ class ProviderResult:
         reference_operators: Where the reference's time goes, the dearest operator first; empty on
             other providers than the CPU.
         candidate_operators: Where the candidate's goes.
+        accuracy: How often both are right; None where the data hold no labels.
     """
 
     provider: str
@@ -79,6 +69,7 @@ class ProviderResult:
     float_types: tuple[FloatTypes, ...] = ()
     reference_operators: tuple[OperatorTime, ...] = ()
     candidate_operators: tuple[OperatorTime, ...] = ()
+    accuracy: Accuracy | None = None
 
     @property
     def placements(self) -> tuple[tuple[str, Placement], ...]:
@@ -93,6 +84,7 @@ class ProviderResult:
             "outputs": _outputs(self.outputs),
             "against_first": _outputs(self.against_first),
             "float_types": [dataclasses.asdict(t) for t in self.float_types],
+            "accuracy": None if self.accuracy is None else dataclasses.asdict(self.accuracy),
             "nodes": {
                 role: {
                     "counts": dict(placement.counts),
@@ -144,7 +136,7 @@ class ValidationReport:
     @property
     def relative_error(self) -> float | None:
         """The worst of all outputs and providers; None where no output has one."""
-        errors = (o.relative_error for _, o in _compared(self.providers))
+        errors = (o.relative_error for _, o in compared_outputs(self.providers))
         return max((e for e in errors if e is not None), default=None)
 
     @property
@@ -155,7 +147,7 @@ class ValidationReport:
     @property
     def agreement(self) -> float | None:
         """The worst of all outputs and providers, in [0, 1]; None where none makes decisions."""
-        values = (o.agreement for _, o in _compared(self.providers))
+        values = (o.agreement for _, o in compared_outputs(self.providers))
         return min((a for a in values if a is not None), default=None)
 
     @property
@@ -219,176 +211,17 @@ class ValidationReport:
         }
 
 
-def tolerance_failures(
-    providers: Sequence[ProviderResult], max_error: float | None, min_agreement: float | None
-) -> tuple[str, ...]:
-    """One line per tolerance that an output misses on a provider.
-
-    A tolerance that nothing was measured for is a failure too: it was asked for and is not shown.
-
-    Args:
-        providers: The results.
-        max_error: Largest relative error that any output may have; None allows every one.
-        min_agreement: Smallest agreement, in [0, 1], that any output with decisions may have; None
-            allows every one.
-
-    Raises:
-        ConfigError: `max_error` is negative or `min_agreement` is not in [0, 1], or one is NaN.
-    """
-    _require_sound(max_error, min_agreement)
-    outputs = list(_compared(providers))
-    lines = []
-    if max_error is not None:
-        measured = [
-            (p, o.name, o.relative_error) for p, o in outputs if o.relative_error is not None
-        ]
-        if not measured:
-            lines.append(
-                f"a relative error of at most {max_error:g} is asked for, but no output "
-                "has float values"
-            )
-        lines += [
-            f"{p}: output {name!r}: relative error {_beyond(error, max_error)} "
-            f"exceeds {max_error:g}"
-            for p, name, error in measured
-            if error > max_error
-        ]
-    if min_agreement is not None:
-        decided = [(p, o, o.agreement) for p, o in outputs if o.agreement is not None]
-        if not decided:
-            lines.append(
-                f"an agreement of at least {min_agreement:g} is asked for, but no output "
-                "makes decisions"
-            )
-        lines += [
-            f"{p}: output {o.name!r}: agreement {_beyond(agreement, min_agreement)} on "
-            f"{o.decisions} decisions is below {min_agreement:g}"
-            for p, o, agreement in decided
-            if agreement < min_agreement
-        ]
-    return tuple(lines)
-
-
-def validate(
-    reference: ModelStore,
-    candidate: ModelStore,
-    feeds: Sequence[Feed],
-    *,
-    samples: int,
-    providers: Sequence[Provider],
-    figures: tuple[ModelFigures, ModelFigures],
-    max_error: float | None = None,
-    min_agreement: float | None = None,
-    timed: Sequence[Feed] | None = None,
-    seconds: float = 5.0,
-) -> ValidationReport:
-    """Compare a candidate with its reference on every provider that is asked for.
-
-    The two models are loaded on one provider at a time; both are gone before the next one. From
-    the second on, the reference is also compared with itself on the first.
-
-    Args:
-        reference: The model that is right by definition.
-        candidate: The model under test, with the reference's inputs and outputs.
-        feeds: Feeds held back from calibration.
-        samples: How many samples they hold, for the report.
-        providers: Where to run; ones that cannot be had are an error, never passed over.
-        figures: Of the reference and of the candidate.
-        max_error: See `tolerance_failures`.
-        min_agreement: See `tolerance_failures`.
-        timed: Feeds that latency is measured on; None for `feeds`.
-        seconds: Time to measure latency on each provider, see `compare_latency`.
-
-    Raises:
-        ConfigError: There is no provider, or a tolerance is out of range.
-        DataError: There is no feed.
-        ModelError: A model cannot be loaded or run, or they do not match: see `compare_outputs`.
-        ProviderUnavailableError: A session does not use the provider that was asked for.
-    """
-    if not providers:
-        raise ConfigError("validation: no provider to run the models on")
-    _require_sound(max_error, min_agreement)  # before the work rather than after it
-    timed = feeds if timed is None else timed
-    results = tuple(
-        _on_provider(reference, candidate, feeds, timed, p, seconds, first=providers[0])
-        for p in providers
-    )
-    return ValidationReport(
-        reference=figures[0],
-        candidate=figures[1],
-        samples=samples,
-        feeds=len(feeds),
-        providers=results,
-        failures=tolerance_failures(results, max_error, min_agreement),
-    )
-
-
-def _require_sound(max_error: float | None, min_agreement: float | None) -> None:
-    # Written so that NaN fails: no value exceeds NaN, and everything would pass.
-    if max_error is not None and not max_error >= 0:
-        raise ConfigError(f"the largest relative error must not be negative, and is {max_error:g}")
-    if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise ConfigError(f"the smallest agreement must lie in [0, 1], and is {min_agreement:g}")
-
-
-def _on_provider(
-    reference: ModelStore,
-    candidate: ModelStore,
-    feeds: Sequence[Feed],
-    timed: Sequence[Feed],
-    provider: Provider,
-    seconds: float,
-    first: Provider,
-) -> ProviderResult:
-    """Compare on one provider. A function of its own: leaving it frees all sessions."""
-    expected = open_session(reference, provider)
-    classifications = find_classifications(reference, expected, feeds[0]) if feeds else ()
-    against_first: tuple[OutputComparison, ...] = ()
-    if provider is not first:
-        against_first = compare_outputs(
-            _named(open_session(reference, first)), _named(expected), feeds, classifications
-        )
-    actual = open_session(candidate, provider)
-    outputs = compare_outputs(expected, actual, feeds, classifications)
-    # Among the skipped may be outputs that cannot be had as numpy arrays at all.
-    wanted = [o.name for o in outputs if o.kind != "skipped"] or None
-    latency = compare_latency(expected, actual, timed, outputs=wanted, seconds=seconds)
-    return ProviderResult(
-        provider=provider.name,
-        outputs=outputs,
-        latency=latency,
-        options=provider.options,
-        reference_nodes=expected.placement(),
-        candidate_nodes=actual.placement(),
-        against_first=against_first,
-        float_types=float_types(expected, actual),
-        reference_operators=operator_times(reference, provider, timed[0], wanted),
-        candidate_operators=operator_times(candidate, provider, timed[0], wanted),
-    )
-
-
-def _named(session: Session) -> Session:
-    """The session with its provider in its label, where only that tells two of them apart."""
-    return dataclasses.replace(session, label=f"{session.label} on {session.provider.key}")
-
-
 def _outputs(outputs: Sequence[OutputComparison]) -> list[dict[str, object]]:
     return [{k: _json(v) for k, v in dataclasses.asdict(o).items()} for o in outputs]
 
 
-def _compared(providers: Sequence[ProviderResult]) -> Iterator[tuple[str, OutputComparison]]:
+def compared_outputs(
+    providers: Sequence[ProviderResult],
+) -> Iterator[tuple[str, OutputComparison]]:
+    """Every comparison with the provider it was made on."""
     for result in providers:
         for output in result.outputs:
             yield result.provider, output
-
-
-def _beyond(value: float, limit: float) -> str:
-    """`value` in as few digits as still show it on its side of `limit`; at least 3."""
-    texts = (f"{value:.{digits}g}" for digits in range(3, 17))
-    return next(
-        (t for t in texts if (float(t) > limit) == (value > limit) and float(t) != limit),
-        repr(value),
-    )
 
 
 def _json(value: object) -> object:

@@ -1,0 +1,147 @@
+"""How often a candidate is right beside its reference, where the data hold the right classes."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_utilrank.calibration.labels import Labels
+from onnx_utilrank.model.heads import hidden_scores
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.sessions import Feed, Session
+from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.validation.divergence import find_losses, open_judged
+
+__all__ = ["Accuracy", "accuracy_drop", "compare_accuracy", "find_classes", "right_answers"]
+
+# Runs that are looked at to tell which outputs hold scores.
+RUNS_LOOKED_AT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How often two models are right, on the same labels.
+
+    Attributes:
+        labels: The array of the data that holds the right classes.
+        output: The output whose scores are held to them.
+        count: Labels that count.
+        reference: Share of them that the reference gets right, in per cent.
+        candidate: Share that the candidate gets right.
+        drop: What is lost, in points of per cent; below 0 where the candidate is right more often.
+        drop_error: Standard error of that, of the paired differences; None for a single label.
+    """
+
+    labels: str
+    output: str
+    count: int
+    reference: float
+    candidate: float
+    drop: float
+    drop_error: float | None
+
+
+def right_answers(
+    session: Session, labels: Labels, classes: OutputLoss, feeds: Iterable[Feed]
+) -> np.ndarray:
+    """Whether the largest score is that of the right class, bool [labels that count].
+
+    Args:
+        session: The model, as `open_judged` loads it.
+        labels: The labels.
+        classes: The output that they are classes of.
+        feeds: Runs that hold them.
+
+    Raises:
+        DataError: The output has no row of scores for each label.
+        InferenceError: A run fails.
+    """
+    output = classes.output
+    return np.concatenate(
+        [labels.right(feed, session.run(feed, [output])[output], classes) for feed in feeds]
+    )
+
+
+def accuracy_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None]:
+    """Points of accuracy that are lost, with their standard error.
+
+    Args:
+        before: Whether the reference is right, bool [labels].
+        after: Whether the candidate is.
+
+    Returns:
+        The drop, above 0 for worse, and its standard error: that of a mean of paired differences,
+        None for one label.
+    """
+    lost = 100 * (before.astype(np.float64) - after)
+    error = float(lost.std(ddof=1) / math.sqrt(len(lost))) if len(lost) > 1 else None
+    return float(lost.mean()), error
+
+
+def find_classes(
+    reference: ModelStore, session: Session, labels: Labels, feeds: Sequence[Feed], where: str
+) -> OutputLoss:
+    """The output of a model that labels are classes of: see `Labels.find_output`.
+
+    Args:
+        reference: The model.
+        session: The same, loaded; where its outputs are decisions alone, the scores behind them
+            are looked for.
+        labels: The labels.
+        feeds: Runs that hold them.
+        where: How messages name the data.
+
+    Raises:
+        ConfigError: No output holds scores, or none is of the name that the user gave.
+        DataError: The labels are no classes of it.
+    """
+    scored = _scored(reference, session)
+    losses = find_losses(reference, scored, feeds[:RUNS_LOOKED_AT])
+    return labels.find_output(scored, losses, feeds, where)
+
+
+def compare_accuracy(
+    reference: tuple[ModelStore, Session],
+    candidate: tuple[ModelStore, Session],
+    labels: Labels,
+    classes: OutputLoss,
+    feeds: Sequence[Feed],
+) -> Accuracy:
+    """Hold both models to the labels.
+
+    Args:
+        reference: The model that is right by definition, and its session.
+        candidate: The other.
+        labels: The labels.
+        classes: The output that they are classes of.
+        feeds: Runs that hold them.
+
+    Raises:
+        DataError: The output has no row of scores for each label.
+        InferenceError: A run fails.
+        ModelError: The candidate does not make the scores that the reference decides by.
+    """
+    before, after = (
+        right_answers(_scored(store, session, classes), labels, classes, feeds)
+        for store, session in (reference, candidate)
+    )
+    drop, error = accuracy_drop(before, after)
+    return Accuracy(
+        labels=labels.key,
+        output=classes.decides or classes.output,
+        count=len(before),
+        reference=100 * float(before.mean()),
+        candidate=100 * float(after.mean()),
+        drop=drop,
+        drop_error=error,
+    )
+
+
+def _scored(store: ModelStore, session: Session, classes: OutputLoss | None = None) -> Session:
+    """The session itself, unless the scores are behind an output: then one that gives them."""
+    if classes is None:
+        return open_judged(store, session.provider) if hidden_scores(store) else session
+    if classes.output in session.outputs:
+        return session
+    return open_judged(store, session.provider, [classes])

@@ -1,0 +1,227 @@
+"""Accuracy of two models on the same labels: what `validate` measures of it, and its law."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import model, noise, run
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from onnx_utilrank import ConfigError, DataError, ModelError, ValidateConfig, validate
+from onnx_utilrank.calibration.labels import IGNORED
+from onnx_utilrank.cli.main import main
+from onnx_utilrank.validation.accuracy import Accuracy, accuracy_drop
+
+N, D, C = 60, 8, 4
+W = noise(1, D, C).astype(np.float32)
+OFF = W + 0.6 * noise(2, D, C).astype(np.float32)
+
+
+def classifier(w: np.ndarray = W, body: str = "y = MatMul(x, w)") -> onnx.ModelProto:
+    return model(f"(float[n,{D}] x) => (float[n,{C}] y)", body, w=w)
+
+
+def deciding(w: np.ndarray = W, scores: str = "s") -> onnx.ModelProto:
+    body = f"{scores} = MatMul(x, w) y = ArgMax<axis = -1, keepdims = 0>({scores})"
+    return model(f"(float[n,{D}] x) => (int64[n] y)", body, w=w)
+
+
+def data(**labels: np.ndarray) -> dict[str, np.ndarray]:
+    x = noise(3, N, D).astype(np.float32)
+    return {"x": x, **(labels or {"label": (x @ noise(4, D, C)).argmax(-1)})}
+
+
+def measured(
+    reference: onnx.ModelProto,
+    candidate: onnx.ModelProto,
+    held: dict[str, np.ndarray] | None = None,
+    **options: object,
+) -> Accuracy:
+    config = ValidateConfig(**{"labels": "label", **options})  # type: ignore[arg-type]
+    (result,) = validate(reference, candidate, held or data(), config).providers
+    assert result.accuracy is not None
+    return result.accuracy
+
+
+@given(
+    arrays(bool, st.integers(2, 40)).flatmap(
+        lambda a: st.tuples(st.just(a), arrays(bool, a.shape[0]))
+    )
+)
+def test_the_drop_is_that_of_the_accuracies_and_its_error_that_of_paired_differences(answers):
+    before, after = answers
+    drop, error = accuracy_drop(before, after)
+    assert error is not None
+    n = len(before)
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    # Sums of n terms of 100 at most, each rounded.
+    tolerance = 100 * n * np.finfo(np.float64).eps
+    assert drop == pytest.approx(100 * (before.mean() - after.mean()), abs=tolerance)
+    spread = (lost + won) / n - ((lost - won) / n) ** 2
+    assert error == pytest.approx(100 * math.sqrt(max(spread, 0) / (n - 1)), abs=1e-6)
+    assert accuracy_drop(after, before)[0] == pytest.approx(-drop, abs=tolerance)
+    assert accuracy_drop(before, before) == (0.0, 0.0)
+
+
+def test_one_label_has_no_spread():
+    assert accuracy_drop(np.array([True]), np.array([False])) == (100.0, None)
+    x = noise(3, N, D).astype(np.float32)[:1]
+    found = measured(classifier(), classifier(), {"x": x, "label": np.array([0])})
+    assert (found.count, found.drop, found.drop_error) == (1, 0.0, None)
+
+
+def test_both_models_are_held_to_the_labels():
+    held = data()
+    found = measured(classifier(), classifier(OFF))
+    right = [held["x"] @ w for w in (W, OFF)]
+    shares = [100 * float(np.mean(y.argmax(-1) == held["label"])) for y in right]
+    assert [found.reference, found.candidate] == pytest.approx(shares)
+    assert found.drop == pytest.approx(shares[0] - shares[1])
+    assert found.drop != 0
+    assert (found.labels, found.output, found.count) == ("label", "y", N)
+
+
+def test_a_model_loses_nothing_against_itself():
+    found = measured(classifier(), classifier())
+    assert (found.drop, found.drop_error) == (0.0, 0.0)
+
+
+def test_without_labels_nothing_is_said_of_accuracy():
+    (result,) = validate(classifier(), classifier(OFF), data()).providers
+    assert result.accuracy is None
+
+
+def test_labels_that_are_ignored_do_not_count():
+    held = data()
+    held["label"][::3] = IGNORED
+    found = measured(classifier(), classifier(OFF), held)
+    assert found.count == int((held["label"] != IGNORED).sum())
+
+
+def test_positions_have_labels_of_their_own():
+    x = noise(5, N, 3, D).astype(np.float32)
+    label = (x @ W).argmax(-1)
+    label[:, 0] = (label[:, 0] + 1) % C
+    signature = f"(float[n,p,{D}] x) => (float[n,p,{C}] y)"
+    one, other = (model(signature, "y = MatMul(x, w)", w=w) for w in (W, OFF))
+    found = measured(one, other, {"x": x, "label": label})
+    assert found.count == 3 * N
+    assert found.reference == pytest.approx(200 / 3)
+    assert found.candidate < found.reference
+
+
+class TestDecisions:
+    """Of models that give the class alone."""
+
+    def test_the_scores_behind_it_are_held_to_the_labels(self):
+        found = measured(deciding(), deciding(OFF))
+        plain = measured(classifier(), classifier(OFF))
+        assert dataclasses.replace(found, output="y") == plain
+        assert found.output == "y"
+
+    def test_a_candidate_without_these_scores_is_refused(self):
+        with pytest.raises(ModelError, match="makes no value 's'"):
+            measured(deciding(), deciding(OFF, "t"))
+
+
+class TestWhichOutput:
+    BODY = "y = MatMul(x, w) z = Neg(y)"
+    SIGNATURE = f"(float[n,{D}] x) => (float[n,{C}] y, float[n,{C}] z)"
+
+    def two(self, w: np.ndarray) -> onnx.ModelProto:
+        return model(self.SIGNATURE, self.BODY, w=w)
+
+    def test_the_user_may_name_it(self):
+        held = data()
+        found = measured(self.two(W), self.two(OFF), held, labels="label=z")
+        assert found.output == "z"
+        scores = run(self.two(W), {"x": held["x"]})["z"]
+        assert found.reference == pytest.approx(100 * np.mean(scores.argmax(-1) == held["label"]))
+
+    def test_one_that_is_not_there_is_told(self):
+        with pytest.raises(ConfigError, match="'nowhere' is none of the outputs"):
+            measured(self.two(W), self.two(OFF), labels="label=nowhere")
+
+    def test_labels_that_fit_no_output_are_told(self):
+        with pytest.raises(DataError, match="fit no output"):
+            measured(classifier(), classifier(OFF), data(label=np.full(N, C)))
+
+    def test_data_without_the_array_are_told(self):
+        with pytest.raises(DataError, match="absent"):
+            measured(classifier(), classifier(OFF), labels="absent")
+
+
+class TestTolerance:
+    def test_it_is_missed_by_more_than_it_allows(self):
+        lost = measured(classifier(), classifier(OFF)).drop
+        assert lost > 0
+
+        def passed(limit: float) -> bool:
+            config = ValidateConfig(labels="label", max_drop=limit)
+            return validate(classifier(), classifier(OFF), data(), config).passed
+
+        assert passed(lost)
+        assert not passed(np.nextafter(lost, 0))
+
+    def test_a_better_model_passes(self):
+        config = ValidateConfig(labels="label", max_drop=0.0)
+        assert validate(classifier(OFF), classifier(W), data(), config).passed
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"max_drop": 1.0}, "max drop needs labels"),
+            ({"max_drop": -1.0, "labels": "label"}, "must not be negative"),
+            ({"max_drop": math.nan, "labels": "label"}, "must not be negative"),
+        ],
+    )
+    def test_options_that_make_no_sense(self, options, reason):
+        with pytest.raises(ConfigError, match=reason):
+            ValidateConfig(**options)
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def files(self, tmp_path: Path, monkeypatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        onnx.save(classifier(), "a.onnx")
+        onnx.save(classifier(OFF), "b.onnx")
+        np.savez("d.npz", **data())
+        return tmp_path
+
+    def test_it_is_printed_and_in_the_report(self, files, capsys):
+        words = ["validate", "a.onnx", "b.onnx", "--data", "d.npz", "--labels", "label"]
+        assert main([*words, "--report", "r.json"]) == 0
+        found = measured(classifier(), classifier(OFF))
+        spread = f"drop {found.drop:.3g} ± {found.drop_error:.2g}"
+        shown = " ".join(capsys.readouterr().out.split())
+        assert (
+            f"{found.reference:.2f} % before, {found.candidate:.2f} % after, on {N} labels" in shown
+        )
+        assert spread in shown
+        (provider,) = json.loads((files / "r.json").read_text())["providers"]
+        assert provider["accuracy"] == dataclasses.asdict(found)
+
+    def test_a_page_shows_it(self, files):
+        words = ["validate", "a.onnx", "b.onnx", "--data", "d.npz", "--labels", "label"]
+        assert main([*words, "--report", "r.html"]) == 0
+        assert "Loss of accuracy" in (files / "r.html").read_text(encoding="utf8")
+
+    @pytest.mark.usefixtures("files")
+    def test_a_missed_tolerance_ends_in_3_and_says_how_far(self, capsys):
+        words = ["validate", "a.onnx", "b.onnx", "--data", "d.npz", "--labels", "label"]
+        assert main([*words, "--max-drop", "0"]) == 3
+        assert "accuracy drop" in capsys.readouterr().err
+        assert main([*words, "--max-drop", "100"]) == 0
+
+    @pytest.mark.usefixtures("files")
+    def test_a_tolerance_without_labels_is_wrong_usage(self, capsys):
+        words = ["validate", "a.onnx", "b.onnx", "--data", "d.npz", "--max-drop", "1"]
+        assert main(words) == 2
+        assert "max drop needs labels" in capsys.readouterr().err
