@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from onnx_utilrank import ConfigError, DataError, ModelError, ValidateConfig, validate
+from onnx_utilrank import ConfigError, DataError, ValidateConfig, validate
 from onnx_utilrank.calibration.labels import IGNORED
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.validation.accuracy import Accuracy, accuracy_drop
+from onnx_utilrank.validation.validate import tolerance_failures
 
 N, D, C = 60, 8, 4
 W = noise(1, D, C).astype(np.float32)
@@ -125,9 +127,84 @@ class TestDecisions:
         assert dataclasses.replace(found, output="y") == plain
         assert found.output == "y"
 
-    def test_a_candidate_without_these_scores_is_refused(self):
-        with pytest.raises(ModelError, match="makes no value 's'"):
-            measured(deciding(), deciding(OFF, "t"))
+    def test_what_lies_between_scores_and_decision_counts(self):
+        """As where a quantization of the scores was put behind them, under another name."""
+        body = "s = MatMul(x, w) q = Neg(s) y = ArgMax<axis = -1, keepdims = 0>(q)"
+        turned = model(f"(float[n,{D}] x) => (int64[n] y)", body, w=W)
+        held = data()
+        right = run(turned, {"x": held["x"]})["y"] == held["label"]
+        assert measured(deciding(), turned).candidate == pytest.approx(100 * right.mean())
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "t = MatMul(x, w) y = ArgMax<axis = -1, keepdims = 0>(t)",
+            "a = MatMul(x, w) t = Transpose(a) y = ArgMax<axis = 0, keepdims = 0>(t)",
+        ],
+    )
+    def test_a_candidate_may_call_its_scores_as_it_likes(self, body):
+        other = model(f"(float[n,{D}] x) => (int64[n] y)", body, w=OFF)
+        assert measured(deciding(), other) == measured(deciding(), deciding(OFF))
+
+    def test_ties_are_those_of_the_model(self):
+        body = "s = MatMul(x, w) y = ArgMax<axis = -1, keepdims = 0, select_last_index = 1>(s)"
+        tied = model(f"(float[n,{D}] x) => (int64[n] y)", body, w=0 * W)
+        assert measured(tied, tied, data(label=np.full(N, C - 1))).reference == 100
+
+
+class TestWhatLabelsAreNot:
+    """Labels travel with the inputs, and are none of them."""
+
+    P, WIDE = 3, f"(float[n,p,{D}] x, float[n,p] attention_mask) => (float[n,p,{C}] y)"
+
+    def held(self) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        proto = model(self.WIDE, "s = MatMul(x, w) z = Neg(attention_mask) y = Identity(s)", w=W)
+        x = noise(5, N, self.P, D).astype(np.float32)
+        mask = np.ones((N, self.P), np.float32)
+        mask[::2, -1] = 0
+        return proto, {"x": x, "attention_mask": mask, "label": (x @ W).argmax(-1)}
+
+    def test_padding_does_not_count(self):
+        proto, held = self.held()
+        held["label"][::2, -1] = (held["label"][::2, -1] + 1) % C
+        found = measured(proto, proto, held)
+        assert (found.count, found.reference) == (int(held["attention_mask"].sum()), 100)
+
+    def test_labels_of_padding_alone_are_none(self):
+        proto, held = self.held()
+        held["label"][held["attention_mask"] == 1] = IGNORED
+        with pytest.raises(DataError, match="none counts"):
+            measured(proto, proto, held)
+
+    def test_they_are_no_mask_by_their_name(self):
+        signature = f"(float[n,p,{D}] x) => (float[n,p,2] y)"
+        proto = model(signature, "y = MatMul(x, w)", w=W[:, :2])
+        x = noise(5, N, self.P, D).astype(np.float32)
+        mask = np.sort(x @ W[:, :2], -1).argmax(-1)
+        mask[::2, 0] = 0
+        assert measured(proto, proto, {"x": x, "mask": mask}, labels="mask").count == mask.size
+        # Rows that a mask would leave out have another error than the rest.
+        other = model(signature, "z = MatMul(x, w) y = Relu(z)", w=W[:, :2])
+        config = ValidateConfig(labels="mask")
+        with_labels = validate(proto, other, {"x": x, "mask": mask}, config)
+        assert with_labels.depth == validate(proto, other, {"x": x}).depth
+
+    @pytest.mark.parametrize("key", ["y", "h"])
+    def test_they_are_no_value_of_the_model_by_their_name(self, key):
+        proto = classifier(body="h = MatMul(x, w) y = Relu(h)")
+        held = data()
+        held[key] = held.pop("label")
+        config = ValidateConfig(labels=key)
+        plain = validate(proto, proto, {"x": held["x"]})
+        assert validate(proto, proto, held, config).reference == plain.reference
+
+    def test_positions_in_another_order_are_refused(self):
+        signature = f"(float[n,p,{D}] x) => (float[p,n,{C}] y)"
+        body = "a = MatMul(x, w) y = Transpose<perm = [1, 0, 2]>(a)"
+        x = noise(5, N, self.P, D).astype(np.float32)
+        proto = model(signature, body, w=W)
+        with pytest.raises(DataError, match="fit no output"):
+            measured(proto, proto, {"x": x, "label": (x @ W).argmax(-1)})
 
 
 class TestWhichOutput:
@@ -169,6 +246,23 @@ class TestTolerance:
         assert passed(lost)
         assert not passed(np.nextafter(lost, 0))
 
+    def test_every_provider_is_held_to_it(self):
+        report = validate(classifier(), classifier(OFF), data(), ValidateConfig(labels="label"))
+        (result,) = report.providers
+        assert result.accuracy is not None
+        limit = result.accuracy.drop / 2
+        good = dataclasses.replace(result.accuracy, drop=limit)
+        others = [
+            dataclasses.replace(result, provider=name, accuracy=accuracy)
+            for name, accuracy in (("first", good), ("second", result.accuracy))
+        ]
+        (line,) = tolerance_failures(others, None, None, limit)
+        assert line.startswith("second: output 'y': accuracy drop")
+        unknown = dataclasses.replace(result.accuracy, drop=math.nan)
+        assert tolerance_failures([dataclasses.replace(result, accuracy=unknown)], None, None, 99.0)
+        unmeasured = [dataclasses.replace(result, accuracy=None)]
+        assert "no labels" in tolerance_failures(unmeasured, None, None, limit)[0]
+
     def test_a_better_model_passes(self):
         config = ValidateConfig(labels="label", max_drop=0.0)
         assert validate(classifier(OFF), classifier(W), data(), config).passed
@@ -178,12 +272,14 @@ class TestTolerance:
         [
             ({"max_drop": 1.0}, "max drop needs labels"),
             ({"max_drop": -1.0, "labels": "label"}, "must not be negative"),
+            ({"labels": ""}, "do not name an array"),
+            ({"labels": "=y"}, "do not name an array"),
             ({"max_drop": math.nan, "labels": "label"}, "must not be negative"),
         ],
     )
     def test_options_that_make_no_sense(self, options, reason):
         with pytest.raises(ConfigError, match=reason):
-            ValidateConfig(**options)
+            validate(classifier(), classifier(), data(), ValidateConfig(**options))
 
 
 class TestCommandLine:
@@ -211,7 +307,12 @@ class TestCommandLine:
     def test_a_page_shows_it(self, files):
         words = ["validate", "a.onnx", "b.onnx", "--data", "d.npz", "--labels", "label"]
         assert main([*words, "--report", "r.html"]) == 0
-        assert "Loss of accuracy" in (files / "r.html").read_text(encoding="utf8")
+        found = measured(classifier(), classifier(OFF))
+        page = (files / "r.html").read_text(encoding="utf8")
+        _, _, fact = page.partition("Loss of accuracy on CPU")
+        fact = re.sub(r"<[^>]*>", " ", fact[:600])
+        assert " ".join(fact.split()).startswith(f"{found.drop:.3g} ± {found.drop_error:.2g} of y:")
+        assert f"{found.reference:.2f} % before, {found.candidate:.2f} % after" in fact
 
     @pytest.mark.usefixtures("files")
     def test_a_missed_tolerance_ends_in_3_and_says_how_far(self, capsys):
@@ -219,6 +320,13 @@ class TestCommandLine:
         assert main([*words, "--max-drop", "0"]) == 3
         assert "accuracy drop" in capsys.readouterr().err
         assert main([*words, "--max-drop", "100"]) == 0
+
+    def test_labels_that_fit_nothing_are_told_with_their_file(self, files, capsys):
+        np.savez(files / "bad.npz", **data(label=np.full(N, C)))
+        words = ["validate", "a.onnx", "b.onnx", "--data", "bad.npz", "--labels", "label"]
+        assert main(words) == 5
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "bad.npz" in line
 
     @pytest.mark.usefixtures("files")
     def test_a_tolerance_without_labels_is_wrong_usage(self, capsys):

@@ -8,10 +8,10 @@ right after, and the mean of both taken: the machine may be busier at one time t
     decomposing  spectra, factors and least squares of every weight, which does not depend on the
                  number of samples
     ratio        passes to plain inference
-    memory       the most that the process held in these stages, above what it held before,
+    memory       the most that the process held during these stages, above what it held before,
                  without pages of mapped files, which the system drops when it needs the room
-    beside       the same of what the budget does not hold: loading the model, making the new one,
-                 and comparing the two
+    beside       the most that it held at other times, which no budget limits: while the model was
+                 loaded, the new one made, and both compared
 """
 
 import argparse
@@ -74,6 +74,15 @@ class Stages:
         self.bytes[self._stage] = max(self.bytes[self._stage], self.peak.take())
         self._stage, self._since = stage, now
 
+    def memory(self) -> tuple[int, int]:
+        """The most bytes in the stages of the engine, and in all others."""
+        engine = {*PASSES, *DECOMPOSITIONS}
+        inside, outside = (
+            max((n for stage, n in self.bytes.items() if (stage in engine) == within), default=0)
+            for within in (True, False)
+        )
+        return inside, outside
+
 
 def plain_seconds(model: Path, data: Dataset, samples: Sequence[int]) -> float:
     """Seconds that ONNX Runtime takes for the samples; the first run is not counted twice."""
@@ -97,11 +106,7 @@ def _row(label: str, model: Path, data: object, config: CompressConfig) -> tuple
         stages("", 0, 0)
     plain = (before + plain_seconds(model, dataset, samples)) / 2
     passes = [stages.seconds[stage] for stage in PASSES]
-    engine = {*PASSES, *DECOMPOSITIONS}
-    memory = [
-        max((b for s, b in stages.bytes.items() if (s in engine) == within), default=held) - held
-        for within in (True, False)
-    ]
+    memory = [most - held for most in stages.memory()]
     return (
         *(label, str(len(samples)), f"{plain:.1f}", *(f"{s:.1f}" for s in passes)),
         f"{sum(passes) / plain:.2f}",

@@ -31,8 +31,14 @@ class Labels:
 
     @classmethod
     def parse(cls, text: str) -> "Labels":
-        """Read KEY, or KEY=OUTPUT."""
+        """Read KEY, or KEY=OUTPUT.
+
+        Raises:
+            ConfigError: There is no key.
+        """
         key, _, output = text.partition("=")
+        if not key:
+            raise ConfigError(f"labels {text!r} do not name an array of the data")
         return cls(key, output or None)
 
     @property
@@ -78,8 +84,7 @@ class Labels:
         for place, loss in enumerate(meant):
             scores = rows_of(made[loss.output], samples_in(feeds[0]), loss.axis)
             extents[loss.output] = scores.shape
-            count = np.size(feeds[0][self.key])
-            fits = count in (len(scores), len(scores) * scores.shape[1])
+            fits = self._fit(feeds[0], np.shape(made[loss.output]), loss, scores.shape)
             if fits and scores.shape[-1] >= max(needed, 2):
                 rating = (scores.shape[-1] != needed, loss.weighting == "values", place)
                 fitting.append((rating, loss))
@@ -90,9 +95,21 @@ class Labels:
             )
             raise DataError(
                 f"{where}: labels {self.key!r}: classes up to {needed - 1}, one for each of "
-                f"{' x '.join(map(str, np.shape(feeds[0][self.key])))}, fit no output: {shown}"
+                f"{' x '.join(map(str, np.shape(feeds[0][self.key]))) or 1}, fit no output: {shown}"
             )
         return min(fitting, key=lambda each: each[0])[1]
+
+    def _fit(
+        self, feed: Feed, shape: tuple[int, ...], loss: OutputLoss, rows: tuple[int, ...]
+    ) -> bool:
+        """Whether there is a label for each sample of an output, or for each position of it."""
+        labels = np.shape(feed[self.key])
+        if int(np.prod(labels)) not in (rows[0], rows[0] * rows[1]):
+            return False
+        places = list(shape)
+        del places[loss.axis]
+        # As many of them in another order of axes are labels of other positions.
+        return len(labels) != len(places) or len(labels) < 2 or labels == tuple(places)
 
     def right(self, feed: Feed, output: np.ndarray, loss: OutputLoss) -> np.ndarray:
         """Whether the right class scores highest, bool [labels that count].
@@ -112,6 +129,24 @@ class Labels:
         scores = scores.reshape(-1, scores.shape[-1]) if each else scores.mean(1)
         labels = self.of(feed, loss)
         return np.asarray((scores.argmax(-1) == labels)[labels != IGNORED])
+
+    def decided(self, feed: Feed, decisions: np.ndarray, loss: OutputLoss) -> np.ndarray:
+        """Whether the class that a model decides for is the right one, bool [labels that count].
+
+        Args:
+            feed: The run.
+            decisions: The output that holds it, one for each label.
+            loss: Says which positions are padding.
+
+        Raises:
+            DataError: There is another number of decisions.
+        """
+        labels, found = self.of(feed, loss), np.reshape(decisions, -1)
+        if found.size != labels.size:
+            raise DataError(
+                f"labels {self.key!r}: {labels.size} of them do not go with {found.size} decisions"
+            )
+        return np.asarray((found == labels)[labels != IGNORED])
 
     def notes(self, classes: OutputLoss, losses: Sequence[OutputLoss]) -> tuple[str, ...]:
         """What a report says of them, where several outputs might have been meant."""

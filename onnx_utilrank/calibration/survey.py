@@ -13,7 +13,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, InferenceError, open_session
 
-__all__ = ["LINEAR_OPS", "check_finite", "expose", "linear_flops", "survey"]
+__all__ = ["LINEAR_OPS", "check_finite", "expose", "inputs_of", "linear_flops", "survey"]
 
 LINEAR_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 
@@ -28,6 +28,12 @@ def expose(store: ModelStore, names: Collection[str]) -> ModelStore:
     return ModelStore(proto=proto, folder=store.folder, name=store.label)
 
 
+def inputs_of(store: ModelStore, feed: Feed) -> Feed:
+    """A feed without what is no input: labels may have the name of another value, or of a mask."""
+    names = {i.name for i in store.proto.graph.input}
+    return {name: value for name, value in feed.items() if name in names}
+
+
 def survey(
     store: ModelStore, names: Collection[str], feed: Feed, provider: Provider
 ) -> dict[str, np.ndarray]:
@@ -38,8 +44,9 @@ def survey(
     Raises:
         ModelError: The model does not load or run.
     """
-    inner = [name for name in names if name not in feed]
-    values = {name: np.asarray(feed[name]) for name in names if name in feed}
+    given = inputs_of(store, feed)
+    inner = [name for name in names if name not in given]
+    values = {name: np.asarray(given[name]) for name in names if name in given}
     if not inner:  # no names would be all outputs to ONNX Runtime
         return values
     session = open_session(expose(store, inner), provider)

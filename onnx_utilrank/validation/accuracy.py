@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_utilrank.calibration.labels import Labels
-from onnx_utilrank.model.heads import hidden_scores
+from onnx_utilrank.errors import DataError
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.validation.divergence import find_losses, open_judged
@@ -45,22 +46,29 @@ class Accuracy:
 def right_answers(
     session: Session, labels: Labels, classes: OutputLoss, feeds: Iterable[Feed]
 ) -> np.ndarray:
-    """Whether the largest score is that of the right class, bool [labels that count].
+    """Whether the model decides for the right class, bool [labels that count].
+
+    By the largest score, or by the decision where the model gives that: what lies between the two,
+    such as a quantization, counts.
 
     Args:
-        session: The model, as `open_judged` loads it.
+        session: The model.
         labels: The labels.
         classes: The output that they are classes of.
         feeds: Runs that hold them.
 
     Raises:
-        DataError: The output has no row of scores for each label.
+        DataError: The output has no row of scores, or no decision, for each label; or no label
+            counts.
         InferenceError: A run fails.
     """
-    output = classes.output
-    return np.concatenate(
-        [labels.right(feed, session.run(feed, [output])[output], classes) for feed in feeds]
-    )
+    output = classes.decides or classes.output
+    judged = labels.decided if classes.decides else labels.right
+    right = [judged(feed, session.run(feed, [output])[output], classes) for feed in feeds]
+    found = np.concatenate(right)
+    if not len(found):
+        raise DataError(f"labels {labels.key!r}: none counts, as all are of positions of padding")
+    return found
 
 
 def accuracy_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None]:
@@ -80,14 +88,13 @@ def accuracy_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float |
 
 
 def find_classes(
-    reference: ModelStore, session: Session, labels: Labels, feeds: Sequence[Feed], where: str
+    reference: ModelStore, provider: Provider, labels: Labels, feeds: Sequence[Feed], where: str
 ) -> OutputLoss:
     """The output of a model that labels are classes of: see `Labels.find_output`.
 
     Args:
         reference: The model.
-        session: The same, loaded; where its outputs are decisions alone, the scores behind them
-            are looked for.
+        provider: Where to run it.
         labels: The labels.
         feeds: Runs that hold them.
         where: How messages name the data.
@@ -96,14 +103,14 @@ def find_classes(
         ConfigError: No output holds scores, or none is of the name that the user gave.
         DataError: The labels are no classes of it.
     """
-    scored = _scored(reference, session)
-    losses = find_losses(reference, scored, feeds[:RUNS_LOOKED_AT])
-    return labels.find_output(scored, losses, feeds, where)
+    session = open_judged(reference, provider)
+    losses = find_losses(reference, session, feeds[:RUNS_LOOKED_AT])
+    return labels.find_output(session, losses, feeds, where)
 
 
 def compare_accuracy(
-    reference: tuple[ModelStore, Session],
-    candidate: tuple[ModelStore, Session],
+    reference: Session,
+    candidate: Session,
     labels: Labels,
     classes: OutputLoss,
     feeds: Sequence[Feed],
@@ -111,20 +118,18 @@ def compare_accuracy(
     """Hold both models to the labels.
 
     Args:
-        reference: The model that is right by definition, and its session.
+        reference: The model that the candidate is held to.
         candidate: The other.
         labels: The labels.
         classes: The output that they are classes of.
         feeds: Runs that hold them.
 
     Raises:
-        DataError: The output has no row of scores for each label.
+        DataError: See `right_answers`.
         InferenceError: A run fails.
-        ModelError: The candidate does not make the scores that the reference decides by.
     """
     before, after = (
-        right_answers(_scored(store, session, classes), labels, classes, feeds)
-        for store, session in (reference, candidate)
+        right_answers(session, labels, classes, feeds) for session in (reference, candidate)
     )
     drop, error = accuracy_drop(before, after)
     return Accuracy(
@@ -136,12 +141,3 @@ def compare_accuracy(
         drop=drop,
         drop_error=error,
     )
-
-
-def _scored(store: ModelStore, session: Session, classes: OutputLoss | None = None) -> Session:
-    """The session itself, unless the scores are behind an output: then one that gives them."""
-    if classes is None:
-        return open_judged(store, session.provider) if hidden_scores(store) else session
-    if classes.output in session.outputs:
-        return session
-    return open_judged(store, session.provider, [classes])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnx_utilrank.calibration.survey import LINEAR_OPS, expose
+from onnx_utilrank.calibration.survey import LINEAR_OPS, expose, inputs_of
 from onnx_utilrank.model.graph import node_label
 from onnx_utilrank.model.plain import plain_model
 from onnx_utilrank.model.scopes import captured_names
@@ -65,7 +65,7 @@ def error_through_depth(
         layers = [layers[k] for k in chosen]
     names = [node.output[0] for node in layers]
     lost, whole = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    runs = list(feeds) if names else []
+    runs = [inputs_of(first, feed) for feed in feeds] if names else []
     paddings: dict[str, Padding | None] = {}
     sessions = [open_session(expose(s, names), provider) for s in (first, second) if names]
     for feed in runs:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from onnx_utilrank.calibration.survey import expose
+from onnx_utilrank.calibration.survey import expose, inputs_of
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.heads import (
     decided_outputs,
@@ -128,6 +128,7 @@ def find_losses(
     if not names:
         return ()
     outputs = [session.run(feed, names) for feed in feeds]
+    given = [inputs_of(store, feed) for feed in feeds]
     losses = []
     for name in names:
         shape = outputs[0][name].shape
@@ -142,7 +143,7 @@ def find_losses(
             weighting="values",
             probabilities=probabilities,
             axis=axis,
-            padding=find_padding(feeds, _with_last(shape, axis)),
+            padding=find_padding(given, _with_last(shape, axis)),
             decides=next((o for o, (s, _) in decided.items() if s == name in hidden), None),
         )
         rows = []

@@ -9,6 +9,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.profile import operator_times
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
+from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.validation.accuracy import compare_accuracy, find_classes
 from onnx_utilrank.validation.bench import compare_latency
 from onnx_utilrank.validation.compare import (
@@ -87,7 +88,7 @@ def tolerance_failures(
             f"{p}: output {a.output!r}: accuracy drop {_beyond(a.drop, max_drop)} on {a.count} "
             f"labels exceeds {max_drop:g}"
             for p, a in found
-            if a.drop > max_drop
+            if not a.drop <= max_drop
         ]
     return tuple(lines)
 
@@ -139,8 +140,11 @@ def validate(
         raise ConfigError("validation: no provider to run the models on")
     _require_sound(max_error, min_agreement, max_drop)  # before the work rather than after it
     timed = feeds if timed is None else timed
+    labelled = None
+    if labels is not None:
+        labelled = labels, find_classes(reference, providers[0], labels, feeds, where)
     results = tuple(
-        _on_provider(reference, candidate, feeds, timed, p, seconds, providers[0], labels, where)
+        _on_provider(reference, candidate, feeds, timed, p, seconds, providers[0], labelled)
         for p in providers
     )
     return ValidationReport(
@@ -173,8 +177,7 @@ def _on_provider(
     provider: Provider,
     seconds: float,
     first: Provider,
-    labels: Labels | None,
-    where: str,
+    labelled: tuple[Labels, OutputLoss] | None,
 ) -> ProviderResult:
     """Compare on one provider. A function of its own: leaving it frees all sessions."""
     expected = open_session(reference, provider)
@@ -186,11 +189,7 @@ def _on_provider(
         )
     actual = open_session(candidate, provider)
     outputs = compare_outputs(expected, actual, feeds, classifications)
-    accuracy = None
-    if labels is not None:
-        classes = find_classes(reference, expected, labels, feeds, where)
-        models = (reference, expected), (candidate, actual)
-        accuracy = compare_accuracy(*models, labels, classes, feeds)
+    accuracy = compare_accuracy(expected, actual, *labelled, feeds) if labelled else None
     # Among the skipped may be outputs that cannot be had as numpy arrays at all.
     wanted = [o.name for o in outputs if o.kind != "skipped"] or None
     latency = compare_latency(expected, actual, timed, outputs=wanted, seconds=seconds)

@@ -177,14 +177,14 @@ def _reached(found: Content) -> Iterator[Fact]:
             f"{time['pairs']} pairs of runs",
             tone=tone,
         )
-        if accuracy := each.get("accuracy"):
+        if accuracy := each["accuracy"]:
             error = accuracy["drop_error"]
             spread = "" if error is None else f" ± {number(error, 2)}"
             yield Fact(
                 name=f"Loss of accuracy on {each['provider'].removesuffix('ExecutionProvider')}",
                 value=f"{number(accuracy['drop'])}{spread}",
-                more=f"{accuracy['reference']:.2f} % before, {accuracy['candidate']:.2f} % after, "
-                f"{accuracy['count']:,} labels",
+                more=f"of {accuracy['output']}: {accuracy['reference']:.2f} % before, "
+                f"{accuracy['candidate']:.2f} % after, on {accuracy['count']:,} labels",
             )
     if found["relative_error"] is not None:
         yield Fact(
