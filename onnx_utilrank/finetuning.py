@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,11 +93,13 @@ def finetuned(
     setting: Setting,
     config: FinetuneConfig,
     progress: Progress,
+    losses: tuple[OutputLoss, ...] = (),
 ) -> FinetuneResult:
-    """See `finetune`; the samples are parted already."""
-    teacher_session = open_judged(original, setting.provider)
+    """See `finetune`; the samples are parted already, and what counts may be known."""
+    teacher_session = open_judged(original, setting.provider, losses)
     setting.check_finite(original, teacher_session)
-    losses = find_losses(original, teacher_session, setting.looked_at, config.weighting)
+    if not losses:
+        losses = find_losses(original, teacher_session, setting.looked_at, config.weighting)
     if not losses:
         raise ModelError(f"{original.label}: no output holds floating values to follow")
     candidate_session = open_judged(small, setting.provider, losses)
@@ -124,8 +126,12 @@ def finetuned(
         )
         made_session = open_judged(made, setting.provider, losses)
         found = _verdict(objective, held, before, teacher_session, candidate_session, made_session)
-        store = made if found.better else small
         reason = f"On the samples held back the {found.lost} no less than before"
+        if history.best.step == 0:
+            # Bases and averages change the last bits of weights that no step has changed.
+            found = replace(found, better=False)
+            reason = "No step made it better on the samples that tell when to stop"
+        store = made if found.better else small
     else:
         reason = f"Nothing of it is there to train by {config.method}"
     progress("validating", 0, 0)

@@ -280,7 +280,7 @@ class Job:
         """Prepare gradients on some samples; ModelError where they cannot be had."""
         # Of the model as it is given: what candidates are compared with has its names.
         session = open_judged(self.source, self.provider)
-        looked_at = self.feeds(samples[: max(SAMPLES_LOOKED_AT, self.data.run or 1)])
+        looked_at = self.feeds(self.data.first(samples, SAMPLES_LOOKED_AT))
         losses = find_losses(self.store, session, looked_at, config.weighting)
         if not losses:
             raise ModelError(f"{self.store.label}: no output holds floating values to follow")

@@ -1,6 +1,6 @@
 """Train a model with labels so that it comes out of low rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,12 +11,13 @@ from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.calibration.labels import Labels
 from onnx_utilrank.config import TrainConfig
 from onnx_utilrank.errors import ModelError
-from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.graph import GraphIndex, captured_names
 from onnx_utilrank.model.replaced import with_arrays
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.results import TrainResult
 from onnx_utilrank.sites.find import find_sites
+from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.statistics.factorize import factored
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.training.adaptive import dense_subspace, eligible
@@ -73,17 +74,22 @@ def train(
     labels = Labels.parse(config.labels)
     classes = replace(setting.classes(labels, session, losses), weighting="softmax")
     graph = setting.graph(source)
-    names = trainable_names(graph)
+    needed = _behind(source, classes.output)
+    names = [name for name in trainable_names(graph) if name in needed]
     if not names:
-        raise ModelError(f"{source.label}: no operator reads a floating weight to train")
+        raise ModelError(
+            f"{source.label}: no operator before {classes.output!r} reads a floating weight that "
+            "could be trained"
+        )
     student = setting.student(graph, plain_parts(graph, names))
     trainable = student.trained
-    sites, left = eligible(find_sites(GraphIndex.build(source))[0], names)
+    found, _ = find_sites(GraphIndex.build(source))
+    sites, left = eligible([site for site in found if site.weight in needed], names)
     into: dict[str, Callable[[torch.Tensor], Subspace]] = {
         site.weight: partial(dense_subspace, site) for site in sites
     }
     if config.method == "oialr" and not into:
-        raise ModelError(f"{source.label}: no weight goes into bases: {'; '.join(left)}")
+        raise ModelError(f"{source.label}: no weight goes into bases. {' '.join(left)}")
     objective = Objective(labels=labels, classes=classes)
     judged = LabelledSamples(objective, setting.feeds(setting.judged))
     trainer = make_trainer(
@@ -135,8 +141,30 @@ def train(
             *labels.notes(classes, losses),
             f"{trainable:,} of {count_parameters(source):,} parameters were trained.",
             *(left if config.method == "oialr" else ()),
+            *_others(source, labels, classes, names),
         ),
     )
+
+
+def _behind(model: ModelStore, output: str) -> set[str]:
+    """All values that one is made of, and itself."""
+    needed = {output}
+    for node in reversed(model.proto.graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input, captured_names(node))
+    return needed
+
+
+def _others(
+    model: ModelStore, labels: Labels, classes: OutputLoss, trained: Sequence[str]
+) -> tuple[str, ...]:
+    """A sentence on outputs that labels say nothing of, and that change with what is trained."""
+    own = {classes.output, classes.decides}
+    names = [o.name for o in model.outputs if o.name not in own]
+    changed = [name for name in names if not _behind(model, name).isdisjoint(trained)]
+    if not changed:
+        return ()
+    return (f"Outputs that labels {labels.key!r} say nothing of change too: {', '.join(changed)}.",)
 
 
 def _factored(dense: ModelStore, student: Student) -> ModelStore:

@@ -34,6 +34,7 @@ from onnx_utilrank.search import Candidate, search
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.stages import QuantizationReport, measure_stages
+from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.setting import Setting
 from onnx_utilrank.validation.report import ValidationReport
@@ -152,7 +153,7 @@ def compress(
     if dry_run or store is None:
         return result
     if config.finetune is not None and plan.changes:
-        recovered = _recovered(job, store, (*calibration, *searched), held, config)
+        recovered = _recovered(job, store, (*calibration, *searched), held, config, found.losses)
         store, notes = recovered.store, (*notes, *recovered.notes)
         result = replace(result, recovered=recovered)
     plan = replace(plan, parameters_after=count_parameters(store))  # as made, not as foreseen
@@ -276,7 +277,12 @@ def _check_compared(job: Job, report: ValidationReport) -> None:
 
 
 def _recovered(
-    job: Job, store: ModelStore, rest: Sequence[int], held: Sequence[int], config: CompressConfig
+    job: Job,
+    store: ModelStore,
+    rest: Sequence[int],
+    held: Sequence[int],
+    config: CompressConfig,
+    losses: tuple[OutputLoss, ...],
 ) -> FinetuneResult:
     """A compressed model after its fine-tuning, on all samples that are not held back."""
     assert config.finetune is not None
@@ -293,7 +299,8 @@ def _recovered(
     setting = Setting.parted(
         job.data, sorted(rest), held, job.provider, job.batch, seed=config.seed
     )
-    return finetuned(job.source, store, setting, options, job.progress)
+    known = losses if options.weighting == config.weighting else ()
+    return finetuned(job.source, store, setting, options, job.progress, known)
 
 
 def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quality) -> None:

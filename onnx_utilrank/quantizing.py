@@ -35,7 +35,7 @@ class Quantizing:
         self.scheme = find_scheme(config.then)
         self.scheme.check(job.provider)
         self._job = job
-        looked_at = job.feeds(samples[: max(SAMPLES_LOOKED_AT, job.data.run or 1)])
+        looked_at = job.feeds(job.data.first(samples, SAMPLES_LOOKED_AT))
         session = open_judged(job.source, job.provider)
         self._calibration = Calibration(
             data=job.data,

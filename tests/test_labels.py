@@ -78,7 +78,8 @@ class TestWhichOutput:
     def test_the_user_may_name_it(self):
         with pytest.raises(ConfigError, match=r"'z' is none of the outputs \['emb', 'y'\]"):
             train(two_headed(), data(), dataclasses.replace(TRAINING, labels="label=z"))
-        named = train(two_headed(), data(), dataclasses.replace(TRAINING, labels="label=emb"))
+        dense = dataclasses.replace(TRAINING, labels="label=emb", method="dense")
+        named = train(two_headed(), data(), dense)
         assert "Labels 'label' are classes of output 'emb'." in named.notes
 
     def test_a_metric_is_of_it_too(self):

@@ -1,16 +1,19 @@
 """Files to write: none is one that a command reads, and each can be written, before any work."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from builders import model, noise
 
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.cli.output import check_outputs
-from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.errors import ConfigError, ModelError
+from onnx_utilrank.model.store import ModelStore
 
 OVERWRITES = "would overwrite another file of this command"
 
@@ -87,3 +90,56 @@ def test_what_cannot_be_written_is_told_first():
         pytest.skip("this user may write to any folder")
     with pytest.raises(ConfigError, match="its folder cannot be written to"):
         check_outputs([], ["folder/o.onnx"])
+
+
+class TestWeightsBesideModels:
+    """Files that hold the weights of a model are its own, whatever they are called."""
+
+    W = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        proto = model("(float[n,40] x) => (float[n,40] y)", "y = MatMul(x, w)", w=self.W)
+        onnx.save(proto, "inline.onnx")
+        np.savez("d.npz", x=np.random.default_rng(1).standard_normal((20, 40)).astype(np.float32))
+        outside = {"save_as_external_data": True, "size_threshold": 0}
+        onnx.save(proto, "exported.onnx", location="exported.onnx.data", **outside)
+        return tmp_path
+
+    def reads(self, name: str) -> bool:
+        x = np.load("d.npz")["x"]
+        made = ort.InferenceSession(name, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+        return np.allclose(made[0], x @ self.W, atol=1e-4)
+
+    def compress(self, source: str, target: str, *words: str) -> int:
+        options = ["--data", "d.npz", "--param-ratio", "0.5", "--method", "svd"]
+        return main(["compress", source, "-o", target, *options, *words])
+
+    @pytest.mark.parametrize("words", [(), ("--save-as-external-data",)])
+    def test_a_model_that_was_renamed_keeps_its_own(self, folder, words):
+        (folder / "exported.onnx").rename(folder / "renamed.onnx")
+        assert self.compress("renamed.onnx", "exported.onnx", *words) == 0
+        assert self.reads("renamed.onnx")
+        assert ModelStore.load("exported.onnx").file_bytes < 40 * 40 * 4
+
+    def test_a_copy_that_reads_the_same_file_keeps_it(self, folder):
+        shutil.copy("exported.onnx", "copy.onnx")
+        assert self.compress("copy.onnx", "exported.onnx", "--save-as-external-data") == 0
+        assert self.reads("copy.onnx")
+        assert (folder / "exported.onnx.1.data").exists()
+
+    def test_a_file_of_weights_is_no_target(self, folder, capsys):
+        before = (folder / "exported.onnx.data").read_bytes()
+        assert self.compress("exported.onnx", "exported.onnx.data") == 2
+        assert "would overwrite the weights" in capsys.readouterr().err
+        with pytest.raises(ModelError, match="holds weights"):
+            ModelStore.load("exported.onnx").save("exported.onnx.data")
+        assert (folder / "exported.onnx.data").read_bytes() == before
+
+    @pytest.mark.usefixtures("folder")
+    def test_a_stray_file_of_that_name_stays(self):
+        Path("small.onnx.data").write_bytes(b"mine")
+        assert self.compress("inline.onnx", "small.onnx", "--save-as-external-data") == 0
+        assert Path("small.onnx.data").read_bytes() == b"mine"
+        assert ort.InferenceSession("small.onnx", providers=["CPUExecutionProvider"])

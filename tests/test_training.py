@@ -892,6 +892,8 @@ def test_compress_finetunes_as_a_last_stage():
     assert tuned.plan.parameters_after == plain.plan.parameters_after
     before, after = (each.quality.divergence.mean for each in (plain, tuned))
     assert after < before
+    # Both are of the same samples and of what was found to count when it was compressed.
+    assert tuned.recovered.after.mean == pytest.approx(after, rel=1e-6)
     json.dumps(tuned.as_dict(), allow_nan=False)
 
 

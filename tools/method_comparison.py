@@ -167,7 +167,7 @@ class _Subject:
             if way == rival.key:
                 return measure_rival(job, rival, samples)
         if way == GREEDY_SVD.key:
-            looked_at = job.feeds(samples[: max(SAMPLES_LOOKED_AT, job.data.run or 1)])
+            looked_at = job.feeds(job.data.first(samples, SAMPLES_LOOKED_AT))
             losses = find_losses(job.store, open_session(job.store, job.provider), looked_at)
             return measure_greedy(job, losses, samples)
         return job.measure(None if way == DEFAULT else way, job.sites, samples, CompressConfig())

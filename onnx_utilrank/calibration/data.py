@@ -118,6 +118,11 @@ class Dataset:
             )
         return map(_take, runs)
 
+    def first(self, samples: Sequence[int], count: int) -> Sequence[int]:
+        """The first of the samples, in whole runs: about so many, and one run at least."""
+        run = self.run or 1
+        return samples[: max(count // run, 1) * run]
+
     def shuffled(
         self, samples: Sequence[int], *, batch: int = DYNAMIC_BATCH, seed: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:

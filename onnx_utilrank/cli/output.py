@@ -51,4 +51,14 @@ def check_outputs(sources: Sequence[str | None], targets: Sequence[str | None]) 
         samples = path.suffix.lower() in SAMPLES and path.exists()
         if path in taken or (samples and not taken.isdisjoint(path.parents)):
             raise ConfigError(f"{target}: would overwrite another file of this command")
+        if path.exists() and path in _weights(sources):
+            raise ConfigError(f"{target}: would overwrite the weights of another file")
         taken.add(path)
+
+
+def _weights(sources: Sequence[str | None]) -> set[Path]:
+    """Files beside models that hold their weights."""
+    from onnx_utilrank.model.store import data_files_of  # loads onnx, which most commands need late
+
+    models = [Path(s) for s in sources if s and Path(s).suffix == ".onnx" and Path(s).is_file()]
+    return {model.resolve().with_name(name) for model in models for name in data_files_of(model)}

@@ -1,5 +1,6 @@
 """How weights are trained."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,8 @@ class TrainingConfig(RunConfig):
 
     Attributes:
         steps: Steps of the optimizer; None for the default, or what `minutes` has room for.
-        minutes: Or how long it may take; a few steps are timed, and their number is then fixed.
+        minutes: Or how long the steps may take; a few are timed, and their number is then fixed.
+            Looks at how good the student is come on top.
         batch: Samples of a step; None for as many as are cheap to run, 32 at most.
         learning_rate: The highest; None for the method's own.
         labels: Array of the data, int64 [samples] or [samples, positions], with the right classes:
@@ -60,7 +62,9 @@ class TrainingConfig(RunConfig):
         check(self.samples is None or self.samples > 2, "samples must be at least 3")
         check(self.steps is None or self.minutes is None, "steps and minutes exclude each other")
         check(self.steps is None or self.steps > 0, "steps must be at least 1")
-        check(self.minutes is None or self.minutes > 0, "minutes must be positive")
+        check(
+            self.minutes is None or 0 < self.minutes < math.inf, "minutes must be positive, and end"
+        )
         check(self.batch is None or self.batch > 0, "batch must be at least 1")
         rate = self.learning_rate
         check(

@@ -38,6 +38,7 @@ __all__ = [
     "ModelStore",
     "TensorSpec",
     "atomic_write",
+    "data_files_of",
     "node_tensors",
 ]
 
@@ -245,17 +246,21 @@ class ModelStore:
 
         A store that is just as it was read is copied byte for byte. Weights go into one file
         `target.data` where the source kept its own outside, where the model passes protobuf's
-        2 GiB, or where that is asked for; where the model that `target` held reads that file, into
-        `target.1.data`, so that the old pair is whole until the new one is.
+        2 GiB, or where that is asked for; where there is such a file, into `target.1.data`: it may
+        be that of the model that `target` held, whose pair is whole until the new one is, or that
+        of another model.
 
         Args:
             target: The file.
             save_as_external_data: Put weights outside in any case.
 
         Raises:
-            ModelError: The model cannot be serialized, or `target` cannot be written.
+            ModelError: The model cannot be serialized, or `target` cannot be written, or holds
+                weights of this model.
         """
         path = Path(target)
+        if self.folder == path.resolve().parent and path.name in _data_files(self):
+            raise ModelError(f"{path}: holds weights of {self.label}, and is not overwritten")
         try:
             if save_as_external_data or self.proto.ByteSize() > INLINE_LIMIT:
                 self._save_external(path, smallest=SMALLEST_OUTSIDE)
@@ -278,11 +283,12 @@ class ModelStore:
         proto.CopyFrom(self.proto)
         # No pair may be mixed of two: the data go where nothing reads them yet, then the model is
         # renamed, and what only the old one read goes last.
-        old, own = _read_by_model_at(path), set()
+        old, own = data_files_of(path), set()
         if self.folder == path.resolve().parent:
             own = _data_files(self)
+        # A file that the model at `path` does not read may hold the weights of any other model.
         names = (f"{path.name}{f'.{k}' if k else ''}.data" for k in itertools.count())
-        data = path.with_name(next(name for name in names if name not in old | own))
+        data = next(p for p in map(path.with_name, names) if not p.exists())
         with atomic_write(data) as f:
             writer = ExternalWriter(f, data.name)
             for tensor in ModelStore(proto=proto).tensors():
@@ -294,6 +300,9 @@ class ModelStore:
                         writer.put(tensor, raw)
         with atomic_write(path) as f:
             f.write(proto.SerializeToString())
+        if old - own:  # a copy of the old model may still read them
+            others = (p for p in path.parent.glob("*.onnx") if p.name != path.name)
+            own = own.union(*map(data_files_of, others))
         for name in old - own:
             if re.fullmatch(rf"{re.escape(path.name)}(\.\d+)?\.data", name):
                 with contextlib.suppress(OSError):  # somebody still has it open
@@ -348,7 +357,8 @@ def _data_files(store: ModelStore) -> set[str]:
     return {e.value for t in outside for e in t.external_data if e.key == "location"}
 
 
-def _read_by_model_at(path: Path) -> set[str]:
+def data_files_of(path: Path) -> set[str]:
+    """Names of the files beside it that the model at a path reads; none where there is no model."""
     try:
         return _data_files(ModelStore.load(path))
     except ModelError:

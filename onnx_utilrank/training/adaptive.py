@@ -1,7 +1,6 @@
 """When weights go into orthonormal bases, and when those turn and lose directions (OIALR)."""
 
 import functools
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,9 +19,9 @@ __all__ = ["AdaptiveRanks", "dense_subspace", "eligible", "factor_pairs", "pair_
 
 Storing: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-# At each look at the bases, this share of the layers more takes part, from the last one on (the
-# authors' code).
-JOINING = 0.1
+# After so many looks at the bases all layers take part: each time a share more, from the last one
+# on (the authors' code, which has a tenth).
+ALL_JOINED = 10
 # Thinner matrices than this, the shorter side to the longer, have no directions to spare (there).
 THINNEST = 0.1
 
@@ -53,7 +52,7 @@ class AdaptiveRanks:
         elif step > self.delay and (step - self.delay) % self.interval == 0:
             parts = [part for part in student.parts if isinstance(part, Subspace)]
             rounds = (step - self.delay) // self.interval
-            joined = math.ceil(min(1.0, rounds * JOINING) * len(parts))
+            joined = -(-min(rounds, ALL_JOINED) * len(parts) // ALL_JOINED)
             for part in parts[len(parts) - joined :]:
                 old = part.core
                 moments = rotate(part, self.share, _moments(optimizer, old))

@@ -143,6 +143,8 @@ class Trainer:
         start = saved = time.monotonic()
         before = self.history.seconds
         for step in range(first, recipe.steps):
+            if recipe.patience is not None and self.history.since_best >= recipe.patience:
+                break  # a run that goes on from a checkpoint may have lost patience there
             if self.hook:
                 self.hook(step, self.student, self._optimizer)
             self._step(step)
@@ -154,8 +156,6 @@ class Trainer:
                 self._keep(done)
                 saved = time.monotonic()
             self.progress("training", done, recipe.steps, self._detail())
-            if recipe.patience is not None and self.history.since_best >= recipe.patience:
-                break
         self.progress("training", recipe.steps, recipe.steps, self._detail())
         if recipe.patience is not None:
             self._restore(self._best)

@@ -11,10 +11,10 @@ from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, usable_batch
 from onnx_utilrank.calibration.data import Dataset, DataSource, open_data, parted
-from onnx_utilrank.calibration.labels import Labels
+from onnx_utilrank.calibration.labels import IGNORED, Labels
 from onnx_utilrank.calibration.survey import check_finite, linear_flops
 from onnx_utilrank.config import TrainingConfig
-from onnx_utilrank.errors import ConfigError
+from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider, find_provider
@@ -108,7 +108,7 @@ class Setting:
     @property
     def looked_at(self) -> list[Feed]:
         """A few runs that tell what inputs and outputs are."""
-        return self.feeds(self.fitted[: max(LOOKED_AT, self.data.run or 1)])
+        return self.feeds(self.data.first(self.fitted, LOOKED_AT))
 
     def feeds(self, samples: Sequence[int]) -> list[Feed]:
         """Samples in runs."""
@@ -128,11 +128,23 @@ class Setting:
         """The output that labels are classes of; the labels of all samples are looked at.
 
         Raises:
+            DataError: None of the samples to train on, to judge by or held back has a class.
             UtilrankError: See `Labels.find_output`.
         """
-        samples = (*self.fitted, *self.judged, *self.held)
-        feeds = self.data.feeds(samples, batch=self.batch)
-        return labels.find_output(session, losses, feeds, self.data.label)
+        parts = {
+            "to train on": self.feeds(self.fitted),
+            "that tell when to stop": self.feeds(self.judged),
+            "held back": self.feeds(self.held),
+        }
+        every = [feed for feeds in parts.values() for feed in feeds]
+        found = labels.find_output(session, losses, every, self.data.label)
+        for what, feeds in parts.items():
+            if not any((labels.of(feed, found) != IGNORED).any() for feed in feeds):
+                raise DataError(
+                    f"{self.data.label}: labels {labels.key!r}: none of the samples {what} has a "
+                    "class that counts"
+                )
+        return found
 
     def graph(self, store: ModelStore) -> TorchGraph:
         """The model in torch, beside the execution provider."""
@@ -232,9 +244,9 @@ def make_trainer(
         ConfigError: The delay takes all steps.
     """
 
-    def made(recipe: Recipe) -> Trainer:
+    def made(recipe: Recipe, *, settled: bool = True) -> Trainer:
         hook: AdaptiveRanks | None = None
-        if into or any(isinstance(part, Subspace) for part in student.parts):
+        if settled and (into or any(isinstance(part, Subspace) for part in student.parts)):
             delay = round(schedule.delay * recipe.steps) if config.delay is None else config.delay
             if delay >= recipe.steps:
                 raise ConfigError(f"delay {delay} leaves none of {recipe.steps} steps for bases")
@@ -260,4 +272,5 @@ def make_trainer(
 
     if config.minutes is None:
         return made(recipe)
-    return made(replace(recipe, steps=made(recipe).settled(config.minutes)))
+    steps = made(recipe, settled=False).settled(config.minutes)
+    return made(replace(recipe, steps=steps))
