@@ -78,8 +78,8 @@ LAYERS = {
     "search": "compression config errors job measurement model quality quantizing ranking",
     "pipeline": (
         "calibration comparison compression config errors finetuning job model planning quality"
-        " quantizing ranking remarks repairing results runtime search sites stages torch_graph"
-        " training validation"
+        " quantizing ranking remarks repairing results runtime search sites stages statistics"
+        " torch_graph training validation"
     ),
     "sweeping": (
         "calibration compression config errors job model planning quality ranking remarks results"
@@ -96,7 +96,7 @@ LAYERS = {
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"
-        " moves pipeline plain_quantization quantization ranking repairing report runtime sites"
+        " model moves pipeline plain_quantization quantization ranking repairing report runtime sites"
         " statistics sweeping training"
     ),
     "__main__": "cli",
