@@ -96,8 +96,8 @@ LAYERS = {
     ),
     "cli": (
         "__init__ benchmarking config errors finetuning inspection installation low_rank_training"
-        " model moves pipeline plain_quantization quantization ranking repairing report runtime sites"
-        " statistics sweeping training"
+        " model moves pipeline plain_quantization quantization ranking repairing report runtime"
+        " sites statistics sweeping training"
     ),
     "__main__": "cli",
 }
