@@ -21,6 +21,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.statistics.factorize import feature_scale
+from onnx_utilrank.training.loop import Batch
 
 DTYPES = {
     "float": np.dtype(np.float32),
@@ -102,6 +103,17 @@ def activations(seed: int, *shape: int) -> np.ndarray:
 
 
 # --- forms --------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """The same run at each step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def at(self, step: int) -> list[Batch]:
+        del step
+        return [self.batch]
 
 
 @dataclass(frozen=True, kw_only=True)

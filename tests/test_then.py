@@ -17,7 +17,7 @@ from onnx_utilrank.errors import ConfigError, TargetMissedError
 from onnx_utilrank.quantization.blockwise import INT4
 from onnx_utilrank.ranking.plan import RankPlan
 from onnx_utilrank.ranking.then import ThenEntry
-from onnx_utilrank.validation import report
+from onnx_utilrank.validation import validate
 from onnx_utilrank.validation.bench import compare_latency
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -44,7 +44,7 @@ def short_timing(monkeypatch):
     def brief(*args, **options):
         return compare_latency(*args, **options | {"seconds": 0.0, "min_pairs": 3, "max_pairs": 5})
 
-    monkeypatch.setattr(report, "compare_latency", brief)
+    monkeypatch.setattr(validate, "compare_latency", brief)
     monkeypatch.setattr(stages, "compare_latency", brief)
 
 

@@ -177,7 +177,7 @@ def test_biases_beside_quantized_weights_are_trained():
                 "a = Relu(x) y = Sub(a, w)",
                 w=np.ones(D, np.float32),
             ),
-            *(ModelError, "no operator reads a floating weight"),
+            *(ModelError, "reads a floating weight that could be trained"),
         ),
         (
             lambda: model(
@@ -199,7 +199,7 @@ def test_biases_beside_quantized_weights_are_trained():
         ),
         (
             lambda: model(HEAD, "y = MatMul(x, w)", w=noise(1, D, C).astype(np.float32)),
-            *(ModelError, r"no weight goes into bases: Not in bases \(the last layer\): 'w'"),
+            *(ModelError, r"no weight goes into bases. Not in bases \(the last layer\): 'w'"),
         ),
     ],
 )

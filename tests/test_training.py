@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from builders import index, model, noise, run, smooth
+from builders import Fixed, index, model, noise, run, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -582,17 +582,6 @@ def test_a_filter_is_trained_on_windows():
 
 
 # --- the loop -----------------------------------------------------------------------------------
-
-
-class Fixed:
-    """The same run at each step."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def at(self, step: int) -> list[Batch]:
-        del step
-        return [self.batch]
 
 
 def trainer(steps: int, cache: Cache | None = None, **options: object) -> Trainer:

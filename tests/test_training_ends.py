@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from builders import model, noise, run
+from builders import Fixed, model, noise, run
 
 from onnx_utilrank import (
     CompressConfig,
@@ -164,7 +164,7 @@ def test_a_run_that_lost_patience_goes_no_further_from_its_checkpoint(
         return Trainer(
             Student(graph, plain_parts(graph, trainable_names(graph))),
             Objective(losses=(OutputLoss(output="y", weighting="softmax"),)),
-            _Same(Batch(feed, wanted)),
+            Fixed(Batch(feed, wanted)),
             lambda _: 1.0,
             Recipe(steps=40, learning_rate=1e-3, patience=3),
             progress=lambda *_: None,
@@ -174,17 +174,6 @@ def test_a_run_that_lost_patience_goes_no_further_from_its_checkpoint(
     looks = [[look.step for look in trainer().run().looks] for _ in range(1 + rerun)]
     assert looks[0][-1] < 40
     assert all(each == looks[0] for each in looks)
-
-
-class _Same:
-    """The same run at each step."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def at(self, step: int) -> list[Batch]:
-        del step
-        return [self.batch]
 
 
 @pytest.mark.parametrize("rows", [10, 48])
