@@ -97,7 +97,12 @@ class Labels:
                 f"{where}: labels {self.key!r}: classes up to {needed - 1}, one for each of "
                 f"{' x '.join(map(str, np.shape(feeds[0][self.key]))) or 1}, fit no output: {shown}"
             )
-        return min(fitting, key=lambda each: each[0])[1]
+        chosen = min(fitting, key=lambda each: each[0])[1]
+        if not any((self.of(feed, chosen) != IGNORED).any() for feed in feeds):
+            raise DataError(
+                f"{where}: labels {self.key!r}: none counts, as all are of positions of padding"
+            )
+        return chosen
 
     def _fit(
         self, feed: Feed, shape: tuple[int, ...], loss: OutputLoss, rows: tuple[int, ...]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_utilrank.calibration.labels import Labels
-from onnx_utilrank.errors import DataError
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session
@@ -58,17 +57,13 @@ def right_answers(
         feeds: Runs that hold them.
 
     Raises:
-        DataError: The output has no row of scores, or no decision, for each label; or no label
-            counts.
+        DataError: The output has no row of scores, or no decision, for each label.
         InferenceError: A run fails.
     """
     output = classes.decides or classes.output
     judged = labels.decided if classes.decides else labels.right
     right = [judged(feed, session.run(feed, [output])[output], classes) for feed in feeds]
-    found = np.concatenate(right)
-    if not len(found):
-        raise DataError(f"labels {labels.key!r}: none counts, as all are of positions of padding")
-    return found
+    return np.concatenate(right)
 
 
 def accuracy_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None]:
