@@ -173,7 +173,7 @@ class TestWhatLabelsAreNot:
     def test_labels_of_padding_alone_are_none(self):
         proto, held = self.held()
         held["label"][held["attention_mask"] == 1] = IGNORED
-        with pytest.raises(DataError, match="data.*none counts"):
+        with pytest.raises(DataError, match=r"data.*none counts"):
             measured(proto, proto, held)
 
     def test_they_are_no_mask_by_their_name(self):
