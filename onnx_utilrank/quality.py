@@ -17,7 +17,7 @@ from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import Session
 from onnx_utilrank.statistics.divergence import OutputLoss
-from onnx_utilrank.validation.accuracy import accuracy_drop, right_answers
+from onnx_utilrank.validation.accuracy import accuracy_drop
 from onnx_utilrank.validation.divergence import (
     Divergence,
     OutputRecorder,
@@ -187,7 +187,7 @@ class Judge:
         """For each label that counts whether the largest score is that of its class."""
         if self._labels is None:
             return None
-        return right_answers(session, self._labels, self._classes, self._feeds)
+        return self._labels.answers(session, self._classes, self._feeds)
 
 
 def with_metric(config: CompressConfig) -> CompressConfig:

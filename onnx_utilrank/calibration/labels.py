@@ -116,6 +116,26 @@ class Labels:
         # As many of them in another order of axes are labels of other positions.
         return len(labels) != len(places) or len(labels) < 2 or labels == tuple(places)
 
+    def answers(self, session: Session, classes: OutputLoss, feeds: Iterable[Feed]) -> np.ndarray:
+        """Whether a model decides for the right class, bool [labels that count].
+
+        By the largest score, or by the decision where the model gives that: what lies between the
+        two, such as a quantization, counts.
+
+        Args:
+            session: The model.
+            classes: The output that these are classes of.
+            feeds: Runs that hold them.
+
+        Raises:
+            DataError: The output has no row of scores, or no decision, for each label.
+            InferenceError: A run fails.
+        """
+        output = classes.decides or classes.output
+        judged = self.decided if classes.decides else self.right
+        right = [judged(feed, session.run(feed, [output])[output], classes) for feed in feeds]
+        return np.concatenate(right)
+
     def right(self, feed: Feed, output: np.ndarray, loss: OutputLoss) -> np.ndarray:
         """Whether the right class scores highest, bool [labels that count].
 

@@ -49,13 +49,9 @@ class LabelledSamples:
             count += n
         return total / count
 
-    def accuracy(self, model: Session | Student) -> float:
-        """Share of the labels whose class scores highest, in per cent."""
+    def accuracy(self, session: Session) -> float:
+        """Share of the labels that a model is right on, in per cent."""
         labels, classes = self._objective.labels, self._objective.classes
         assert labels is not None
         assert classes is not None
-        right = [
-            labels.right(feed, model.run(feed, [classes.output])[classes.output], classes)
-            for feed in self._feeds
-        ]
-        return 100 * float(np.concatenate(right).mean())
+        return 100 * float(labels.answers(session, classes, self._feeds).mean())

@@ -1,7 +1,7 @@
 """How often a candidate is right beside its reference, where the data hold the right classes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnx_utilrank.runtime.sessions import Feed, Session
 from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.validation.divergence import find_losses, open_judged
 
-__all__ = ["Accuracy", "accuracy_drop", "compare_accuracy", "find_classes", "right_answers"]
+__all__ = ["Accuracy", "accuracy_drop", "compare_accuracy", "find_classes"]
 
 # Runs that are looked at to tell which outputs hold scores.
 RUNS_LOOKED_AT = 8
@@ -40,30 +40,6 @@ class Accuracy:
     candidate: float
     drop: float
     drop_error: float | None
-
-
-def right_answers(
-    session: Session, labels: Labels, classes: OutputLoss, feeds: Iterable[Feed]
-) -> np.ndarray:
-    """Whether the model decides for the right class, bool [labels that count].
-
-    By the largest score, or by the decision where the model gives that: what lies between the two,
-    such as a quantization, counts.
-
-    Args:
-        session: The model.
-        labels: The labels.
-        classes: The output that they are classes of.
-        feeds: Runs that hold them.
-
-    Raises:
-        DataError: The output has no row of scores, or no decision, for each label.
-        InferenceError: A run fails.
-    """
-    output = classes.decides or classes.output
-    judged = labels.decided if classes.decides else labels.right
-    right = [judged(feed, session.run(feed, [output])[output], classes) for feed in feeds]
-    return np.concatenate(right)
 
 
 def accuracy_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None]:
@@ -120,12 +96,10 @@ def compare_accuracy(
         feeds: Runs that hold them.
 
     Raises:
-        DataError: See `right_answers`.
+        DataError: See `Labels.answers`.
         InferenceError: A run fails.
     """
-    before, after = (
-        right_answers(session, labels, classes, feeds) for session in (reference, candidate)
-    )
+    before, after = (labels.answers(each, classes, feeds) for each in (reference, candidate))
     drop, error = accuracy_drop(before, after)
     return Accuracy(
         labels=labels.key,
