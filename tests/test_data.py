@@ -306,8 +306,8 @@ def test_numbers_of_samples_have_to_agree():
 def test_missing_input_lists_what_is_wanted_and_found(tmp_path):
     source = save_npz(tmp_path / "c.npz", a=numbered(2, 3), q=numbered(2))
     message = refuses(source, [spec("a"), spec("b"), spec("c")])
-    assert message == f"{source}: no input 'b', 'c'; the model wants 'a', 'b', 'c', found 'a', 'q'"
-    refuses({}, [X], "no input 'x'", "found nothing")
+    assert message == f"{source}: no array 'b', 'c'; wanted are 'a', 'b', 'c', found 'a', 'q'"
+    refuses({}, [X], "no array 'x'", "found nothing")
 
 
 def test_extra_arrays_are_passed_over_with_a_warning(tmp_path, caplog):
@@ -796,7 +796,7 @@ def test_numpy_scalars_feed_scalar_inputs():
 @pytest.mark.parametrize(
     ("sample", "parts"),
     [
-        ({"y": numbered(1, 3)}, ["no input 'x'", "wants 'x', found 'y'"]),
+        ({"y": numbered(1, 3)}, ["no array 'x'", "wanted are 'x', found 'y'"]),
         ({"x": numbered(1, 4)}, ["input 'x' wants float32[batch, 3], got float32[1, 4]"]),
         ({"x": numbered(3)}, ["input 'x' wants float32[batch, 3], got float32[3]"]),
         ({"x": np.zeros((1, 3))}, ["input 'x' wants float32[batch, 3], got float64[1, 3]"]),

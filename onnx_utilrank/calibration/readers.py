@@ -304,7 +304,7 @@ def _require(where: str, given: Mapping[str, Any], inputs: Sequence[TensorSpec])
     if missing:
         wanted = ", ".join(repr(s.name) for s in inputs)
         found = ", ".join(map(repr, given)) or "nothing"
-        raise DataError(f"{where}: no input {missing}; the model wants {wanted}, found {found}")
+        raise DataError(f"{where}: no array {missing}; wanted are {wanted}, found {found}")
 
 
 def _warn_unused(where: str, names: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
