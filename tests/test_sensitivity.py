@@ -1,11 +1,13 @@
 """Gradients against closed forms, and the predicted loss against the one that is measured."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from builders import Feed, activations, index, model, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from onnx_utilrank.sensitivity.gradients import GradientPass
 from onnx_utilrank.sensitivity.measure import measure_sensitivity
 from onnx_utilrank.sensitivity.quadratic import Probe, Quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
+from onnx_utilrank.sensitivity.sums import RowSums
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
 from onnx_utilrank.statistics.moments import SecondMoment
@@ -503,6 +506,52 @@ def test_larger_prediction_counts_and_never_rises_with_rank(errors, seed):
     assert made.max() == pytest.approx(most * (1 + most / TRUSTED))
 
 
+# --- running sums -------------------------------------------------------------------------------
+
+
+def summed(sums: RowSums, runs: Sequence[np.ndarray], first: int = 0) -> RowSums:
+    """Sums after runs, of which the number of the first one is given; every row counts."""
+    for k, rows in enumerate(runs, start=first):
+        x = torch.from_numpy(rows)[None]
+        sums.add(x, (x,), torch.ones(x.shape[:2], dtype=torch.bool), share=1.0, phase=k)
+    return sums
+
+
+@law
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    width=st.integers(1, 48),
+    cut=st.integers(0, 8),
+)
+def test_rows_that_wait_are_counted_however_they_come(sizes: list[int], width: int, cut: int):
+    rows = (noise(sum(sizes), sum(sizes), width) + 3).astype(np.float32)
+    runs = np.split(rows, np.cumsum(sizes)[:-1])
+    sums = summed(RowSums(width, 10**6), runs)
+    state = summed(RowSums(width, 10**6), runs[:cut]).state  # as rows still wait
+    resumed = RowSums(width, 10**6)
+    resumed.restore({name: array.copy() for name, array in state.items()})
+    summed(resumed, runs[cut:], cut)
+    for name, array in sums.state.items():
+        np.testing.assert_array_equal(resumed.state[name], array)  # the clock decides on the cut
+    wide = rows.astype(np.float64)
+    # Products of float32, and squares of values up to about 8.
+    near = {"rtol": 0, "atol": 64 * 2**-22 * max(len(rows), 1)}
+    np.testing.assert_allclose(sums.moment.outer, wide.T @ wide, **near)
+    np.testing.assert_allclose(sums.gamma, wide.T @ wide, **near)
+    assert sums.moment.rows == len(rows)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_sums_take_what_they_say(gradients: bool):
+    width = 64
+    sums = RowSums(width, 10**6, gradients=gradients)
+    for k in range(9):
+        x = torch.from_numpy(noise(k, 1, 5, width).astype(np.float32))
+        sums.add(x, (x,) * gradients, torch.ones(1, 5, dtype=torch.bool), share=1.0, phase=k)
+        held = sum(array.nbytes for name, array in sums.state.items() if array.ndim == 2)
+        assert held <= RowSums.bytes(width, gradients=gradients)
+
+
 # --- effort -------------------------------------------------------------------------------------
 
 SMALL = Footprint(live=10**6, kept=10**6)
@@ -556,6 +605,18 @@ def test_effort_is_of_whole_runs(run: int, flops: int, decisions: int):
     for count in (made.gradients, made.quadratics, made.refit):
         assert count % run == 0
         assert 0 < count <= 240
+
+
+@law
+@given(kept=st.integers(1, 10**10), budget=st.integers(10**6, 10**11), batch=st.integers(1, 64))
+def test_sums_and_activations_share_the_budget(kept: int, budget: int, batch: int):
+    taken = Footprint(live=kept, kept=kept)
+    made = choose_effort(
+        samples=100, flops=1, decisions=1, footprint=taken, batch=batch, budget=budget
+    )
+    assert made.statistics_bytes >= budget // 2
+    if kept <= budget // 4:
+        assert made.statistics_bytes + made.batch * kept <= budget * 3 // 4
 
 
 # --- gradients that are not finite --------------------------------------------------------------

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 60.0
 
 # Goes up whenever what is collected, or how it is kept, changes.
-FORMAT = 2
+FORMAT = 3
 
 # The array that holds the hash of the others.
 DIGEST = "sha256"

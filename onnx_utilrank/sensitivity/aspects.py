@@ -21,6 +21,7 @@ from onnx_utilrank.sensitivity.collect import Collector, Seen
 from onnx_utilrank.sensitivity.gradients import GradientPass, Splits
 from onnx_utilrank.sensitivity.quadratic import Probe
 from onnx_utilrank.sensitivity.side import Changes, SmallerSide
+from onnx_utilrank.sensitivity.sums import RowSums
 from onnx_utilrank.sites.bias import own_biases
 from onnx_utilrank.sites.find import site_matrix, site_weight
 from onnx_utilrank.sites.hidden import Hidden
@@ -30,8 +31,6 @@ from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.torch_graph.graph import TorchGraph
 
 __all__ = ["Aspects"]
-
-BYTES = 8  # all statistics are float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +113,10 @@ class Aspects:
 
     def sums(self, site: Site) -> dict[Hashable, int]:
         """Bytes of the running sums of a site."""
-        inner = self._inner(site)
-        numbers = 2 * (site.full_rank**2 + sum(n**2 for n in inner.values()))
+        needed = sum(map(RowSums.bytes, (site.full_rank, *self._inner(site).values())))
         if self._reads_units(site):
-            numbers += site.d**2
-        return {site.key: BYTES * numbers}
+            needed += RowSums.bytes(site.d, gradients=False)
+        return {site.key: needed}
 
     def described(self, sites: Sequence[Site]) -> tuple[object, ...]:
         """All that tells what is looked at of sites."""

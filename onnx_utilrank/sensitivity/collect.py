@@ -10,112 +10,19 @@ from onnx_utilrank.calibration.taps import ROWS_KEPT
 from onnx_utilrank.sensitivity.gradients import GradientPass, UseRows
 from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sensitivity.side import SmallerSide
+from onnx_utilrank.sensitivity.sums import RowSums
 from onnx_utilrank.sites.site import Site, Use
 from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 from onnx_utilrank.statistics.tokens import TokenCounts
 
-__all__ = ["Collector", "RowSums", "Seen", "collect_sensitivity"]
+__all__ = ["Collector", "Seen", "collect_sensitivity"]
 
 # Rows a feature that the moment of hidden units is formed from, which is dear: they are many.
 ROWS_PER_INPUT = 2
 
 Feed = Mapping[str, np.ndarray]
-
-
-class RowSums:
-    """Sums over rows and their gradients; rows are thinned before their moment is formed.
-
-    Products are formed in the type of the rows and added up in float64. Those of rows are about a
-    shift near their mean, which is taken out in the end.
-    """
-
-    def __init__(self, width: int, rows_wanted: int) -> None:
-        self._wanted = rows_wanted
-        self._shift: torch.Tensor | None = None
-        self._rows = 0
-        self._total = torch.zeros(width, dtype=torch.float64)
-        self._outer = torch.zeros(width, width, dtype=torch.float64)
-        self._gamma = torch.zeros(width, width, dtype=torch.float64)
-
-    @property
-    def state(self) -> dict[str, np.ndarray]:
-        """All there is to go on from; see `restore`."""
-        held = {"total": self._total.numpy(), "outer": self._outer.numpy()}
-        held |= {"gamma": self._gamma.numpy(), "rows": np.array(self._rows)}
-        return held if self._shift is None else held | {"shift": self._shift.cpu().numpy()}
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            KeyError: An array is missing.
-            ValueError: An array has another shape.
-        """
-        for name, held in (("total", self._total), ("outer", self._outer), ("gamma", self._gamma)):
-            np.copyto(held.numpy(), state[name], casting="no")
-        self._rows = int(state["rows"])
-        self._shift = torch.from_numpy(state["shift"].copy()) if "shift" in state else None
-
-    @property
-    def shift(self) -> np.ndarray | None:
-        """What is taken off rows before they are summed; None before the first."""
-        return None if self._shift is None else self._shift.cpu().numpy()
-
-    @shift.setter
-    def shift(self, value: np.ndarray) -> None:
-        self._shift = torch.from_numpy(value.copy())
-
-    @property
-    def gamma(self) -> np.ndarray:
-        """Σ g g^T, [width, width]."""
-        return self._gamma.numpy()
-
-    @property
-    def moment(self) -> SecondMoment:
-        """The moment of the rows."""
-        found = SecondMoment.zero(len(self._total))
-        if self._shift is not None:
-            found.add(
-                total=self._total.numpy(),
-                outer=self._outer.numpy(),
-                rows=self._rows,
-                shift=self._shift.double().cpu().numpy(),
-            )
-        return found
-
-    def add(
-        self,
-        x: torch.Tensor,
-        gradients: Sequence[torch.Tensor],
-        live: torch.Tensor,
-        share: float,
-        phase: int,
-    ) -> None:
-        """Count the rows of one run, [samples, positions, features].
-
-        Args:
-            x: The rows.
-            gradients: For each draw, at the same positions.
-            live: Where the outputs depend on them, [samples, positions].
-            share: Which share of all samples the run is.
-            phase: Number of the run, which the choice of rows moves with.
-        """
-        for gradient in gradients:
-            flat = gradient.reshape(-1, gradient.shape[-1])
-            self._gamma += (flat.T @ flat).cpu()
-        x = x.reshape(-1, x.shape[-1])[live.reshape(-1)]
-        stride = max(1, int(len(x) / max(self._wanted * share, 4.0)))
-        x = x[phase % stride :: stride]
-        if not len(x):
-            return
-        if self._shift is None:
-            self._shift = x.mean(0, dtype=torch.float64).to(x)
-        z = x - self._shift.to(x)
-        self._total += z.sum(0, dtype=torch.float64).cpu()
-        self._outer += (z.T @ z).cpu()
-        self._rows += len(z)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +108,8 @@ class Collector:
         self._rows = RowSums(side.width, rows_wanted)
         self._samples = self._decisions = 0
         self._inner = {move: RowSums(n, rows_wanted) for move, n in (inner or {}).items()}
-        self._inputs = RowSums(inputs, max(ROWS_PER_INPUT * inputs, ROWS_KEPT)) if inputs else None
+        wanted = max(ROWS_PER_INPUT * inputs, ROWS_KEPT)
+        self._inputs = RowSums(inputs, wanted, gradients=False) if inputs else None
         self._groups = tuple(groups)
         self._blocks = [
             torch.zeros(g.stop - g.start, g.stop - g.start, dtype=torch.float64) for g in groups
@@ -297,7 +205,15 @@ class Collector:
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
         """Add the `state` of a collector like this one, which began with the shifts of this."""
         own = self.state
-        self.restore({n: a if n.endswith(" shift") else own[n] + a for n, a in state.items()})
+
+        def both(name: str, more: np.ndarray) -> np.ndarray:
+            if name.endswith(" shift"):
+                return more
+            return (
+                np.concatenate([own[name], more]) if name.endswith(" waiting") else own[name] + more
+            )
+
+        self.restore({name: both(name, more) for name, more in state.items()})
 
     @property
     def _sums(self) -> dict[str, RowSums]:

@@ -73,8 +73,10 @@ def choose_effort(
         budget: Bytes that statistics and activations may take together.
         run: Samples of one run, where the model fixes them.
     """
-    room = max(1, budget // (4 * max(footprint.kept, 1)))
     batch = max(1, min(batch, BATCH))
+    # A quarter is for activations, a quarter for what comes and goes, and sums get the rest.
+    of_gradients = min(batch, max(1, budget // (4 * max(footprint.kept, 1))))
+    sums = max(budget * 3 // 4 - of_gradients * footprint.kept, budget // 2)
     if flops * samples <= CHEAP_FLOPS:
         draws, gradients, quadratics, refit = DRAWS, samples, samples, samples
         again = True
@@ -93,9 +95,9 @@ def choose_effort(
         quadratics=min(quadratics, samples),
         refit=min(refit, samples),
         again=again,
-        batch=min(batch, room),
+        batch=of_gradients,
         run=batch,
-        statistics_bytes=budget // 2,
+        statistics_bytes=sums,
     )
 
 

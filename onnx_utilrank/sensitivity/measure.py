@@ -157,7 +157,8 @@ class _Measuring:
                 counted = done + sum(map(samples_in, feeds[:k]))
                 self.progress("calibrating", counted, total)
             done += len(part)
-            seen.append({key: collector.seen for key, collector in collectors.items()})
+            # Each goes when its sums were taken: what is seen of it needs as much again.
+            seen.append({key: collectors.pop(key).seen for key in list(collectors)})
         if backward.dropped:
             logger.warning(
                 "%s: the gradients of %d of the samples of a run, or more, are not finite; those "
