@@ -76,7 +76,7 @@ def build(
             lost_mean=new.lost_mean if moves[key].bias else None,
         )
         for key, new in made.items()
-        if new.factors is not None
+        if new.factors is not None and key not in plan.shrinking
     ]
     hidden = {h.key: h for h in measurement.hidden}
     shrinkings = [
@@ -289,6 +289,7 @@ def _shrinking(
         sites={key: sites[key].site for key in hidden.sites},
         bases=bases,
         weights={key: made[key].matrix for key in hidden.sites},
+        factors={key: f for key in hidden.sites if (f := made[key].factors) is not None},
         biases=biases,
         lost={key: None if key in biases else lost[key] for key in hidden.sites},
     )

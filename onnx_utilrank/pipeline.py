@@ -214,7 +214,8 @@ def _replayed(
     hidden = None
     if plan.shrunk:
         # Of all sites: which weights share features depends on the others.
-        hidden = check_hidden(plan, job.index, job.hidden(job.sites, calibration))
+        found = job.hidden(job.sites, calibration)
+        hidden = check_hidden(plan, job.index, found, job.sites)
     changed = planned_moves(plan).keys() | plan.shrinking
     config = replace(
         config,

@@ -23,7 +23,7 @@ from onnx_utilrank import (
 )
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.moves.shrink import Basis, Shrinking
+from onnx_utilrank.moves.shrink import Basis, Shrinking, can_be_both
 from onnx_utilrank.ranking.budget import allocate
 from onnx_utilrank.ranking.cost import count_parameters, hidden_cost
 from onnx_utilrank.ranking.inner import Heads
@@ -36,7 +36,14 @@ from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden, Part
 from onnx_utilrank.sites.site import Site
-from onnx_utilrank.statistics.factorize import Decomposition, Metric, grouped, optimal
+from onnx_utilrank.statistics.factorize import (
+    Decomposition,
+    Factors,
+    Metric,
+    grouped,
+    optimal,
+    plain_svd,
+)
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.surgery.rewrite import check_contract, rewrite
 
@@ -711,9 +718,15 @@ def bases_of(hidden: Hidden, kept: int, seed: int) -> list[Basis]:
 
 
 def projected(
-    graph: GraphIndex, sites: dict[str, Site], what: Sequence[tuple[Hidden, list[Basis]]]
+    graph: GraphIndex,
+    sites: dict[str, Site],
+    what: Sequence[tuple[Hidden, list[Basis]]],
+    factors: Mapping[str, Factors] | None = None,
 ) -> onnx.ModelProto:
-    """The model with L K multiplied into weights and biases of those that make features."""
+    """The model with L K multiplied into weights and biases of those that make features.
+
+    Of weights that are factored too, into their product.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.store.proto)
     held = {t.name: t for t in proto.graph.initializer}
@@ -732,7 +745,10 @@ def projected(
         for key, turn in turns.items():
             (use,) = sites[key].uses
             kind, old = site_kind(sites[key].op_type), numpy_helper.to_array(held[use.weight])
-            put(use.weight, kind.stored(use, old, turn @ site_matrix(graph, sites[key])))
+            matrix = site_matrix(graph, sites[key])
+            if factors and key in factors:
+                matrix = factors[key].product
+            put(use.weight, kind.stored(use, old, turn @ matrix))
             if use.bias.kind == "input":
                 put(use.bias.name, turn @ numpy_helper.to_array(held[use.bias.name]).ravel())
         for vector in hidden.vectors:
@@ -749,15 +765,29 @@ def projected(
     return proto
 
 
+def cut(graph: GraphIndex, sites: Sequence[Site], rank: int) -> dict[str, Factors]:
+    """The weights of some sites, of a rank that shrinking leaves them."""
+    return {
+        s.key: plain_svd(site_matrix(graph, s)).factors(site_matrix(graph, s), rank) for s in sites
+    }
+
+
 def shrinking(
-    graph: GraphIndex, sites: dict[str, Site], hidden: Hidden, bases: list[Basis]
+    graph: GraphIndex,
+    sites: dict[str, Site],
+    hidden: Hidden,
+    bases: list[Basis],
+    factors: Mapping[str, Factors] | None = None,
 ) -> Shrinking:
     own = {key: sites[key] for key in hidden.sites}
+    factors = {key: f for key, f in (factors or {}).items() if key in own}
+    weights = {key: site_matrix(graph, site) for key, site in own.items()}
     return Shrinking(
         hidden=hidden,
         sites=own,
         bases=bases,
-        weights={key: site_matrix(graph, site) for key, site in own.items()},
+        weights=weights | {key: pair.product for key, pair in factors.items()},
+        factors=factors,
         biases={},
         lost={},
     )
@@ -769,17 +799,27 @@ def assert_close(made: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(made, expected, rtol=0, atol=8 * EPS * size)
 
 
-def check_shrunk(style: Style, proto: onnx.ModelProto, kept: int, seed: int = 50) -> None:
+def check_shrunk(
+    style: Style, proto: onnx.ModelProto, kept: int, seed: int = 50, rank: int | None = None
+) -> None:
     graph, sites, found = hidden_of(proto, style.feed(1))
     assert found
+    of_hidden = {key: h for h in found for key in h.sites}
+    both = [sites[key] for key, h in of_hidden.items() if rank and can_be_both(h, sites[key])]
+    factors = cut(graph, both, rank or 0)
     before = proto.SerializeToString(), graph.store.proto.SerializeToString()
     what = [(h, bases_of(h, kept, seed)) for h in found]
-    store = rewrite(graph, [], [shrinking(graph, sites, h, b) for h, b in what])
+    store = rewrite(graph, [], [shrinking(graph, sites, h, b, factors) for h, b in what])
     assert (proto.SerializeToString(), graph.store.proto.SerializeToString()) == before
     check_contract(graph.store, store)
     onnx.checker.check_model(store.proto, full_check=True)
-    expected = projected(graph, sites, what)
+    expected = projected(graph, sites, what, factors)
     assert count_parameters(store) < count_parameters(graph.store)
+    for site in both:
+        hidden = of_hidden[site.key]
+        rows, columns = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
+        sizes = [math.prod(t.dims) for t in store.proto.graph.initializer]
+        assert {rank * rows, rank * columns} <= set(sizes)
     for batch in style.batches:
         feed = style.feed(batch)
         assert_close(run(store, feed)["y"], run(expected, feed)["y"])
@@ -791,6 +831,12 @@ def check_shrunk(style: Style, proto: onnx.ModelProto, kept: int, seed: int = 50
 def test_shrunk_model_is_the_projected_one(name: str, kept: int):
     style = (STYLES | SHARED_STYLES)[name]
     check_shrunk(style, style.proto(), kept)
+
+
+@pytest.mark.parametrize("name", STYLES | SHARED_STYLES)
+def test_what_is_left_may_be_of_low_rank_too(name: str):
+    style = (STYLES | SHARED_STYLES)[name]
+    check_shrunk(style, style.proto(), 2, rank=3)
 
 
 @pytest.mark.parametrize("name", FEATURES_STYLES)
@@ -969,10 +1015,19 @@ def offers(draw: st.DrawFn) -> list[Choice]:
     return choices
 
 
-def shrunk(each: Hidden, choice: Choice, kept: int) -> Move:
+def shrunk(each: Hidden, choice: Choice, kept: int) -> list[Move]:
     site = choice.measured.site
     cost = each.rows(site.key, site.m, kept) * each.columns(site.key, site.d, kept)
-    return Move(rank=None, bias=False, parameters=cost, error=0.0, cost=float(cost), kind="shrink")
+    return [
+        Move(rank=None, bias=False, parameters=cost, error=0.0, cost=float(cost), kind="shrink")
+    ]
+
+
+def factored_too(each: Hidden, choice: Choice, kept: int) -> list[Move]:
+    """What shrinks, or of what is left a rank."""
+    (alone,) = shrunk(each, choice, kept)
+    ranks = range(1, 1 + kept % 3)
+    return [alone, *(replace(alone, rank=r, cost=alone.cost * r / 4, error=0.3**r) for r in ranks)]
 
 
 def priced(moves: Sequence, price: float) -> float:
@@ -1004,6 +1059,25 @@ def test_bundles_hold_what_every_price_picks(choices, price):
                 makers = [m for m in makers if bundle.hidden.makers(m.site.key)]
                 errors = [m.heads.errors[option.kept * H] for m in makers]
                 assert option.error == pytest.approx(sum(errors))
+
+
+@law
+@given(choices=offers(), price=st.floats(0, 5))
+def test_bundles_hold_what_may_be_done_to_what_is_left(choices, price):
+    for bundle in bundled(choices, FOUND, factored_too, 1):
+        hidden, own = bundle.hidden, [choices[k] for k in bundle.members]
+        if hidden is None:
+            continue
+        ways = [sum(priced(c.moves, price) for c in own)]
+        lost = {k: sum(c.measured.shrunk_error(hidden, k) for c in own) for k in range(1, N)}
+        for kept, error in lost.items():
+            offered = [factored_too(hidden, c, kept) for c in own]
+            ways.append(error + sum(priced(moves, price) for moves in offered))
+        assert priced(bundle.moves, price) == pytest.approx(min(ways), rel=1e-12, abs=1e-12)
+        for option in bundle.moves:
+            assert option.cost == pytest.approx(sum(m.cost for m in option.moves))
+            error = sum(m.error for m in option.moves) + lost.get(option.kept, 0.0)
+            assert option.error == pytest.approx(error)
 
 
 @law
@@ -1250,11 +1324,11 @@ def test_plans_that_contradict_themselves_are_refused(made):
     plan = result.plan
     (first, *_) = plan.shrunk
     factored = tuple(
-        replace(e, rank=2, move="low-rank", bias=False) if e.site == first.sites[0] else e
+        replace(e, rank=2, move="pivot", bias=False) if e.site == first.sites[0] else e
         for e in plan.entries
     )
     wrong = [
-        replace(plan, entries=factored),  # one weight cannot be factored and shrink
+        replace(plan, entries=factored),  # what shrinks may be of low rank too, and no more
         replace(plan, hidden=(*plan.hidden, replace(first, kept=1 + first.kept % (N - 1)))),
         replace(plan, method="one-sided", refit=False),  # which knows of no hidden features
     ]

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import test_hidden
 from builders import Feed, activations, model, noise, run
-from test_units import EPS, SHRINK, STYLES, WIDE, D, whole
+from test_units import EPS, SHRINK, STYLES, WIDE, D, few_directions, whole
 
 from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.compression import is_better
@@ -82,6 +82,12 @@ for each in ("relu", "gate", "conv"):
             config = CompressConfig(param_ratio=0.45, moves=moves)
             TWINS[f"{each} by {' and '.join(moves)}"] = partial(whole, each), config
 
+for ratio in (0.4, 0.3):
+    BOTH = CompressConfig(param_ratio=ratio, moves=("low-rank", "shrink"))
+    TWINS[f"both, heads, {ratio}"] = partial(heads_case, test_hidden.STYLES["gemm"].body), BOTH
+TWINS["both, taps"] = partial(units_case, "conv of nine taps"), replace(BOTH, param_ratio=0.5)
+TWINS["both, units"] = few_directions, replace(BOTH, param_ratio=0.1)
+
 ONE_OF_TWO = CompressConfig(param_ratio=0.95, moves=("low-rank",), include=("h", "y"), force=True)
 TWINS["gemm with a factor"] = scaled, CompressConfig(param_ratio=0.7)
 TWINS["weight that another reads"] = read_twice, ONE_OF_TWO
@@ -108,6 +114,8 @@ def test_twin_gives_what_the_rewritten_model_gives(name: str, fitted: bool, monk
     proto, data = make()
     result = compress(proto, data, config)
     assert result.plan.refit == fitted
+    if name.startswith("both"):
+        assert any(e.site in result.plan.shrinking for e in result.plan.factored)
     ((graph, layers, plain),) = seen
     # Once it has proved itself it is made again, of the samples that judged it too.
     assert len(refits) == 1 + fitted

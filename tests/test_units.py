@@ -1,6 +1,7 @@
 """Hidden units: where they are found, which are kept, and models in which they become fewer."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,15 +11,16 @@ from builders import Feed, Shape, constants, index, model, noise, run
 from hypothesis import settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from test_hidden import hidden_of, shrinking
+from test_hidden import cut, hidden_of, shrinking
 
 from onnx_utilrank import CompressConfig, RankPlan, compress
 from onnx_utilrank.model.graph import GraphIndex
-from onnx_utilrank.moves.shrink import Basis
+from onnx_utilrank.moves.shrink import Basis, can_be_both
 from onnx_utilrank.ranking.cost import count_parameters, hidden_cost
 from onnx_utilrank.sites.find import site_kind, site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
+from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.surgery.rewrite import check_contract, rewrite
 
 # A shared machine may stall for longer than any deadline.
@@ -374,18 +376,33 @@ def some(units: Hidden, kept: int, seed: int) -> list[Basis]:
 
 
 def made_up(
-    graph: GraphIndex, sites: dict[str, Site], units: Hidden, basis: Basis
+    graph: GraphIndex,
+    sites: dict[str, Site],
+    units: Hidden,
+    basis: Basis,
+    factors: Mapping[str, Factors] | None = None,
 ) -> onnx.ModelProto:
-    """The model at its full size whose reader has W (L K), each of its taps."""
+    """The model at its full size whose reader has W (L K), each of its taps.
+
+    Of weights that are factored too, their product.
+    """
     site = sites[units.reader]
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.store.proto)
-    (tensor,) = (t for t in proto.graph.initializer if t.name == site.uses[0].weight)
-    old = numpy_helper.to_array(tensor)
-    taps = site_matrix(graph, site).reshape(site.m, units.size, -1)
+    held = {t.name: t for t in proto.graph.initializer}
+
+    def put(site: Site, matrix: np.ndarray) -> None:
+        tensor = held[site.uses[0].weight]
+        old = numpy_helper.to_array(tensor)
+        new = site_kind(site.op_type).stored(site.uses[0], old, matrix)
+        tensor.CopyFrom(numpy_helper.from_array(new.astype(old.dtype), tensor.name))
+
+    matrices = {key: pair.product for key, pair in (factors or {}).items()}
+    for key, matrix in matrices.items():
+        put(sites[key], matrix)
+    taps = matrices.get(site.key, site_matrix(graph, site)).reshape(site.m, units.size, -1)
     turned = np.einsum("mnt,nj->mjt", taps, basis.expand @ basis.reduce)
-    new = site_kind(site.op_type).stored(site.uses[0], old, turned.reshape(site.m, -1))
-    tensor.CopyFrom(numpy_helper.from_array(new.astype(old.dtype), tensor.name))
+    put(site, turned.reshape(site.m, -1))
     return proto
 
 
@@ -416,6 +433,24 @@ def test_smaller_model_is_the_one_that_makes_up_for_units(name: str, kept: int):
         wanted = run(expected, feed)["y"]
         assert_close(run(store, feed)["y"], wanted)
         assert np.abs(wanted - run(proto, feed)["y"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_what_is_left_may_be_of_low_rank_too(name: str):
+    style = STYLES[name]
+    graph, sites, (units,) = units_of(style)
+    factors = cut(graph, [sites[key] for key in units.sites if can_be_both(units, sites[key])], 2)
+    assert factors.keys() >= {key for key in units.sites if sites[key].bias != "new"} - {
+        units.reader
+    }
+    bases = some(units, 3, 40)
+    store = rewrite(graph, [], [shrinking(graph, sites, units, bases, factors)])
+    check_contract(graph.store, store)
+    onnx.checker.check_model(store.proto, full_check=True)
+    expected = made_up(graph, sites, units, bases[0], factors)
+    for batch in (1, 3):
+        feed = style.feed(batch)
+        assert_close(run(store, feed)["y"], run(expected, feed)["y"])
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -517,6 +552,21 @@ def whole(name: str) -> tuple[onnx.ModelProto, Feed]:
     cast = {key: value.astype(np.float32) for key, value in made.items()}
     proto = model(signature, body, **cast)
     return proto, {"x": (0.2 + noise(76, 160, *shape)).astype(np.float32)}
+
+
+def few_directions() -> tuple[onnx.ModelProto, Feed]:
+    """An MLP with fewer units than it has, whose weights use few directions besides."""
+    falling = 0.6 ** np.arange(24)
+    units = np.tile(noise(1, 24, 24), 2)
+    proto = model(
+        "(float[n,24] x) => (float[n,24] y)",
+        "h = MatMul(x, W) s = Add(h, b) r = Relu(s) u = MatMul(r, V) y = Add(u, c)",
+        W=((noise(2, 24, 24) * falling) @ units / 24).astype(np.float32),
+        V=(noise(3, 48, 24) * falling @ noise(4, 24, 24) / 24).astype(np.float32),
+        b=np.tile(noise(5, 24), 2).astype(np.float32),
+        c=noise(6, 24).astype(np.float32),
+    )
+    return proto, {"x": noise(7, 400, 24).astype(np.float32)}
 
 
 SHRINK = CompressConfig(moves=("shrink",))
@@ -633,3 +683,44 @@ def test_budget_is_spent_where_weights_around_units_go_apart():
         assert lost[-1] == pytest.approx(sum(e.predicted_error for e in plan.entries), rel=0.2)
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] < lost[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "ratio", "figure"),
+    [
+        ("param_ratio", 0.15, "parameters"),
+        ("flop_ratio", 0.2, "flops"),
+        ("size_ratio", 0.4, "file_bytes"),
+    ],
+)
+def test_weights_shrink_and_are_of_low_rank_too(key: str, ratio: float, figure: str, tmp_path):
+    proto, data = few_directions()
+    result = compress(proto, data, CompressConfig(moves=("low-rank", "shrink"), **{key: ratio}))
+    plan, report = result.plan, result.validation
+    both = [e for e in plan.factored if e.site in plan.shrinking]
+    assert both
+    made, before = getattr(report.candidate, figure), getattr(report.reference, figure)
+    assert made <= ratio * before
+    assert plan.parameters_after == sum(v.size for v in constants(result.model).values())
+    ranks = {rank for e in both for rank in [e.rank]}
+    assert ranks <= {n for v in constants(result.model).values() for n in v.shape}
+    assert all("see hidden" in e.reason and f"rank {e.rank} " in e.reason for e in both)
+    # What each loses by itself adds up to what is foretold.
+    lost = sum(e.predicted_error for e in (*plan.entries, *plan.hidden))
+    assert plan.predicted_divergence == pytest.approx(lost)
+    plan.save(tmp_path / "plan.json")
+    again = compress(proto, data, CompressConfig(), plan=RankPlan.load(tmp_path / "plan.json"))
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_weights_lose_less_where_they_may_be_both():
+    proto, data = few_directions()
+    for ratio in (0.15, 0.1):
+        lost = {
+            moves: compress(
+                proto, data, CompressConfig(param_ratio=ratio, moves=moves)
+            ).quality.divergence.mean
+            for moves in (("low-rank", "shrink"), ("low-rank",), ("shrink",))
+        }
+        both, *either = lost.values()
+        assert both < 0.5 * min(either)

@@ -12,8 +12,9 @@ from onnx_utilrank.moves.stored import corrected_bias, store
 from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.hidden import Hidden, Part, Repair, Vector
 from onnx_utilrank.sites.site import Site
+from onnx_utilrank.statistics.factorize import Factors, factored
 
-__all__ = ["FAST_CHANNELS", "SHRINK", "Basis", "Shrinking", "shrink"]
+__all__ = ["FAST_CHANNELS", "SHRINK", "Basis", "Shrinking", "can_be_both", "shrink"]
 
 SHRINK = "shrink"
 
@@ -45,6 +46,7 @@ class Shrinking:
         sites: Its weights, by key.
         bases: One for each of its groups.
         weights: W [m, d] of each site, before it loses rows or columns.
+        factors: The factors of those that are of low rank too, W their product.
         biases: What is added to the features that each maker makes, [m], in the place of what is;
             sites that are not in it keep their bias, in its new basis.
         lost: What the bias of each reader has to take, [m]; None or absent leaves it.
@@ -54,8 +56,18 @@ class Shrinking:
     sites: Mapping[str, Site]
     bases: Sequence[Basis]
     weights: Mapping[str, np.ndarray]
+    factors: Mapping[str, Factors]
     biases: Mapping[str, np.ndarray]
     lost: Mapping[str, np.ndarray | None]
+
+
+def can_be_both(hidden: Hidden, site: Site) -> bool:
+    """Whether a site of features that shrink can be of low rank too.
+
+    Its bias has to take the mean that factors lose in the place where it is; and a weight that
+    reads units is cut by its outputs, behind the choice of what it reads.
+    """
+    return site.bias != "new" and (site.wide or site.key != hidden.reader)
 
 
 def shrink(surgeon: Surgeon, what: Shrinking) -> None:
@@ -138,51 +150,72 @@ def _rewrite_site(
     surgeon: Surgeon, what: Shrinking, site: Site, maps: Mapping[int, np.ndarray] | None
 ) -> None:
     (use,) = site.uses
-    matrix, n = what.weights[site.key], what.hidden.size
-    if maps is not None:
-        matrix = np.concatenate([maps[at] @ matrix[at : at + n] for at in sorted(maps)])
+    old, lost = surgeon.index.constant(use.weight), what.lost.get(site.key)
+    assert old is not None
+    kind = site_kind(site.op_type)
+    bias = _own_bias(surgeon, what, site, maps)
+    pair = what.factors.get(site.key)
+    if pair is None:
+        matrix = _fewer_columns(what, site, _fewer_rows(what, what.weights[site.key], maps))
+        new = store(surgeon, site, f"{site.weight}/shrunk", kind.stored(use, old, matrix))
+        surgeon.rewire(use.node, use.weight, new)
+        if bias is not None:
+            values = bias / use.bias.scale
+            held = store(surgeon, site, f"{use.bias.name}/shrunk", values)
+            surgeon.rewire(use.node, use.bias.name, held)
+    else:
+        left, right = _fewer_rows(what, pair.left, maps), _fewer_columns(what, site, pair.right)
+        shrunk = kind.stored(use, old, left @ right)
+        parts = zip(
+            ("right", "left"), kind.tensors(use, shrunk, factored(left, right)), strict=True
+        )
+        first, second = (store(surgeon, site, f"{site.weight}/{at}", v) for at, v in parts)
+        name = None if bias is None else store(surgeon, site, f"{use.bias.name}/shrunk", bias)
+        surgeon.replace(use.node, kind.chain(surgeon, use, first, second, name))
+    if lost is not None and use.bias.kind == "add":
+        corrected_bias(surgeon, site, use, lost)
+
+
+def _fewer_rows(
+    what: Shrinking, matrix: np.ndarray, maps: Mapping[int, np.ndarray] | None
+) -> np.ndarray:
+    if maps is None:
+        return matrix
+    n = what.hidden.size
+    return np.concatenate([maps[at] @ matrix[at : at + n] for at in sorted(maps)])
+
+
+def _fewer_columns(what: Shrinking, site: Site, matrix: np.ndarray) -> np.ndarray:
+    n = what.hidden.size
     columns = {
         g.met.start: (b.expand, g.met.taps)
         for g, b in zip(what.hidden.groups, what.bases, strict=True)
         if g.met.side == "columns" and g.met.site == site.key
     }
-    if columns:
-        parts = []
-        for at in sorted(columns):
-            expand, taps = columns[at]
-            each = matrix[:, at : at + n * taps].reshape(len(matrix), n, taps)
-            of_kept = np.tensordot(each, expand, axes=(1, 0)).swapaxes(1, 2)
-            parts.append(of_kept.reshape(len(matrix), -1))
-        matrix = np.concatenate(parts, axis=1)
-    old = surgeon.index.constant(use.weight)
-    assert old is not None
-    kind = site_kind(site.op_type)
-    new = store(surgeon, site, f"{site.weight}/shrunk", kind.stored(use, old, matrix))
-    surgeon.rewire(use.node, use.weight, new)
-    if maps is not None and use.bias.kind == "input":
-        bias = what.biases.get(site.key, use.bias.values(surgeon.index, site.m))
-        bias = np.concatenate([maps[at] @ bias[at : at + n] for at in sorted(maps)])
-        shape = tuple(len(bias) if extent == site.m else extent for extent in use.bias.shape)
-        values = bias.reshape(shape) / use.bias.scale
-        surgeon.rewire(
-            use.node, use.bias.name, store(surgeon, site, f"{use.bias.name}/shrunk", values)
-        )
-    lost = what.lost.get(site.key)
-    if lost is not None:
-        _add_to_bias(surgeon, site, lost)
+    if not columns:
+        return matrix
+    parts = []
+    for at in sorted(columns):
+        expand, taps = columns[at]
+        each = matrix[:, at : at + n * taps].reshape(len(matrix), n, taps)
+        of_kept = np.tensordot(each, expand, axes=(1, 0)).swapaxes(1, 2)
+        parts.append(of_kept.reshape(len(matrix), -1))
+    return np.concatenate(parts, axis=1)
 
 
-def _add_to_bias(surgeon: Surgeon, site: Site, lost: np.ndarray) -> None:
-    """Correct the bias of a reader, which keeps its rows."""
-    (use,) = site.uses
-    if use.bias.kind == "add":
-        corrected_bias(surgeon, site, use, lost)
-    elif use.bias.kind == "input":
-        values = use.bias.values(surgeon.index, site.m) + lost
-        name = store(
-            surgeon, site, use.bias.name, (values / use.bias.scale).reshape(use.bias.shape)
-        )
-        surgeon.rewire(use.node, use.bias.name, name)
+def _own_bias(
+    surgeon: Surgeon, what: Shrinking, site: Site, maps: Mapping[int, np.ndarray] | None
+) -> np.ndarray | None:
+    """What takes the place of the bias that the node itself reads; None where that stays."""
+    (use,), lost = site.uses, what.lost.get(site.key)
+    if use.bias.kind != "input" or (maps is None and lost is None):
+        return None
+    bias = what.biases.get(site.key, use.bias.values(surgeon.index, site.m))
+    if maps is not None:
+        bias = _fewer_rows(what, bias, maps)
+    if lost is not None:  # of a weight that keeps its rows
+        bias = bias + lost
+    return bias.reshape([len(bias) if extent == site.m else extent for extent in use.bias.shape])
 
 
 def _rewrite_vector(

@@ -83,19 +83,24 @@ class Ledger:
             return self.storage.matrix_bytes(site.op_type, site.m, site.d, site.stored)
         return float(site.parameters)
 
-    def shrunk(self, site: Site, rows: int, columns: int, extra: int) -> float:
-        """What it costs with fewer rows and columns, and so many elements elsewhere.
+    def shrunk(
+        self, site: Site, rows: int, columns: int, extra: int, rank: int | None = None
+    ) -> float:
+        """What it costs with fewer rows and columns, of some rank, and so many elements elsewhere.
 
-        Operations of depthwise Convs on the way, which become fewer too, are not told.
+        Operations of depthwise Convs on the way, which become fewer too, are not told; nor is what
+        a rank takes, where time is counted.
         """
         if self.unit == "latency":
             return self._timed.shrunk(site, rows, columns)
+        parts = [(rows, columns)] if rank is None else [(rank, columns), (rows, rank)]
         if self.unit == "operations":
-            return self.rows[site.key] * rows * columns * site.density
+            first, *rest = (outputs * inputs for outputs, inputs in parts)
+            return self.rows[site.key] * (first * site.density + sum(rest))
         if self.unit == "bytes":
-            held = self.storage.matrix_bytes(site.op_type, rows, columns, site.dtype)
-            return held + extra * site.dtype.itemsize + NODE_BYTES
-        return float(rows * columns + extra)
+            held = sum(self.storage.matrix_bytes(site.op_type, *part, site.dtype) for part in parts)
+            return held + extra * site.dtype.itemsize + NODE_BYTES * (2 * len(parts) - 1)
+        return float(sum(outputs * inputs for outputs, inputs in parts) + extra)
 
     def factored(self, site: Site, kind: MoveKind, rank: int, parameters: int) -> float:
         """What it costs after a move that stores so many parameters."""
@@ -123,6 +128,15 @@ class Ledger:
         """
         dense = self.storage.matrix_bytes(site.op_type, site.m, site.d, site.stored)
         return not site.freed or self._held(site, kind, rank, parameters) < dense
+
+    def shrinks_further(self, site: Site, rows: int, columns: int, rank: int) -> bool:
+        """The same of factors beside a weight that has shrunk to so many rows and columns."""
+        pair, whole = [(rank, columns), (rows, rank)], [(rows, columns)]
+        held, dense = (
+            sum(self.storage.matrix_bytes(site.op_type, *part, site.dtype) for part in parts)
+            for parts in (pair, whole)
+        )
+        return held < dense
 
     def pays(self, site: Site, kind: MoveKind, rank: int) -> bool:
         """Whether a move is faster than the dense weight: as measured, or else as it should be."""

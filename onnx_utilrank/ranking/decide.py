@@ -9,7 +9,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.moves.moves import MOVES, find_move
-from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK
+from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK, can_be_both
 from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.budget import allocate, spend
 from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
@@ -32,6 +32,9 @@ from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site, Skip
 
 __all__ = ["Decision", "Offers", "kinds_offered"]
+
+# Of how many sizes of hidden features, evenly spread, the weights are offered at all ranks too.
+SIZES_FACTORED = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +113,8 @@ class Offers:
         # Those that are asked for by name may be slower.
         channels = FAST_CHANNELS if config.moves is None else 1
 
-        def shrunk(each: Hidden, choice: Choice, kept: int) -> Move:
-            return _shrunk(index, each, sites, choice.measured.site, kept, ledger)
+        def shrunk(each: Hidden, choice: Choice, kept: int) -> list[Move]:
+            return _shrunk(index, each, sites, choice, kept, ledger)
 
         return cls(
             index=index,
@@ -319,16 +322,17 @@ def _shrunk(
     index: GraphIndex,
     hidden: Hidden,
     sites: Mapping[str, Site],
-    site: Site,
+    choice: Choice,
     kept: int,
     ledger: Ledger,
-) -> Move:
-    """A site whose hidden features shrink: no rank, and fewer rows or columns."""
+) -> list[Move]:
+    """A site whose hidden features shrink: fewer rows or columns, and of what is left some rank."""
+    site = choice.measured.site
     rows, columns = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
     # What comes with the features is put down to the first of their weights.
     first = site.key == hidden.sites[0]
     extra = hidden_cost(index, hidden, sites, kept) if first else 0
-    return Move(
+    alone = Move(
         rank=None,
         bias=False,
         parameters=rows * columns + extra,
@@ -336,3 +340,21 @@ def _shrunk(
         kind=SHRINK,
         cost=ledger.shrunk(site, rows, columns, extra),
     )
+    step = max(hidden.size // SIZES_FACTORED, 1)
+    # Time is known of either move by itself.
+    if ledger.latency is not None or kept % step or not can_be_both(hidden, site):
+        return [alone]
+    return [
+        alone,
+        *(
+            replace(
+                move,
+                kind=SHRINK,
+                parameters=move.rank * (rows + columns) + extra,
+                cost=ledger.shrunk(site, rows, columns, extra, move.rank),
+            )
+            for move in choice.moves
+            if move.rank and move.kind == LOW_RANK.key
+            if ledger.shrinks_further(site, rows, columns, move.rank)
+        ),
+    ]

@@ -1,6 +1,7 @@
 """What a plan says of each site and of features between them, and the reason."""
 
 from onnx_utilrank.model.graph import GraphIndex, node_label
+from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.shrink import SHRINK
 from onnx_utilrank.ranking.cost import Ledger
 from onnx_utilrank.ranking.joint import Bundle, Option
@@ -34,7 +35,10 @@ def hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
         groups=len(hidden.made),
         size=n,
         kept=kept,
-        predicted_error=0.0 if option is None else option.error,
+        # What its weights lose by their ranks is put down to them.
+        predicted_error=0.0
+        if option is None
+        else option.error - sum(m.error for m in option.moves),
         reason=reason,
     )
 
@@ -54,7 +58,7 @@ def site_entry(index: GraphIndex, measured: Measured, move: Move, ledger: Ledger
         rank=move.rank,
         bias=move.bias,
         subspaces=move.subspaces,
-        move=None if move.rank is None else move.kind,
+        move=None if move.rank is None else LOW_RANK.key if move.kind == SHRINK else move.kind,
         parameters_before=dense_parameters(site),
         parameters_after=move.parameters,
         predicted_error=error,
@@ -66,7 +70,8 @@ def site_entry(index: GraphIndex, measured: Measured, move: Move, ledger: Ledger
 
 def _reason(index: GraphIndex, site: Site, move: Move, ledger: Ledger) -> str:
     if move.kind == SHRINK:
-        return "it shrinks with the features it makes or reads: see hidden"
+        shrinks = "it shrinks with the features it makes or reads: see hidden"
+        return shrinks if move.rank is None else f"{shrinks}; rank {move.rank} of what is left"
     if move.rank is not None:
         return f"rank {move.rank} of {site.full_rank}"
     if site.tied is not None and not site.freed:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
@@ -49,18 +49,21 @@ class Bundle:
 def bundled(
     choices: Sequence[Choice],
     hidden: Sequence[Hidden],
-    shrunk: Callable[[Hidden, Choice, int], Move],
+    shrunk: Callable[[Hidden, Choice, int], Sequence[Move]],
     multiple: int,
     channels: int = 1,
 ) -> list[Bundle]:
     """The choices, those around hidden features joined.
 
-    Either each of the weights makes a move of its own, or all lose what the hidden features lose.
+    Either each of the weights makes a move of its own, or all lose what the hidden features lose;
+    and what is left of a weight may be factored then. Losses of both add up, as those of several
+    weights do: to first order one is blind to the other.
 
     Args:
         choices: One a site.
         hidden: Features between sites; those of which a weight was not measured are left out.
-        shrunk: The move of a site of a hidden of which so many features a group are kept.
+        shrunk: What a site of a hidden can do where so many features a group are kept: the first
+            is to shrink and no more.
         multiple: Features are kept in multiples of this.
         channels: And units that are channels of Convs in multiples of this too.
     """
@@ -73,33 +76,50 @@ def bundled(
         members = tuple(place[key] for key in each.sites)
         taken.update(members)
         own = [choices[k] for k in members]
-        options = _separately(own)
+        options, both = _separately([c.moves for c in own]), []
         step = multiple
         if each.units and any(c.measured.site.op_type == "Conv" for c in own):
             step = math.lcm(multiple, channels)
         for kept in range(step, each.size, step):
-            moves = tuple(shrunk(each, c, kept) for c in own)
+            offered = [shrunk(each, c, kept) for c in own]
             lost = 0.0
             for measured in own:
                 site = measured.measured
                 assert isinstance(site, TwoSidedSite)
                 lost += site.shrunk_error(each, kept)
-            options.append(
-                Option(cost=sum(m.cost for m in moves), error=lost, moves=moves, kept=kept)
-            )
+            alone = _together(offered, [0] * len(own))
+            options.append(replace(alone, error=lost, kept=kept))
+            if any(len(moves) > 1 for moves in offered):
+                found = _separately(offered)
+                both += [replace(o, error=o.error + lost, kept=kept) for o in found]
+        options += _better(both, options)
         bundles.append(Bundle(members=members, hidden=each, moves=tuple(options)))
     for k, choice in enumerate(choices):
         tied = choice.measured.site.tied
         if tied is not None and choice.measured.site.freed:
             members = (k, place[tied])
             taken.update(members)
-            both = tuple(_as_one([choices[j] for j in members]))
-            bundles.append(Bundle(members=members, hidden=None, moves=both, tied=True))
+            as_one = tuple(_as_one([choices[j] for j in members]))
+            bundles.append(Bundle(members=members, hidden=None, moves=as_one, tied=True))
     for k, choice in enumerate(choices):
         if k not in taken:
-            alone = [Option(cost=m.cost, error=m.error, moves=(m,)) for m in choice.moves]
-            bundles.append(Bundle(members=(k,), hidden=None, moves=tuple(alone)))
+            single = [Option(cost=m.cost, error=m.error, moves=(m,)) for m in choice.moves]
+            bundles.append(Bundle(members=(k,), hidden=None, moves=tuple(single)))
     return bundles
+
+
+def _better(options: Sequence[Option], than: Sequence[Option]) -> list[Option]:
+    """Those that neither another one nor any of others matches at the cost or less."""
+    found, least = [], math.inf
+    others = [(o.cost, o.error, None) for o in than]
+    for _, error, option in sorted(
+        [*others, *((o.cost, o.error, o) for o in options)], key=lambda each: each[:2]
+    ):
+        if error < least:
+            least = error
+            if option is not None:
+                found.append(option)
+    return found
 
 
 def _as_one(choices: Sequence[Choice]) -> list[Option]:
@@ -113,13 +133,13 @@ def _as_one(choices: Sequence[Choice]) -> list[Option]:
     ]
 
 
-def _separately(choices: Sequence[Choice]) -> list[Option]:
+def _separately(offered: Sequence[Sequence[Move]]) -> list[Option]:
     """Moves of several sites that a price can bring about: the lower hull of all combinations.
 
     It is walked from the cheapest combination by the step, of any of the sites, that gains most
     for what it costs.
     """
-    hulls = [_hull(c.moves) for c in choices]
+    hulls = [_hull(moves) for moves in offered]
     steps = sorted(
         (
             ((a.error - b.error) / (b.cost - a.cost), site, k + 1)

@@ -6,6 +6,7 @@ from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import find_move
+from onnx_utilrank.moves.shrink import can_be_both
 from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.method import Move
 from onnx_utilrank.ranking.methods import find_method
@@ -53,7 +54,9 @@ def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None
             )
 
 
-def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) -> tuple[Hidden, ...]:
+def check_hidden(
+    plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden], sites: Sequence[Site]
+) -> tuple[Hidden, ...]:
     """Check that the features which a plan shrinks are those of this model, and give them.
 
     Raises:
@@ -63,15 +66,9 @@ def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) ->
         raise ModelError(
             f"{index.store.label}: the plan shrinks features, which method {plan.method} cannot"
         )
-    known = {each.key: each for each in hidden}
-    changed = {e.site for e in plan.factored}
+    known, by_key = {each.key: each for each in hidden}, {site.key: site for site in sites}
+    factored, shrunk = {e.site: e for e in plan.factored}, set[str]()
     for entry in plan.shrunk:
-        twice = next((key for key in entry.sites if key in changed), None)
-        if twice is not None:
-            raise ModelError(
-                f"{index.store.label}: the plan shrinks {twice!r} and changes it otherwise too"
-            )
-        changed.update(entry.sites)
         found = known.get(entry.hidden)
         stated = (entry.sites, entry.size, entry.groups)
         if found is None or (found.sites, found.size, len(found.made)) != stated:
@@ -79,6 +76,14 @@ def check_hidden(plan: RankPlan, index: GraphIndex, hidden: Sequence[Hidden]) ->
                 f"{index.store.label}: the plan shrinks the features of {entry.hidden!r}, which "
                 "the model does not have that way"
             )
+        for key in entry.sites:
+            move = factored[key].move if key in factored else None
+            both = move is None or (move == LOW_RANK.key and can_be_both(found, by_key[key]))
+            if key in shrunk or not both:
+                raise ModelError(
+                    f"{index.store.label}: the plan shrinks {key!r} and changes it otherwise too"
+                )
+        shrunk.update(entry.sites)
     return tuple(known[entry.hidden] for entry in plan.shrunk)
 
 

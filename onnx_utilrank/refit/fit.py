@@ -49,12 +49,11 @@ def fit_layer(layer: Layer, halves: tuple[CrossMoment, CrossMoment], shift: np.n
             turn=fit,
             factors=layer.inner_features.factors(fit @ weight, layer.rank),
         )
-    fitted = fit @ weight if wide else weight @ fit
+    fitted, heads = fit @ weight if wide else weight @ fit, None
+    if layer.kept is not None:
+        means = (mean, covariance) if wide else (weight @ mean, weight @ covariance @ weight.T)
+        heads = _heads(layer, *means)
     if layer.rank is None:
-        heads = None
-        if layer.kept is not None:
-            means = (mean, covariance) if wide else (weight @ mean, weight @ covariance @ weight.T)
-            heads = _heads(layer, *means)
         lost = mean - now
         return Refitted(
             weight=fitted,
@@ -70,9 +69,9 @@ def fit_layer(layer: Layer, halves: tuple[CrossMoment, CrossMoment], shift: np.n
     lost = mean - kept @ now
     if wide:
         factors = best.factors(fitted, layer.rank)
-        return Refitted(weight=None, lost_mean=lost, turn=kept @ fit, factors=factors)
+        return Refitted(weight=None, lost_mean=lost, turn=kept @ fit, factors=factors, heads=heads)
     factors = factored(weight @ best.expand[:, : layer.rank], reduce @ fit)
-    return Refitted(weight=None, lost_mean=weight @ lost, factors=factors)
+    return Refitted(weight=None, lost_mean=weight @ lost, factors=factors, heads=heads)
 
 
 def _heads(layer: Layer, mean: np.ndarray, covariance: np.ndarray) -> Decomposition:

@@ -16,12 +16,12 @@ __all__ = ["Layer", "Refitted", "as_measured"]
 
 @dataclass(frozen=True, kw_only=True)  # slots would leave no place for what is computed once
 class Layer:
-    """One site that is to be factored, or that shrinks with hidden features.
+    """One site that is to be factored, or that shrinks with hidden features, or both.
 
     Attributes:
         measured: Its decomposition.
         weight: W [m, d], as the model has it.
-        rank: The rank of its factors; None where it shrinks.
+        rank: The rank of its factors; None where it only shrinks.
         biases: What the node of each use adds to W x itself, [m], by node.
         behind: What an Add behind it adds, [m] (of a site that shrinks).
         inner: The move, where the factors are of what the first of two Convs reads; else None.
@@ -91,7 +91,7 @@ class Refitted:
             is the product of its factors.
         lost_mean: What the bias has to take, [m]; None where it can take nothing.
         turn: A [m, m] with Ŵ = A W (of W behind the projection, if there is one), where it was
-            fitted by its outputs.
+            fitted by its outputs, or is cut behind the projection.
         factors: Where it is factored.
         heads: How the hidden features that it makes are to shrink.
     """
@@ -124,31 +124,34 @@ def as_measured(layer: Layer) -> Refitted:
     What heads lose of their mean is not in it: the weight that reads them takes that.
     """
     measured = layer.measured
-    if layer.units is not None:
-        assert measured.units is not None
-        takes = measured.site.bias in ("input", "add")
-        lost = measured.units.lost(layer.weight, layer.units) if takes else None
-        return Refitted(weight=layer.weight, lost_mean=lost)
-    if layer.rank is None:
-        heads = measured.heads if layer.kept is not None else None
-        return Refitted(
-            weight=layer.weight,
-            lost_mean=None,
-            heads=None if heads is None else heads.found,
-        )
+    heads = measured.heads.found if layer.kept is not None and measured.heads else None
+    if layer.rank is None and layer.units is None:
+        return Refitted(weight=layer.weight, lost_mean=None, heads=heads)
     if layer.inner is not None:
+        assert layer.rank is not None
         inner = layer.inner_features
         return Refitted(
             weight=layer.weight,
             lost_mean=inner.lost(layer.weight, layer.rank) if measured.centred else None,
             factors=inner.factors(layer.weight, layer.rank),
         )
-    lost = None
-    if measured.centred:
-        lost = measured.lost_of(layer.weight, layer.rank)
-    factors = measured.factors_of(layer.weight, layer.rank)
+    lost, turn, weight, factors = None, None, layer.weight, None
+    if layer.rank is not None:
+        if measured.centred:
+            lost = measured.lost_of(layer.weight, layer.rank)
+        factors = measured.factors_of(layer.weight, layer.rank)
+        weight = factors.product
+    if layer.units is not None:
+        assert measured.units is not None
+        if measured.site.bias in ("input", "add"):
+            of_units = measured.units.lost(weight, layer.units)
+            lost = of_units if lost is None else lost + of_units
+        if layer.rank is not None:  # it is wide: no other unit's reader is of low rank too
+            turn = measured.found.kept(layer.rank)
     return Refitted(
-        weight=None,
+        weight=None if factors else weight,
         lost_mean=lost,
+        turn=turn,
         factors=factors,
+        heads=heads,
     )

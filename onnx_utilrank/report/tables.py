@@ -202,7 +202,7 @@ def _plan_table(plan: RankPlan) -> Table:
         error = "?" if e.predicted_error is None else f"{e.predicted_error:.2e}"
         rank = "dense" if e.rank is None else e.rank
         if e.site in plan.shrinking:
-            rank = "shrunk"
+            rank = "shrunk" if e.rank is None else f"shrunk, {e.rank}"
         figures = (e.d, e.m, rank, e.parameters_before, e.parameters_after)
         add_row(table, e.site, e.op_type, *figures, error, e.reason)
     for h in plan.shrunk:

@@ -51,7 +51,9 @@ def parameters(content: Content) -> Section | None:
                 e["parameters_after"],
                 Bar(share=share(e["parameters_after"] / max(e["parameters_before"], 1)), of=1.0),
             ),
-            Cell("–") if e["site"] in shrunk else _number(e["predicted_error"]),
+            Cell("–")
+            if e["site"] in shrunk and e["rank"] is None
+            else _number(e["predicted_error"]),
             Cell(e["reason"]),
         ]
         for k, e in enumerate(entries, 1)
@@ -81,7 +83,8 @@ def _number(value: float | None) -> Cell:
 
 def _rank(entry: Content, shrunk: Mapping[str, Content]) -> Cell:
     if entry["site"] in shrunk:
-        return Cell("shrunk", -1)
+        rank = entry["rank"]
+        return Cell("shrunk", -1) if rank is None else Cell(f"shrunk, {rank:,}", rank)
     if entry["rank"] is None:
         return Cell("dense", 10**9)
     kind = "" if entry["move"] in (None, "low-rank") else f", {entry['move']}"
