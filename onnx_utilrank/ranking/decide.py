@@ -33,8 +33,9 @@ from onnx_utilrank.sites.site import Site, Skip
 
 __all__ = ["Decision", "Offers", "kinds_offered"]
 
-# Of how many sizes of hidden features, evenly spread, the weights are offered at all ranks too.
-SIZES_FACTORED = 32
+# Weights that shrink are offered at ranks too: at so many sizes of hidden features, evenly spread,
+# and at so many ranks from one power of two to the next. All pairs would be too many to look at.
+SIZES_FACTORED, RANKS_AN_OCTAVE = 32, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,6 +356,7 @@ def _shrunk(
             )
             for move in choice.moves
             if move.rank and move.kind == LOW_RANK.key
+            if move.rank % max(2 ** (move.rank.bit_length() - 1) // RANKS_AN_OCTAVE, 1) == 0
             if ledger.shrinks_further(site, rows, columns, move.rank)
         ),
     ]
