@@ -10,7 +10,7 @@ import onnx
 import pytest
 import test_hidden
 from builders import Feed, activations, model, noise, run
-from test_units import EPS, SHRINK, STYLES, WIDE, D, few_directions, whole
+from test_units import EPS, NO_BIAS, SHRINK, STYLES, WIDE, D, few_directions, whole
 
 from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.compression import is_better
@@ -87,6 +87,14 @@ for ratio in (0.4, 0.3):
     TWINS[f"both, heads, {ratio}"] = partial(heads_case, test_hidden.STYLES["gemm"].body), BOTH
 TWINS["both, taps"] = partial(units_case, "conv of nine taps"), replace(BOTH, param_ratio=0.5)
 TWINS["both, units"] = few_directions, replace(BOTH, param_ratio=0.1)
+TWINS["both, units without biases"] = (
+    lambda: few_directions(NO_BIAS),
+    replace(BOTH, param_ratio=0.12),
+)
+TWINS["both, heads without biases"] = (
+    partial(heads_case, test_hidden.STYLES["no bias"].body),
+    replace(BOTH, param_ratio=0.3),
+)
 
 ONE_OF_TWO = CompressConfig(param_ratio=0.95, moves=("low-rank",), include=("h", "y"), force=True)
 TWINS["gemm with a factor"] = scaled, CompressConfig(param_ratio=0.7)

@@ -64,10 +64,9 @@ class Shrinking:
 def can_be_both(hidden: Hidden, site: Site) -> bool:
     """Whether a site of features that shrink can be of low rank too.
 
-    Its bias has to take the mean that factors lose in the place where it is; and a weight that
-    reads units is cut by its outputs, behind the choice of what it reads.
+    A weight that reads units is cut by its outputs, behind the choice of what it reads.
     """
-    return site.bias != "new" and (site.wide or site.key != hidden.reader)
+    return site.wide or site.key != hidden.reader
 
 
 def shrink(surgeon: Surgeon, what: Shrinking) -> None:
@@ -170,7 +169,8 @@ def _rewrite_site(
             ("right", "left"), kind.tensors(use, shrunk, factored(left, right)), strict=True
         )
         first, second = (store(surgeon, site, f"{site.weight}/{at}", v) for at, v in parts)
-        name = None if bias is None else store(surgeon, site, f"{use.bias.name}/shrunk", bias)
+        hint = use.bias.name or f"{site.weight}/bias"
+        name = None if bias is None else store(surgeon, site, f"{hint}/shrunk", bias)
         surgeon.replace(use.node, kind.chain(surgeon, use, first, second, name))
     if lost is not None and use.bias.kind == "add":
         corrected_bias(surgeon, site, use, lost)
@@ -206,11 +206,16 @@ def _fewer_columns(what: Shrinking, site: Site, matrix: np.ndarray) -> np.ndarra
 def _own_bias(
     surgeon: Surgeon, what: Shrinking, site: Site, maps: Mapping[int, np.ndarray] | None
 ) -> np.ndarray | None:
-    """What takes the place of the bias that the node itself reads; None where that stays."""
-    (use,), lost = site.uses, what.lost.get(site.key)
-    if use.bias.kind != "input" or (maps is None and lost is None):
+    """The bias that the node itself is to add; None where it adds what it did, or none.
+
+    Only factors, whose nodes are new, can add one where there was none.
+    """
+    (use,), lost, made = site.uses, what.lost.get(site.key), what.biases.get(site.key)
+    if use.bias.kind not in ("input", "new") or (maps is None and lost is None):
         return None
-    bias = what.biases.get(site.key, use.bias.values(surgeon.index, site.m))
+    if use.bias.kind == "new" and lost is None and made is None:
+        return None
+    bias = use.bias.values(surgeon.index, site.m) if made is None else made
     if maps is not None:
         bias = _fewer_rows(what, bias, maps)
     if lost is not None:  # of a weight that keeps its rows

@@ -345,6 +345,7 @@ def _shrunk(
     # Time is known of either move by itself.
     if ledger.latency is not None or kept % step or not can_be_both(hidden, site):
         return [alone]
+    extra += rows if site.bias == "new" else 0
     return [
         alone,
         *(
