@@ -234,7 +234,7 @@ def _with_means(
             columns = slice(group.met.start, group.met.start + between.size)
             mean = reader.input_mean[columns]
             before = found[group.met.site]
-            lost = before.matrix[:, columns] @ (mean - basis.expand @ (basis.reduce @ mean))
+            lost = before.of_columns(columns, mean - basis.expand @ (basis.reduce @ mean))
             if before.lost_mean is not None:
                 lost = before.lost_mean + lost
             found[group.met.site] = replace(before, lost_mean=lost)
@@ -288,7 +288,8 @@ def _shrinking(
         hidden=hidden,
         sites={key: sites[key].site for key in hidden.sites},
         bases=bases,
-        weights={key: made[key].matrix for key in hidden.sites},
+        # Products would all wait in memory for each other.
+        weights={k: made[k].matrix for k in hidden.sites if made[k].factors is None},
         factors={key: f for key in hidden.sites if (f := made[key].factors) is not None},
         biases=biases,
         lost={key: None if key in biases else lost[key] for key in hidden.sites},

@@ -1015,7 +1015,8 @@ def offers(draw: st.DrawFn) -> list[Choice]:
     return choices
 
 
-def shrunk(each: Hidden, choice: Choice, kept: int) -> list[Move]:
+def shrunk(each: Hidden, choice: Choice, kept: int, *, ranks: bool = False) -> list[Move]:
+    del ranks
     site = choice.measured.site
     cost = each.rows(site.key, site.m, kept) * each.columns(site.key, site.d, kept)
     return [
@@ -1023,11 +1024,12 @@ def shrunk(each: Hidden, choice: Choice, kept: int) -> list[Move]:
     ]
 
 
-def factored_too(each: Hidden, choice: Choice, kept: int) -> list[Move]:
+def factored_too(each: Hidden, choice: Choice, kept: int, *, ranks: bool = True) -> list[Move]:
+    assert ranks  # so few sizes are all looked at
     """What shrinks, or of what is left a rank."""
     (alone,) = shrunk(each, choice, kept)
-    ranks = range(1, 1 + kept % 3)
-    return [alone, *(replace(alone, rank=r, cost=alone.cost * r / 4, error=0.3**r) for r in ranks)]
+    some = range(1, 1 + kept % 3)
+    return [alone, *(replace(alone, rank=r, cost=alone.cost * r / 4, error=0.3**r) for r in some)]
 
 
 def priced(moves: Sequence, price: float) -> float:
@@ -1327,7 +1329,17 @@ def test_plans_that_contradict_themselves_are_refused(made):
         replace(e, rank=2, move="pivot", bias=False) if e.site == first.sites[0] else e
         for e in plan.entries
     )
+    key = first.sites[-1]
+    full = next(min(e.m, e.d) for e in plan.entries if e.site == key)
+    unlike = [
+        tuple(replace(e, **change) if e.site == key else e for e in plan.entries)
+        for change in (
+            {"rank": full, "move": "low-rank", "bias": True},  # more than is left
+            {"rank": 1, "move": "low-rank", "bias": False},  # its mean would be lost
+        )
+    ]
     wrong = [
+        *(replace(plan, entries=entries) for entries in unlike),
         replace(plan, entries=factored),  # what shrinks may be of low rank too, and no more
         replace(plan, hidden=(*plan.hidden, replace(first, kept=1 + first.kept % (N - 1)))),
         replace(plan, method="one-sided", refit=False),  # which knows of no hidden features

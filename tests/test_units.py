@@ -14,7 +14,9 @@ from onnx import numpy_helper
 from test_hidden import cut, hidden_of, shrinking
 
 from onnx_utilrank import CompressConfig, RankPlan, compress
+from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.shrink import Basis, can_be_both
 from onnx_utilrank.ranking.cost import count_parameters, hidden_cost
 from onnx_utilrank.sites.find import site_kind, site_matrix
@@ -729,3 +731,18 @@ def test_weights_lose_less_where_they_may_be_both():
         }
         both, *either = lost.values()
         assert both < 0.5 * min(either)
+
+
+def test_means_are_lost_of_no_part():
+    """Linear units, so that the mean of the outputs follows from those of the parts."""
+    body = "h = MatMul(x, W) s = Add(h, b) r = Identity(s) u = MatMul(r, V) y = Add(u, c)"
+    proto, data = few_directions(body)
+    config = CompressConfig(param_ratio=0.1, moves=("low-rank", "shrink"), augment=False)
+    result = compress(proto, data, replace(config, refit=False))
+    assert {e.site for e in result.plan.factored} == result.plan.shrinking == {"W", "V"}
+    fitted, _ = open_data(data, ModelStore.load(proto).inputs).split(samples=None, seed=config.seed)
+    feed = {"x": data["x"][fitted]}
+    before, after = (run(each, feed)["y"] for each in (proto, result.model))
+    assert np.abs(after - before).max() > 1e-2
+    # Two sums after each other, of values of the order of 1, and another over the samples.
+    assert np.abs(after.mean(0) - before.mean(0)).max() < EPS * 72 * (1 + np.abs(before).max())

@@ -46,7 +46,7 @@ class Shrinking:
         sites: Its weights, by key.
         bases: One for each of its groups.
         weights: W [m, d] of each site, before it loses rows or columns.
-        factors: The factors of those that are of low rank too, W their product.
+        factors: In its place the factors of those that are of low rank too.
         biases: What is added to the features that each maker makes, [m], in the place of what is;
             sites that are not in it keep their bias, in its new basis.
         lost: What the bias of each reader has to take, [m]; None or absent leaves it.
@@ -114,7 +114,7 @@ def _balanced(what: Shrinking) -> list[Basis]:
     bases = []
     for group, basis in pairs:
         rows = slice(group.made.start, group.made.start + what.hidden.size)
-        made = np.square(basis.reduce @ what.weights[group.made.site][rows]).sum(1)
+        made = np.square(_turned(what, group.made.site, rows, basis.reduce)).sum(1)
         sizes = met[group.made]
         ratios = np.divide(sizes, made, out=np.ones(len(made)), where=(made > 0) & (sizes > 0))
         scale = ratios**0.25
@@ -124,11 +124,24 @@ def _balanced(what: Shrinking) -> list[Basis]:
 
 def _squares_met(what: Shrinking, part: Part, expand: np.ndarray) -> np.ndarray:
     """Sum of squares of what reads or meets each kept feature, [k]."""
-    weight, n = what.weights[part.site], what.hidden.size
+    n, pair = what.hidden.size, what.factors.get(part.site)
     if part.side == "rows":
-        return np.asarray(np.square(expand.T @ weight[part.start : part.start + n]).sum(1))
-    read = weight[:, part.start : part.start + n * part.taps].reshape(len(weight), n, part.taps)
+        rows = slice(part.start, part.start + n)
+        return np.asarray(np.square(_turned(what, part.site, rows, expand.T)).sum(1))
+    columns = slice(part.start, part.start + n * part.taps)
+    weight = (
+        what.weights[part.site][:, columns] if pair is None else pair.left @ pair.right[:, columns]
+    )
+    read = weight.reshape(len(weight), n, part.taps)
     return np.asarray(np.square(np.tensordot(read, expand, axes=(1, 0))).sum((0, 1)))
+
+
+def _turned(what: Shrinking, site: str, rows: slice, turn: np.ndarray) -> np.ndarray:
+    """Some rows of a site's weight in another basis, [k, d]."""
+    pair = what.factors.get(site)
+    if pair is None:
+        return np.asarray(turn @ what.weights[site][rows])
+    return np.asarray((turn @ pair.left[rows]) @ pair.right)
 
 
 def _row_maps(what: Shrinking) -> dict[str, dict[int, np.ndarray]]:
@@ -164,7 +177,8 @@ def _rewrite_site(
             surgeon.rewire(use.node, use.bias.name, held)
     else:
         left, right = _fewer_rows(what, pair.left, maps), _fewer_columns(what, site, pair.right)
-        shrunk = kind.stored(use, old, left @ right)
+        shape = np.empty((len(left), right.shape[1]), np.int8)  # of what they stand for
+        shrunk = kind.stored(use, old, shape)
         parts = zip(
             ("right", "left"), kind.tensors(use, shrunk, factored(left, right)), strict=True
         )

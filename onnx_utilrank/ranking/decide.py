@@ -33,9 +33,9 @@ from onnx_utilrank.sites.site import Site, Skip
 
 __all__ = ["Decision", "Offers", "kinds_offered"]
 
-# Weights that shrink are offered at ranks too: at so many sizes of hidden features, evenly spread,
-# and at so many ranks from one power of two to the next. All pairs would be too many to look at.
-SIZES_FACTORED, RANKS_AN_OCTAVE = 32, 32
+# Weights that shrink are offered at so many ranks from one power of two to the next. With all sizes
+# of hidden features there would be too many pairs to look at.
+RANKS_AN_OCTAVE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +114,10 @@ class Offers:
         # Those that are asked for by name may be slower.
         channels = FAST_CHANNELS if config.moves is None else 1
 
-        def shrunk(each: Hidden, choice: Choice, kept: int) -> list[Move]:
-            return _shrunk(index, each, sites, choice, kept, ledger)
+        def shrunk(each: Hidden, choice: Choice, kept: int, *, ranks: bool) -> list[Move]:
+            # Time is known of either move by itself.
+            both = ranks and ledger.latency is None
+            return _shrunk(index, each, sites, choice, kept, ledger, ranks=both)
 
         return cls(
             index=index,
@@ -326,6 +328,8 @@ def _shrunk(
     choice: Choice,
     kept: int,
     ledger: Ledger,
+    *,
+    ranks: bool,
 ) -> list[Move]:
     """A site whose hidden features shrink: fewer rows or columns, and of what is left some rank."""
     site = choice.measured.site
@@ -341,9 +345,7 @@ def _shrunk(
         kind=SHRINK,
         cost=ledger.shrunk(site, rows, columns, extra),
     )
-    step = max(hidden.size // SIZES_FACTORED, 1)
-    # Time is known of either move by itself.
-    if ledger.latency is not None or kept % step or not can_be_both(hidden, site):
+    if not ranks or not can_be_both(hidden, site):
         return [alone]
     extra += rows if site.bias == "new" else 0
     return [

@@ -2,14 +2,29 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.ranking.two_sided import TwoSidedSite
 from onnx_utilrank.sites.hidden import Hidden
 
 __all__ = ["Bundle", "Option", "bundled"]
+
+
+# Of how many sizes of hidden features, evenly spread, ranks of what is left are looked at too.
+SIZES_FACTORED = 32
+
+
+class Shrunk(Protocol):
+    """What a site can do where hidden features shrink; see `bundled`."""
+
+    def __call__(
+        self, hidden: Hidden, choice: Choice, kept: int, /, *, ranks: bool
+    ) -> Sequence[Move]:
+        """The moves of a site of a hidden of which so many features a group are kept."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +64,7 @@ class Bundle:
 def bundled(
     choices: Sequence[Choice],
     hidden: Sequence[Hidden],
-    shrunk: Callable[[Hidden, Choice, int], Sequence[Move]],
+    shrunk: Shrunk,
     multiple: int,
     channels: int = 1,
 ) -> list[Bundle]:
@@ -63,7 +78,7 @@ def bundled(
         choices: One a site.
         hidden: Features between sites; those of which a weight was not measured are left out.
         shrunk: What a site of a hidden can do where so many features a group are kept: the first
-            is to shrink and no more.
+            is to shrink and no more. Told whether ranks are to be offered too.
         multiple: Features are kept in multiples of this.
         channels: And units that are channels of Convs in multiples of this too.
     """
@@ -80,8 +95,10 @@ def bundled(
         step = multiple
         if each.units and any(c.measured.site.op_type == "Conv" for c in own):
             step = math.lcm(multiple, channels)
+        every = max(each.size // step // SIZES_FACTORED, 1)
         for kept in range(step, each.size, step):
-            offered = [shrunk(each, c, kept) for c in own]
+            ranks = (kept // step) % every == 0
+            offered = [shrunk(each, c, kept, ranks=ranks) for c in own]
             lost = 0.0
             for measured in own:
                 site = measured.measured

@@ -10,7 +10,7 @@ from onnx_utilrank.moves.shrink import can_be_both
 from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.method import Move
 from onnx_utilrank.ranking.methods import find_method
-from onnx_utilrank.ranking.plan import RankPlan
+from onnx_utilrank.ranking.plan import PlanEntry, RankPlan
 from onnx_utilrank.ranking.two_sided import TWO_SIDED
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
@@ -77,14 +77,26 @@ def check_hidden(
                 "the model does not have that way"
             )
         for key in entry.sites:
-            move = factored[key].move if key in factored else None
-            both = move is None or (move == LOW_RANK.key and can_be_both(found, by_key[key]))
-            if key in shrunk or not both:
+            if key in shrunk or not (
+                key not in factored or _fit(found, entry.kept or 0, by_key[key], factored[key])
+            ):
                 raise ModelError(
-                    f"{index.store.label}: the plan shrinks {key!r} and changes it otherwise too"
+                    f"{index.store.label}: the plan shrinks {key!r} and changes it otherwise too, "
+                    "in a way that cannot be"
                 )
         shrunk.update(entry.sites)
     return tuple(known[entry.hidden] for entry in plan.shrunk)
+
+
+def _fit(hidden: Hidden, kept: int, site: Site, entry: PlanEntry) -> bool:
+    """Whether what is left of a weight that shrinks can be factored as a plan says."""
+    left = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
+    return (
+        entry.move == LOW_RANK.key
+        and can_be_both(hidden, site)
+        and (entry.rank or 0) <= min(left)
+        and entry.bias == (site.bias != "none")
+    )
 
 
 def planned_moves(plan: RankPlan) -> Mapping[str, Move]:

@@ -110,6 +110,13 @@ class Refitted:
         assert self.factors is not None
         return self.factors.product
 
+    def of_columns(self, columns: slice, values: np.ndarray) -> np.ndarray:
+        """What it makes of values of some of its columns alone, [m]."""
+        if self.weight is not None:
+            return np.asarray(self.weight[:, columns] @ values)
+        assert self.factors is not None
+        return np.asarray(self.factors.left @ (self.factors.right[:, columns] @ values))
+
     def whole(self, layer: Layer) -> np.ndarray:
         """The weight [m, d] that the node comes to as a whole, hidden features as they were."""
         if not layer.projected:

@@ -77,7 +77,9 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
         yield _plan_table(plan)
     else:
         yield from comparison(result.validation)
-    shrunk = f", {len(plan.shrinking)} shrunk with their heads," if plan.shrunk else ""
+    both = sum(e.site in plan.shrinking for e in plan.factored)
+    of_both = f" ({both} of them both)" if both else ""
+    shrunk = f", {len(plan.shrinking)} shrunk with their heads{of_both}," if plan.shrunk else ""
     yield Text(
         f"{len(plan.factored)} of {len(plan.entries)} weights factored{shrunk} by {plan.method}; "
         f"parameters kept: {100 * plan.param_ratio:.2f} %"
