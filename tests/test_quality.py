@@ -251,7 +251,7 @@ def test_labels_do_not_have_to_be_searched_by(small):
     path, data = small
     (scores,) = run(ModelStore.load(path), data).values()
     labels = {LABEL: scores.argmax(1)}
-    result = compress(path, data | labels, CompressConfig(param_ratio=0.5, labels=LABEL))
+    result = compress(path, data | labels, CompressConfig(param_ratio=0.2, labels=LABEL))
     assert result.searched is None
     agreed = 100 * result.quality.divergence.agreement
     assert result.quality.metric == pytest.approx(agreed)
