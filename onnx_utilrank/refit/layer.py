@@ -142,21 +142,21 @@ def as_measured(layer: Layer) -> Refitted:
             lost_mean=inner.lost(layer.weight, layer.rank) if measured.centred else None,
             factors=inner.factors(layer.weight, layer.rank),
         )
-    lost, turn, weight, factors = None, None, layer.weight, None
+    lost, turn, factors = None, None, None
     if layer.rank is not None:
         if measured.centred:
             lost = measured.lost_of(layer.weight, layer.rank)
         factors = measured.factors_of(layer.weight, layer.rank)
-        weight = factors.product
     if layer.units is not None:
         assert measured.units is not None
         if measured.site.bias in ("input", "add"):
+            weight = layer.weight if factors is None else factors.product
             of_units = measured.units.lost(weight, layer.units)
             lost = of_units if lost is None else lost + of_units
         if layer.rank is not None:  # it is wide: no other unit's reader is of low rank too
             turn = measured.found.kept(layer.rank)
     return Refitted(
-        weight=None if factors else weight,
+        weight=layer.weight if factors is None else None,
         lost_mean=lost,
         turn=turn,
         factors=factors,
