@@ -709,8 +709,9 @@ def test_weights_shrink_and_are_of_low_rank_too(
     made, before = getattr(report.candidate, figure), getattr(report.reference, figure)
     assert made <= ratio * before
     assert plan.parameters_after == sum(v.size for v in constants(result.model).values())
-    ranks = {rank for e in both for rank in [e.rank]}
-    assert ranks <= {n for v in constants(result.model).values() for n in v.shape}
+    saved = sum(e.parameters_before - e.parameters_after for e in plan.entries)
+    assert plan.parameters_after == plan.parameters_before - saved
+    assert {e.rank for e in both} <= {n for v in constants(result.model).values() for n in v.shape}
     assert all("see hidden" in e.reason and f"rank {e.rank} " in e.reason for e in both)
     # What each loses by itself adds up to what is foretold.
     lost = sum(e.predicted_error for e in (*plan.entries, *plan.hidden))
