@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from onnx_utilrank.calibration.labels import Labels
+from onnx_utilrank.calibration.labels import Answers, Labels
 from onnx_utilrank.calibration.own_code import import_function, importable
 from onnx_utilrank.config import CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError, DataError
@@ -124,9 +122,7 @@ class Judge:
         self._recorder = OutputRecorder(session, self.losses, self._feeds)
         self._right = self._correct(session)
         self._baseline = (
-            100 * float(self._right.mean())
-            if self._right is not None
-            else self._evaluate(job.source)
+            self._right.accuracy if self._right is not None else self._evaluate(job.source)
         )
 
     @property
@@ -149,7 +145,7 @@ class Judge:
         right = self._correct(session)
         if right is not None and self._right is not None:
             drop, error = accuracy_drop(self._right, right)
-            return self._quality(found, 100 * float(right.mean()), drop, error)
+            return self._quality(found, right.accuracy, drop, error)
         metric = self._evaluate(candidate)
         if metric is None or self._baseline is None:
             return Quality(divergence=found)
@@ -183,8 +179,8 @@ class Judge:
             raise DataError(f"evaluate: gave {value!r} for {store.label}, which is not finite")
         return number
 
-    def _correct(self, session: Session) -> np.ndarray | None:
-        """For each label that counts whether the largest score is that of its class."""
+    def _correct(self, session: Session) -> Answers | None:
+        """What labels say of a model, where there are any."""
         if self._labels is None:
             return None
         return self._labels.answers(session, self._classes, self._feeds)

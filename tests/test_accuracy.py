@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from onnx_utilrank import ConfigError, DataError, ValidateConfig, validate
-from onnx_utilrank.calibration.labels import IGNORED
+from onnx_utilrank.calibration.labels import IGNORED, Answers
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.validation.accuracy import Accuracy, accuracy_drop
 from onnx_utilrank.validation.validate import tolerance_failures
@@ -39,6 +39,11 @@ def data(**labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"x": x, **(labels or {"label": (x @ noise(4, D, C)).argmax(-1)})}
 
 
+def of_samples(right: np.ndarray) -> Answers:
+    """One label for each sample."""
+    return Answers(right, np.arange(len(right)))
+
+
 def measured(
     reference: onnx.ModelProto,
     candidate: onnx.ModelProto,
@@ -58,7 +63,7 @@ def measured(
 )
 def test_the_drop_is_that_of_the_accuracies_and_its_error_that_of_paired_differences(answers):
     before, after = answers
-    drop, error = accuracy_drop(before, after)
+    drop, error = accuracy_drop(of_samples(before), of_samples(after))
     assert error is not None
     n = len(before)
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
@@ -67,12 +72,39 @@ def test_the_drop_is_that_of_the_accuracies_and_its_error_that_of_paired_differe
     assert drop == pytest.approx(100 * (before.mean() - after.mean()), abs=tolerance)
     spread = (lost + won) / n - ((lost - won) / n) ** 2
     assert error == pytest.approx(100 * math.sqrt(max(spread, 0) / (n - 1)), abs=1e-6)
-    assert accuracy_drop(after, before)[0] == pytest.approx(-drop, abs=tolerance)
-    assert accuracy_drop(before, before) == (0.0, 0.0)
+    turned, _ = accuracy_drop(of_samples(after), of_samples(before))
+    assert turned == pytest.approx(-drop, abs=tolerance)
+    assert accuracy_drop(of_samples(before), of_samples(before)) == (0.0, 0.0)
 
 
-def test_one_label_has_no_spread():
-    assert accuracy_drop(np.array([True]), np.array([False])) == (100.0, None)
+@given(
+    arrays(bool, st.integers(2, 20)).flatmap(
+        lambda a: st.tuples(st.just(a), arrays(bool, a.shape[0]), st.integers(1, 5))
+    )
+)
+def test_labels_that_go_wrong_together_say_no_more_than_one(case):
+    """Each answer given several times by its sample: the same drop, the same error."""
+    before, after, times = case
+    samples = np.arange(len(before)).repeat(times)
+    many = [Answers(right.repeat(times), samples) for right in (before, after)]
+    once = accuracy_drop(of_samples(before), of_samples(after))
+    assert accuracy_drop(*many) == pytest.approx(once, abs=1e-9)
+
+
+def test_samples_weigh_as_many_labels_as_they_have():
+    """Two samples, of 3 labels and of 1, counted by hand."""
+    lost = np.array([True, True, False, True]), np.array([False, True, False, True])
+    drop, error = accuracy_drop(*(Answers(right, np.array([0, 0, 0, 4])) for right in lost))
+    # Residuals are 100 - 3·25 and 0 - 25; their squares sum to 1250, times 2, over 4 labels.
+    assert (drop, error) == (25.0, pytest.approx(math.sqrt(2 * 1250) / 4))
+
+
+def test_one_sample_has_no_spread():
+    one = np.array([0])
+    before, after = (Answers(np.array([right]), one) for right in (True, False))
+    assert accuracy_drop(before, after) == (100.0, None)
+    several = Answers(np.array([True, False]), np.array([0, 0]))
+    assert accuracy_drop(several, several) == (0.0, None)
     x = noise(3, N, D).astype(np.float32)[:1]
     found = measured(classifier(), classifier(), {"x": x, "label": np.array([0])})
     assert (found.count, found.drop, found.drop_error) == (1, 0.0, None)

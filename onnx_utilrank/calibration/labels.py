@@ -1,7 +1,7 @@
 """The right classes of samples, and the output that they are classes of."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from onnx_utilrank.model.store import TensorSpec
 from onnx_utilrank.runtime.sessions import Feed, Session
 from onnx_utilrank.statistics.divergence import OutputLoss, rows_of, samples_in
 
-__all__ = ["IGNORED", "Labels"]
+__all__ = ["IGNORED", "Answers", "Labels"]
 
 # Positions with this label have no class: the convention of torch's cross entropy, which data of
 # tokens follow.
@@ -18,8 +18,26 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """Which labels a model is right on.
+
+    Attributes:
+        right: Whether it is, bool [labels that count].
+        samples: The sample that each of them is of, int64 [labels that count], rising.
+    """
+
+    right: np.ndarray
+    samples: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labels that it is right on, in per cent."""
+        return 100 * float(self.right.mean())
+
+
+@dataclass(frozen=True, slots=True)
 class Labels:
-    """An array of the data, int64 [samples] or [samples, positions], with right classes.
+    """An array of the data, int64 [samples] or [samples, positions, …], with right classes.
 
     Attributes:
         key: Its name.
@@ -81,7 +99,8 @@ class Labels:
         needed = int(counted.max()) + 1
         made = session.run(feeds[0], [loss.output for loss in meant])
         extents, fitting = {}, []
-        for place, loss in enumerate(meant):
+        for place, given in enumerate(meant):
+            loss = self._along_channels(feeds[0], np.shape(made[given.output]), given)
             scores = rows_of(made[loss.output], samples_in(feeds[0]), loss.axis)
             extents[loss.output] = scores.shape
             fits = self._fit(feeds[0], np.shape(made[loss.output]), loss, scores.shape)
@@ -104,6 +123,20 @@ class Labels:
             )
         return chosen
 
+    def _along_channels(self, feed: Feed, shape: tuple[int, ...], loss: OutputLoss) -> OutputLoss:
+        """The loss with its classes on axis 1, where labels of all positions say so.
+
+        Maps of scores, as of a segmentation, are [samples, classes, height, width] where no softmax
+        ends the model; nothing but labels [samples, height, width] tells them from images.
+        """
+        labels = np.shape(feed[self.key])
+        taken = loss.axis % max(len(shape), 1)
+        if len(labels) < 2 or labels == (*shape[:taken], *shape[taken + 1 :]):
+            return loss
+        if labels != (*shape[:1], *shape[2:]):
+            return loss
+        return replace(loss, axis=1 - len(shape), padding=None)
+
     def _fit(
         self, feed: Feed, shape: tuple[int, ...], loss: OutputLoss, rows: tuple[int, ...]
     ) -> bool:
@@ -116,8 +149,8 @@ class Labels:
         # As many of them in another order of axes are labels of other positions.
         return len(labels) != len(places) or len(labels) < 2 or labels == tuple(places)
 
-    def answers(self, session: Session, classes: OutputLoss, feeds: Iterable[Feed]) -> np.ndarray:
-        """Whether a model decides for the right class, bool [labels that count].
+    def answers(self, session: Session, classes: OutputLoss, feeds: Iterable[Feed]) -> Answers:
+        """Whether a model decides for the right classes.
 
         By the largest score, or by the decision where the model gives that: what lies between the
         two, such as a quantization, counts.
@@ -133,8 +166,14 @@ class Labels:
         """
         output = classes.decides or classes.output
         judged = self.decided if classes.decides else self.right
-        right = [judged(feed, session.run(feed, [output])[output], classes) for feed in feeds]
-        return np.concatenate(right)
+        right, samples, before = [], [], 0
+        for feed in feeds:
+            right.append(judged(feed, session.run(feed, [output])[output], classes))
+            labels, n = self.of(feed, classes), samples_in(feed)
+            own = np.arange(labels.size) * n // labels.size
+            samples.append(before + own[labels != IGNORED])
+            before += n
+        return Answers(np.concatenate(right), np.concatenate(samples))
 
     def right(self, feed: Feed, output: np.ndarray, loss: OutputLoss) -> np.ndarray:
         """Whether the right class scores highest, bool [labels that count].

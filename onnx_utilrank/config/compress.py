@@ -74,7 +74,7 @@ class CompressConfig(CalibrationConfig):
         quality: Smallest model that is still this good.
         evaluate: The user's metric, of which a higher value is better: a function, or
             'package.module:function', that takes the path of an ONNX file and gives a number.
-        labels: Or the array of the data, int64 [samples] or [samples, positions], with the right
+        labels: Or the array of the data, int64 [samples] or [samples, positions, …], with the right
             classes: KEY, or KEY=OUTPUT where it is not plain which output they are classes of. The
             metric is then the accuracy in per cent.
         method: Key of the method; None for two-sided factors, or one-sided ones where gradients

@@ -115,7 +115,7 @@ class ValidateConfig:
         custom_op_libraries: Files of operators that ONNX Runtime does not have itself.
         max_error: Largest relative output error that passes; None for any.
         min_agreement: Least share of equal decisions that passes, in [0, 1]; None for any.
-        labels: The array of the data, int64 [samples] or [samples, positions], with the right
+        labels: The array of the data, int64 [samples] or [samples, positions, …], with the right
             classes: both models are held to them. `KEY=OUTPUT` says which output they are classes
             of, where several could be meant.
         max_drop: Most points of accuracy that may be lost; None for any. It needs labels.

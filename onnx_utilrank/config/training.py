@@ -36,8 +36,8 @@ class TrainingConfig(RunConfig):
             Looks at how good the student is come on top.
         batch: Samples of a step; None for as many as are cheap to run, 32 at most.
         learning_rate: The highest; None for the method's own.
-        labels: Array of the data, int64 [samples] or [samples, positions], with the right classes:
-            KEY, or KEY=OUTPUT where it is not plain which output they are classes of.
+        labels: Array of the data, int64 [samples] or [samples, positions, …], with the right
+            classes: KEY, or KEY=OUTPUT where it is not plain which output they are classes of.
         augment: Whether samples are varied: moved, with noise, with tokens exchanged.
         share: β of OIALR: directions whose singular value is below this share of the largest go.
         interval: ν of OIALR: steps between two looks at them; None for a share of all steps.

@@ -9,6 +9,7 @@ from onnx_utilrank.model.store import ModelStore
 
 __all__ = [
     "SoftmaxHead",
+    "channel_axis",
     "decided_outputs",
     "hidden_scores",
     "is_classification",
@@ -19,6 +20,9 @@ _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
 _LINEAR = frozenset({"Gemm", "MatMul", "Add", "Conv", "com.microsoft.FusedGemm"})
 _SAME_SHAPE = frozenset({"Identity", "Cast"})
 _LAYOUT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+# What makes channels, on axis 1 by its specification, and what keeps axes where they are.
+_CHANNELS = frozenset({"Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization"})
+_SAME_AXES = _SAME_SHAPE | {"Add", "Mul", "Resize", "Upsample", "Slice", "Pad"}
 
 
 def is_classification(
@@ -106,6 +110,35 @@ def softmax_head(model: ModelStore, output: str) -> SoftmaxHead | None:
     if head is None or _operator(head) != "Softmax":
         return None
     return SoftmaxHead(logits=str(head.input[0]), axis=_axis(model, head), reshaped=reshaped)
+
+
+def channel_axis(model: ModelStore, output: str) -> int | None:
+    """The axis of an output that holds the channels of a convolution, None where none tells.
+
+    Found by going back over what keeps axes where they are (the first operand of a sum counts) and
+    over Transposes.
+    """
+    made = [node for node in model.proto.graph.node if node.op_type != "Constant"]
+    producers = {name: node for node in made for name in node.output}
+    name = output
+    turned: list[list[int]] = []
+    for _ in made:
+        node = producers.get(name)
+        if node is None:
+            return None
+        if _operator(node) in _CHANNELS:
+            axis = 1
+            for perm in reversed(turned):
+                if axis not in perm:
+                    return None
+                axis = perm.index(axis)
+            return axis
+        if _operator(node) == "Transpose":
+            turned.append(next((list(a.ints) for a in node.attribute if a.name == "perm"), []))
+        elif _operator(node) not in _SAME_AXES:
+            return None
+        name = next((i for i in node.input if i in producers), "")
+    return None
 
 
 def decided_outputs(model: ModelStore) -> dict[str, tuple[str, int]]:

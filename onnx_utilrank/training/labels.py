@@ -54,4 +54,4 @@ class LabelledSamples:
         labels, classes = self._objective.labels, self._objective.classes
         assert labels is not None
         assert classes is not None
-        return 100 * float(labels.answers(session, classes, self._feeds).mean())
+        return labels.answers(session, classes, self._feeds).accuracy

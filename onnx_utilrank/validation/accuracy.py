@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_utilrank.calibration.labels import Labels
+from onnx_utilrank.calibration.labels import Answers, Labels
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session
@@ -30,7 +30,7 @@ class Accuracy:
         reference: Share of them that the reference gets right, in per cent.
         candidate: Share that the candidate gets right.
         drop: What is lost, in points of per cent; below 0 where the candidate is right more often.
-        drop_error: Standard error of that, of the paired differences; None for a single label.
+        drop_error: Standard error of that, over samples; None for a single one.
     """
 
     labels: str
@@ -42,20 +42,28 @@ class Accuracy:
     drop_error: float | None
 
 
-def accuracy_drop(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None]:
+def accuracy_drop(before: Answers, after: Answers) -> tuple[float, float | None]:
     """Points of accuracy that are lost, with their standard error.
 
+    Positions of one sample, such as the pixels of an image, go wrong together: the error is the
+    linearised one of a ratio of sums over samples (Cochran, Sampling Techniques, chapter 6), which
+    is that of a mean where each has one label.
+
     Args:
-        before: Whether the reference is right, bool [labels].
-        after: Whether the candidate is.
+        before: What the reference is right on.
+        after: What the candidate is right on, of the same labels.
 
     Returns:
-        The drop, above 0 for worse, and its standard error: that of a mean of paired differences,
-        None for one label.
+        The drop, above 0 for worse, and its standard error: of paired differences, over samples
+        with labels that count; None for one of them.
     """
-    lost = 100 * (before.astype(np.float64) - after)
-    error = float(lost.std(ddof=1) / math.sqrt(len(lost))) if len(lost) > 1 else None
-    return float(lost.mean()), error
+    lost = 100 * (before.right.astype(np.float64) - after.right)
+    drop = float(lost.mean())
+    _, sample = np.unique(before.samples, return_inverse=True)
+    off = np.bincount(sample, lost - drop)
+    if len(off) < 2:
+        return drop, None
+    return drop, math.sqrt(len(off) / (len(off) - 1) * float(np.square(off).sum())) / len(lost)
 
 
 def find_classes(
@@ -104,9 +112,9 @@ def compare_accuracy(
     return Accuracy(
         labels=labels.key,
         output=classes.decides or classes.output,
-        count=len(before),
-        reference=100 * float(before.mean()),
-        candidate=100 * float(after.mean()),
+        count=len(before.right),
+        reference=before.accuracy,
+        candidate=after.accuracy,
         drop=drop,
         drop_error=error,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from onnx_utilrank.calibration.survey import expose, inputs_of
 from onnx_utilrank.errors import ConfigError, ModelError
 from onnx_utilrank.model.heads import (
+    channel_axis,
     decided_outputs,
     hidden_scores,
     is_classification,
@@ -138,6 +139,10 @@ def find_losses(
             if place == 0:
                 continue  # over the first axis it compares samples, not classes
             classes, axis = True, place - len(shape)
+        elif weighting in ("softmax", "logits") and not (classes or probabilities):
+            # Maps of scores look like images; who says that they are none means their channels.
+            place = channel_axis(store, name) or -1
+            axis = place - len(shape) if 0 < place < len(shape) else -1
         loss = OutputLoss(
             output=name,
             weighting="values",

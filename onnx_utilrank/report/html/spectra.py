@@ -125,6 +125,8 @@ def spectra(content: Content) -> Section | None:
             said = f"rank {marks[0][1]} of {full}"
         elif marks:
             said = f"ranks {', '.join(f'{r} at {name}' for name, r in marks)} of {full}"
+        if marks and layer["site"] in shrunk:
+            said += ", and shrunk"
         if layer["site"] in numbers:
             said = f"layer {numbers[layer['site']]}: {said}"
         title = _title(entries.get(layer["site"], layer))
