@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
+from torch.nn import functional, grad
 
 from onnx_utilrank.moves.two_convs import Split
 from onnx_utilrank.sites.site import Patches, RowView
@@ -14,6 +14,7 @@ from onnx_utilrank.torch_graph.operator import Context
 __all__ = ["as_rows", "convolved", "input_gradient", "input_rows", "split_rows"]
 
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+INPUT_GRADIENTS = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
 
 
 def as_rows(value: torch.Tensor, view: RowView, samples: int) -> torch.Tensor:
@@ -81,9 +82,15 @@ def input_gradient(
     x: torch.Tensor, gradient: torch.Tensor, kernel: torch.Tensor, patches: Patches
 ) -> torch.Tensor:
     """The gradient with respect to a Conv's input that its output's gradient stands for."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (found,) = torch.autograd.grad(convolved(x, kernel, patches), x, gradient)
+    extent = x.shape[2:]
+    before, after = _pads(patches, extent)
+    padded = [n + a + b for n, a, b in zip(extent, before, after, strict=True)]
+    gradient_of = INPUT_GRADIENTS[len(extent) - 1]
+    size = (*x.shape[:2], *padded)
+    steps = {"stride": patches.strides, "dilation": patches.dilations}
+    found: torch.Tensor = gradient_of(size, kernel, gradient, **steps)  # type: ignore[no-untyped-call]
+    for axis, (n, skipped) in enumerate(zip(extent, before, strict=True), start=2):
+        found = found.narrow(axis, skipped, n)
     return found
 
 
