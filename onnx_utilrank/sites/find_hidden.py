@@ -20,6 +20,9 @@ __all__ = ["find_hidden"]
 def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tuple[Hidden, ...]:
     """Features between weights that can shrink, each weight in one set of them at most.
 
+    Of sets that share a weight, as those before and behind a hidden layer do, the one whose weights
+    are larger goes first: a share of the features is that share of all of them.
+
     Args:
         index: The model.
         sites: Its sites.
@@ -31,13 +34,16 @@ def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tup
     trace.run()
     units = UnitTrace(index, sites, values)
     units.run()
+    found = (*_Assembly(trace).hidden(), *_Assembly(units).units(units.pairs))
+    parameters = {site.key: site.parameters for site in sites}
+    worth = [sum(parameters[key] for key in hidden.sites) for hidden in found]
     taken: set[str] = set()
-    found = []
-    for hidden in (*_Assembly(trace).hidden(), *_Assembly(units).units(units.pairs)):
-        if taken.isdisjoint(hidden.sites):
-            taken.update(hidden.sites)
-            found.append(hidden)
-    return tuple(found)
+    chosen = []
+    for k in sorted(range(len(found)), key=lambda k: -worth[k]):
+        if taken.isdisjoint(found[k].sites):
+            taken.update(found[k].sites)
+            chosen.append(k)
+    return tuple(found[k] for k in sorted(chosen))
 
 
 @dataclass(frozen=True, slots=True)
