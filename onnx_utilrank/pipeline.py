@@ -171,8 +171,8 @@ def compress(
     check_latency(job, config, report)
     _check_compared(job, report)
     if config.quality is not None and best is not None:
-        _check_held(job, config.quality, best, quality)
-        notes = (*notes, *_saturation(config.quality, best, quality))
+        missed = _held_against(job, config.quality, best, quality)
+        notes = (*notes, *missed, *_saturation(config.quality, best, quality))
         result = replace(result, searched=best.quality)
     return replace(result, plan=plan, store=store, validation=report, quality=quality, notes=notes)
 
@@ -304,16 +304,23 @@ def _recovered(
     return finetuned(job.source, store, setting, options, job.progress, known)
 
 
-def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quality) -> None:
-    """The samples that were held back from the search have to agree with it.
+def _held_against(
+    job: Job, target: QualityTarget, best: Candidate, quality: Quality
+) -> tuple[str, ...]:
+    """What a report says where the samples that were held back from the search do not confirm it.
 
     Raises:
         TargetMissedError: They are worse than the target by more than two standard errors.
     """
-    if quality.meets(target, errors=2.0):
-        return
     value, error = quality.figure(target)
     spread = "" if error is None or not math.isfinite(error) else f" ± {error:.2g}"
+    if quality.meets(target, errors=2.0):
+        if quality.confirms(target):
+            return ()
+        return (
+            f"On samples held back, {target.key.replace('_', ' ')} is {value:.4g}{spread}, where "
+            f"{target.limit:g} was asked: within two standard errors; more samples would tell.",
+        )
     searched, _ = best.quality.figure(target)
     raise TargetMissedError(
         f"{job.store.label}: {target.key.replace('_', ' ')} {target.limit:g} is met where it was "
@@ -326,9 +333,10 @@ def _check_held(job: Job, target: QualityTarget, best: Candidate, quality: Quali
 def _saturation(target: QualityTarget, best: Candidate, quality: Quality) -> tuple[str, ...]:
     if target.key != "max_drop" or not (best.saturated or quality.saturated):
         return ()
+    where = "that were searched on" if best.saturated else "held back"
     return (
-        "The metric shows no loss where the outputs clearly differ: it is saturated, and the size "
-        "was limited by the divergence of the outputs instead.",
+        f"On samples {where} the metric shows no loss where the outputs clearly differ: it is "
+        "saturated, and the size was limited by the divergence of the outputs instead.",
     )
 
 

@@ -76,12 +76,16 @@ class Quality:
 
         Without tolerance, as a search asks, a saturated metric does not count as met.
         """
+        blind = target.key == "max_drop" and self.saturated and not errors
+        return self.confirms(target, errors) and not blind
+
+    def confirms(self, target: QualityTarget, errors: float = 0.0) -> bool:
+        """Whether the figure is within the limit, with so many standard errors of tolerance."""
         value, error = self.figure(target)
         room = errors * (error if error is not None and math.isfinite(error) else 0.0)
         if target.key in ("min_agreement", "min_snr"):
             return value >= target.limit - room
-        blind = target.key == "max_drop" and self.saturated and not errors
-        return value <= target.limit + room and not blind
+        return value <= target.limit + room
 
 
 class Judge:

@@ -157,6 +157,7 @@ def test_standard_errors_are_room(key: str, met: float, near: float, missed: flo
     goals = [QualityTarget(key=key, limit=v) for v in (met, near, missed)]  # type: ignore[arg-type]
     assert [found.meets(goal) for goal in goals] == [True, False, False]
     assert [found.meets(goal, errors=2.0) for goal in goals] == [True, True, False]
+    assert [found.confirms(goal) for goal in goals] == [True, False, False]
 
 
 def test_one_sample_gives_no_room():
@@ -168,6 +169,7 @@ def test_saturated_metric_meets_nothing():
     found = quality(drop=-1.0, saturated=True)
     assert not found.meets(QualityTarget(key="max_drop", limit=5.0))
     # That is a search's caution; what was found is not refused for it.
+    assert found.confirms(QualityTarget(key="max_drop", limit=5.0))
     assert found.meets(QualityTarget(key="max_drop", limit=5.0), errors=2.0)
 
 

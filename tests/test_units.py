@@ -1,5 +1,6 @@
 """Hidden units: where they are found, which are kept, and models in which they become fewer."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -235,6 +236,19 @@ STYLES = {
         "w2",
         signature=POOLED,
     ),
+    "averaged by a reduction": conv(
+        CONVS + "f = ReduceMean<axes=[2,3], keepdims=0>(r) y = Gemm(f, w2, b2)",
+        "c3",
+        "w2",
+        signature=POOLED,
+    ),
+    "the largest, by a reduction": conv(
+        CONVS + "p = ReduceMax<axes=[-1,2]>(r) y = Conv(p, d1, b2)", "c3", "d1"
+    ),
+    "tokens added up": Style(
+        body=IN + "r = Relu(h) a = ReduceSum<keepdims=0>(r, a1) y = Gemm(a, w2, b2)",
+        signature=f"(float[n,{T},{D}] x) => (float[n,{M}] y)",
+    ),
     "batch norm behind and before a curve": conv(
         "h = Conv(x, c3) b = BatchNormalization(h, gain, b1, shift, ones) r = Relu(b) "
         "k = BatchNormalization(r, slope, bg, slope, ones2) y = Conv(k, d3, b2)",
@@ -364,6 +378,49 @@ def test_units_that_something_mixes_stay(name: str):
     onnx.checker.check_model(proto, full_check=True)
     for batch in (1, 2):
         assert units_of(NONE[name], batch)[2] == []
+
+
+def chain(*widths: int) -> onnx.ModelProto:
+    """An MLP of layers w0, w1, …"""
+    body = []
+    for k in range(len(widths) - 1):
+        here = "x" if k == 0 else f"r{k}"
+        last = k == len(widths) - 2
+        body.append(f"{'y' if last else f'h{k}'} = MatMul({here}, w{k})")
+        body += [] if last else [f"r{k + 1} = Relu(h{k})"]
+    weights = {
+        f"w{k}": noise(40 + k, d, m).astype(np.float32) / np.float32(math.sqrt(d))
+        for k, (d, m) in enumerate(itertools.pairwise(widths))
+    }
+    return model(
+        f"(float[n,{widths[0]}] x) => (float[n,{widths[-1]}] y)", " ".join(body), **weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("widths", "shrinking"),
+    [
+        ((8, 4, 64, 4, 3), [{"w1", "w2"}]),  # the narrow layers before and behind stay
+        ((8, 64, 4, 3), [{"w0", "w1"}]),
+        ((4, 8, 8, 8, 4), [{"w1", "w2"}]),
+        ((8, 8, 8, 8, 8), [{"w0", "w1"}, {"w2", "w3"}]),  # in their order, where all are alike
+    ],
+)
+def test_of_sets_that_share_a_weight_the_larger_shrinks(widths, shrinking):
+    _, _, found = hidden_of(chain(*widths), {"x": noise(1, 2, widths[0]).astype(np.float32)})
+    assert [set(hidden.sites) for hidden in found] == shrinking
+
+
+def test_a_wide_layer_behind_a_narrow_one_shrinks():
+    """All of its units follow from six of them."""
+    proto = chain(12, 6, 96, 32, 4)
+    six = constants(proto)["w1"][:, np.arange(96) % 6]
+    alike = six * np.linspace(0.5, 1.5, 96, dtype=np.float32)
+    (w1,) = (tensor for tensor in proto.graph.initializer if tensor.name == "w1")
+    w1.CopyFrom(numpy_helper.from_array(alike, "w1"))
+    data = {"x": noise(3, 1000, 12).astype(np.float32)}
+    result = compress(proto, data, CompressConfig(param_ratio=0.3))
+    assert result.quality.divergence.mean < 1e-6
 
 
 # --- rewriting ----------------------------------------------------------------------------------

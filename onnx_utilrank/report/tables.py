@@ -79,7 +79,11 @@ def compression_tables(result: CompressResult, output: str | None) -> Iterator[R
         yield from comparison(result.validation)
     both = sum(e.site in plan.shrinking for e in plan.factored)
     of_both = f" ({both} of them both)" if both else ""
-    shrunk = f", {len(plan.shrinking)} shrunk with their heads{of_both}," if plan.shrunk else ""
+    shrunk = (
+        f", {len(plan.shrinking)} shrunk with heads or hidden units{of_both},"
+        if plan.shrunk
+        else ""
+    )
     yield Text(
         f"{len(plan.factored)} of {len(plan.entries)} weights factored{shrunk} by {plan.method}; "
         f"parameters kept: {100 * plan.param_ratio:.2f} %"

@@ -39,13 +39,28 @@ _CONTRIB = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"})
 _POOLING = frozenset(
     ["AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"]
 )
+# The same over axes that are named.
+_REDUCING = frozenset(
+    {
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+    }
+)
 
 
 def _units_pass(node: onnx.NodeProto) -> bool:
     """Whether units pass a node that features in general do not."""
     if node.domain == "com.microsoft":
         return node.op_type in _CONTRIB
-    known = _UNARY | _NARY | _PER_CHANNEL | _POOLING | {"Conv"}
+    known = _UNARY | _NARY | _PER_CHANNEL | _POOLING | _REDUCING | {"Conv"}
     return node.domain in ("", "ai.onnx") and node.op_type in known
 
 
@@ -121,6 +136,8 @@ class UnitTrace(Trace):
                 numbers[(slice(None), slice(None), *(slice(0, 1),) * (numbers.ndim - 2))], shape
             )
             return True
+        if node.op_type in _REDUCING:
+            return arriving == [node.input[0]] and self._reduced(node)
         if node.op_type == "Conv":
             return arriving == [node.input[0]] and self._convolved(k, node)
         if shape != numbers.shape:
@@ -152,6 +169,23 @@ class UnitTrace(Trace):
             found.append((k, name, axis - numbers.ndim, line.reshape(-1)))
         self.vectors.extend(found)
         self.numbers[out] = numbers
+        return True
+
+    def _reduced(self, node: onnx.NodeProto) -> bool:
+        """Pass a sum, mean or the like over positions of each unit."""
+        numbers, shape = self.numbers[node.input[0]], self.values[node.output[0]].shape
+        given = {a.name: a for a in node.attribute}
+        told = self.told(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        axes = list(given["axes"].ints) if "axes" in given else () if told is None else told.ravel()
+        over = {int(a) % numbers.ndim for a in axes}
+        if not over or any(varies(numbers, a) for a in over):
+            return False
+        kept = "keepdims" not in given or given["keepdims"].i
+        first = slice(0, 1) if kept else 0
+        reduced = numbers[tuple(first if a in over else slice(None) for a in range(numbers.ndim))]
+        if reduced.shape != shape:
+            return False
+        self.numbers[node.output[0]] = reduced
         return True
 
     def _normalized(self, k: int, node: onnx.NodeProto, axes: list[int]) -> bool:
