@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import Feed, Shape, constants, index, model, noise, run
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from test_hidden import cut, hidden_of, shrinking
@@ -20,6 +20,7 @@ from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.moves.shrink import Basis, can_be_both
 from onnx_utilrank.ranking.cost import count_parameters, hidden_cost
+from onnx_utilrank.sites.choose_hidden import most_worth
 from onnx_utilrank.sites.find import site_kind, site_matrix
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
@@ -402,13 +403,44 @@ def chain(*widths: int) -> onnx.ModelProto:
     [
         ((8, 4, 64, 4, 3), [{"w1", "w2"}]),  # the narrow layers before and behind stay
         ((8, 64, 4, 3), [{"w0", "w1"}]),
-        ((4, 8, 8, 8, 4), [{"w1", "w2"}]),
-        ((8, 8, 8, 8, 8), [{"w0", "w1"}, {"w2", "w3"}]),  # in their order, where all are alike
+        ((40, 16, 512, 64, 8), [{"w1", "w2"}]),  # two that together touch more say less
+        ((8, 24, 24, 24, 8), [{"w0", "w1"}, {"w2", "w3"}]),  # not the largest one
+        ((8, 8, 8, 8), [{"w0", "w1"}]),  # the first, where all are alike
     ],
 )
-def test_of_sets_that_share_a_weight_the_larger_shrinks(widths, shrinking):
+def test_of_sets_that_share_a_weight_those_shrink_that_are_worth_most(widths, shrinking):
     _, _, found = hidden_of(chain(*widths), {"x": noise(1, 2, widths[0]).astype(np.float32)})
     assert [set(hidden.sites) for hidden in found] == shrinking
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.frozensets(st.sampled_from("abcdefg"), min_size=1, max_size=3), st.integers(1, 9)
+        ),
+        max_size=9,
+    )
+)
+def test_no_other_choice_is_worth_more(given_sets):
+    sets, worth = [s for s, _ in given_sets], [w for _, w in given_sets]
+    chosen = most_worth(sets, worth)
+
+    def apart(numbers):
+        return all(sets[a].isdisjoint(sets[b]) for a, b in itertools.combinations(numbers, 2))
+
+    every = itertools.chain.from_iterable(
+        itertools.combinations(range(len(sets)), n) for n in range(len(sets) + 1)
+    )
+    assert apart(chosen)
+    assert list(chosen) == sorted(chosen)
+    assert sum(worth[k] for k in chosen) == max(
+        sum(worth[k] for k in numbers) for numbers in every if apart(numbers)
+    )
+
+
+def test_long_chains_are_chosen_among_at_once():
+    sets = [{f"w{k}", f"w{k + 1}"} for k in range(2000)]
+    assert most_worth(sets, [1.0] * 2000) == tuple(range(0, 2000, 2))
 
 
 def test_a_wide_layer_behind_a_narrow_one_shrinks():

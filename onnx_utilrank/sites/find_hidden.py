@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.sites.choose_hidden import choose_hidden
 from onnx_utilrank.sites.follow import Meeting, Trace, Values, moves_within
 from onnx_utilrank.sites.follow_units import UnitTrace
 from onnx_utilrank.sites.hidden import Group, Hidden, Part, Repair, Vector
@@ -20,8 +21,7 @@ __all__ = ["find_hidden"]
 def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tuple[Hidden, ...]:
     """Features between weights that can shrink, each weight in one set of them at most.
 
-    Of sets that share a weight, as those before and behind a hidden layer do, the one whose weights
-    are larger goes first: a share of the features is that share of all of them.
+    Of sets that share weights, as those before and behind a hidden layer do, `choose_hidden` says.
 
     Args:
         index: The model.
@@ -35,15 +35,7 @@ def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tup
     units = UnitTrace(index, sites, values)
     units.run()
     found = (*_Assembly(trace).hidden(), *_Assembly(units).units(units.pairs))
-    parameters = {site.key: site.parameters for site in sites}
-    worth = [sum(parameters[key] for key in hidden.sites) for hidden in found]
-    taken: set[str] = set()
-    chosen = []
-    for k in sorted(range(len(found)), key=lambda k: -worth[k]):
-        if taken.isdisjoint(found[k].sites):
-            taken.update(found[k].sites)
-            chosen.append(k)
-    return tuple(found[k] for k in sorted(chosen))
+    return choose_hidden(found, sites)
 
 
 @dataclass(frozen=True, slots=True)
