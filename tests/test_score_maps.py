@@ -26,6 +26,8 @@ BODY = "h = Conv(x, W) t = Tanh(h) s = Conv<pads = [1, 1, 1, 1]>(t, O) "
 ENDINGS = {
     "scores": ("y = Identity(s)", "float[n,c,h,w]", 1),
     "enlarged": ('y = Resize<mode = "linear">(s, none, none, sizes)', "float[n,c,h,w]", 1),
+    "rectified": ("y = Relu(s)", "float[n,c,h,w]", 1),
+    "gated": ("g = Sigmoid(s) y = Mul(g, s)", "float[n,c,h,w]", 1),
     "biased": ("y = Add(bias, s)", "float[n,c,h,w]", 1),
     "normalized": ("y = BatchNormalization(s, one, one, one, one)", "float[n,c,h,w]", 1),
     "last": ("y = Transpose<perm = [0, 2, 3, 1]>(s)", "float[n,h,w,c]", 3),
@@ -103,6 +105,33 @@ def test_labels_of_pixels_are_classes_of_channels():
     result = validate(mapper(), mapper(), off, ValidateConfig(labels="label"))
     assert result.providers[0].accuracy is not None
     assert result.providers[0].accuracy.reference == pytest.approx(expected)
+
+
+def test_as_many_classes_as_columns_are_told_apart():
+    """Where labels fit both ways, the channels of the convolution are the classes."""
+    data = {"x": activations(7, 16, D, C, C).astype(np.float32)}
+    held = data | {"label": run(mapper(), data)["y"].argmax(1)}
+    result = validate(mapper(), mapper(), held, ValidateConfig(labels="label"))
+    assert result.providers[0].accuracy is not None
+    assert result.providers[0].accuracy.reference == 100.0
+
+
+def test_channels_of_signals_are_classes_where_labels_say_so():
+    length = 9
+    weights = {"W": noise(1, H, D, 3), "O": noise(2, length, H, 1)}
+    proto = model(
+        f"(float[n,{D},t] x) => (float[n,{length},t] y)",
+        "h = Conv<pads = [1, 1]>(x, W) r = Relu(h) y = Conv(r, O)",
+        **{name: value.astype(np.float32) for name, value in weights.items()},
+    )
+    data = {"x": noise(3, 20, D, length).astype(np.float32)}
+    session = open_judged(ModelStore.load(proto), CPU)
+    (loss,) = find_losses(ModelStore.load(proto), session, [data])
+    assert (loss.weighting, loss.channels) == ("values", -2)  # no softmax over time
+    held = data | {"label": run(proto, data)["y"].argmax(1)}
+    result = validate(proto, proto, held, ValidateConfig(labels="label"))
+    assert result.providers[0].accuracy is not None
+    assert result.providers[0].accuracy.reference == 100.0
 
 
 def test_labels_of_other_maps_are_told():

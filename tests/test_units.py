@@ -415,9 +415,7 @@ def test_of_sets_that_share_a_weight_those_shrink_that_are_worth_most(widths, sh
 
 @given(
     st.lists(
-        st.tuples(
-            st.frozensets(st.sampled_from("abcdefg"), min_size=1, max_size=3), st.integers(1, 9)
-        ),
+        st.tuples(st.frozensets(st.integers(0, 6), min_size=1, max_size=3), st.integers(1, 9)),
         max_size=9,
     )
 )
@@ -439,8 +437,27 @@ def test_no_other_choice_is_worth_more(given_sets):
 
 
 def test_long_chains_are_chosen_among_at_once():
-    sets = [{f"w{k}", f"w{k + 1}"} for k in range(2000)]
+    sets = [{k, k + 1} for k in range(2000)]
     assert most_worth(sets, [1.0] * 2000) == tuple(range(0, 2000, 2))
+
+
+def test_branches_are_chosen_among_apart():
+    """Each of a narrow set, worth little, and a wide one behind it; all narrow ones come first."""
+    n = 64
+    sets = [{k, n + k} for k in range(n)] + [{n + k, 2 * n + k} for k in range(n)]
+    assert most_worth(sets, [1.0] * n + [10.0] * n) == tuple(range(n, 2 * n))
+
+
+def test_sets_are_walked_in_the_order_of_their_weights():
+    """Heads come before all units, however the layers lie: v, o, up, down, v, …"""
+    layers = 40
+    heads = [{4 * k, 4 * k + 1} for k in range(layers)]
+    between = [{4 * k + 1, 4 * k + 2} for k in range(layers)]
+    units = [{4 * k + 2, 4 * k + 3} for k in range(layers)]
+    behind = [{4 * k + 3, 4 * k + 4} for k in range(layers - 1)]
+    sets = heads + between + units + behind
+    worth = [5.0] * layers + [1.0] * layers + [5.0] * layers + [1.0] * (layers - 1)
+    assert sum(worth[k] for k in most_worth(sets, worth)) == 10 * layers
 
 
 def test_a_wide_layer_behind_a_narrow_one_shrinks():

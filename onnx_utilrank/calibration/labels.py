@@ -124,12 +124,14 @@ class Labels:
         return chosen
 
     def _along_channels(self, feed: Feed, shape: tuple[int, ...], loss: OutputLoss) -> OutputLoss:
-        """The loss with its classes on axis 1, where labels of all positions say so.
+        """The loss with its classes among the channels, where labels may mean those.
 
         Maps of scores, as of a segmentation, are [samples, classes, height, width] where no softmax
         ends the model; nothing but labels [samples, height, width] tells them from images.
         """
         labels = np.shape(feed[self.key])
+        if loss.channels is not None:
+            return replace(loss, axis=loss.channels, padding=None)
         taken = loss.axis % max(len(shape), 1)
         if len(labels) < 2 or labels == (*shape[:taken], *shape[taken + 1 :]):
             return loss
@@ -170,6 +172,8 @@ class Labels:
         for feed in feeds:
             right.append(judged(feed, session.run(feed, [output])[output], classes))
             labels, n = self.of(feed, classes), samples_in(feed)
+            if n == 1 and np.ndim(feed[self.key]):
+                n = len(feed[self.key])  # of arrays that do not agree on samples, labels tell
             own = np.arange(labels.size) * n // labels.size
             samples.append(before + own[labels != IGNORED])
             before += n

@@ -22,7 +22,10 @@ _SAME_SHAPE = frozenset({"Identity", "Cast"})
 _LAYOUT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 # What makes channels, on axis 1 by its specification, and what keeps axes where they are.
 _CHANNELS = frozenset({"Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization"})
-_SAME_AXES = _SAME_SHAPE | {"Add", "Mul", "Resize", "Upsample", "Slice", "Pad"}
+_SAME_AXES = _SAME_SHAPE | {
+    *("Add", "Clip", "Concat", "DepthToSpace", "Div", "Elu", "HardSigmoid", "LeakyRelu", "Mul"),
+    *("Pad", "Relu", "Resize", "Sigmoid", "Slice", "Softplus", "Sub", "Tanh", "Upsample"),
+}
 
 
 def is_classification(
@@ -115,7 +118,7 @@ def softmax_head(model: ModelStore, output: str) -> SoftmaxHead | None:
 def channel_axis(model: ModelStore, output: str) -> int | None:
     """The axis of an output that holds the channels of a convolution, None where none tells.
 
-    Found by going back over what keeps axes where they are (the first operand of a sum counts) and
+    Found by going back over what keeps axes where they are (the first computed operand counts) and
     over Transposes.
     """
     made = [node for node in model.proto.graph.node if node.op_type != "Constant"]
@@ -129,10 +132,8 @@ def channel_axis(model: ModelStore, output: str) -> int | None:
         if _operator(node) in _CHANNELS:
             axis = 1
             for perm in reversed(turned):
-                if axis not in perm:
-                    return None
-                axis = perm.index(axis)
-            return axis
+                axis = perm.index(axis) if axis in perm else -1
+            return axis if axis >= 0 else None
         if _operator(node) == "Transpose":
             turned.append(next((list(a.ints) for a in node.attribute if a.name == "perm"), []))
         elif _operator(node) not in _SAME_AXES:

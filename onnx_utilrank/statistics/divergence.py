@@ -52,6 +52,8 @@ class OutputLoss:
         variance: What `logits` and `values` are relative to: summed over the last axis.
         sharpness: Mean of 1 − Σ p² (`softmax`): the energy of its Fisher information.
         padding: What says which positions [rows, positions] do not count; None where all do.
+        channels: Where the channels of a convolution lie, counted from the end, if it has made
+            the output: its classes, if it has any.
         decides: The graph output that is the class of the highest score, where the scores
             themselves are none.
     """
@@ -63,6 +65,7 @@ class OutputLoss:
     variance: float = 1.0
     sharpness: float = 1.0
     padding: Padding | None = None
+    channels: int | None = None
     decides: str | None = None
 
 

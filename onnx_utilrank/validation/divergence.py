@@ -139,16 +139,18 @@ def find_losses(
             if place == 0:
                 continue  # over the first axis it compares samples, not classes
             classes, axis = True, place - len(shape)
-        elif weighting in ("softmax", "logits") and not (classes or probabilities):
+        lie = None if classes or probabilities else channel_axis(store, name)
+        channels = lie - len(shape) if lie and lie < len(shape) > 2 else None
+        if channels is not None and weighting in ("softmax", "logits"):
             # Maps of scores look like images; who says that they are none means their channels.
-            place = channel_axis(store, name) or -1
-            axis = place - len(shape) if 0 < place < len(shape) else -1
+            axis = channels
         loss = OutputLoss(
             output=name,
             weighting="values",
             probabilities=probabilities,
             axis=axis,
             padding=find_padding(given, _with_last(shape, axis)),
+            channels=channels,
             decides=next((o for o, (s, _) in decided.items() if s == name in hidden), None),
         )
         rows = []
@@ -193,8 +195,10 @@ def _with_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool, bool, int]:
     """Whether an output holds scores of classes, whether those are probabilities, and the axis."""
-    # A last linear layer of a sequence may give scores of tokens: the values tell.
+    # A last linear layer of a sequence may give scores of tokens: the values tell. A Conv makes
+    # channels, which are the last axis only behind a Transpose.
     tokens = len(shape) == 3 and is_classification(store, name, (2, shape[-1]))
+    tokens = tokens and channel_axis(store, name) in (None, 2)
     classes = is_classification(store, name, shape) or tokens
     head = softmax_head(store, name)
     if head is None or (len(shape) > 1 and head.axis in (0, -len(shape))):
