@@ -28,8 +28,10 @@ from onnx_utilrank.validation.report import ValidationReport
 
 __all__ = ["check_latency", "fit", "make_ledger", "make_offers"]
 
-# Plans that are made, at most, for a model to take no more than was asked for.
+# Plans that are made, at most, for a model to take no more than was asked for; and to take no less
+# than so near to it, in operations.
 FITS = 8
+NEAR_OPERATIONS = 0.005
 
 # Models that are made and timed, at most, to meet a latency; what a trial may take; how far below
 # the limit is aimed, as it is measured once more in the end; and what is near enough to that.
@@ -175,6 +177,9 @@ def fit(
         whole = count_parameters(job.store)
         what = f"a ratio of {config.param_ratio:g} of its parameters"
         return _fit_made(job, found, offers, config, whole, what, 0, count_parameters)
+    if config.flop_ratio is not None:
+        plan = _fit_operations(job, found, offers, samples, config.flop_ratio, config)
+        return build(job, plan, found, config)
     return build(job, offers.plan(config.ratio), found, config)
 
 
@@ -220,6 +225,47 @@ def _fit_made(
     raise TargetMissedError(
         f"{job.store.label}: {what} cannot be reached: {least:.4f} is the least that was made"
     )
+
+
+def _fit_operations(
+    job: Job,
+    found: Measurement,
+    offers: Offers,
+    samples: Sequence[int],
+    asked: float,
+    config: CompressConfig,
+) -> RankPlan:
+    """The mildest plan of those that take no more operations than were asked for.
+
+    Where features shrink, products between them and Convs of each by itself take fewer too, which
+    no plan counts. What a model that was made has left, the next one spends.
+    """
+    single = next(job.data.feeds(samples, batch=1))
+    whole = linear_flops(job.store, single, job.provider)
+    best = None
+    # Planned against made: within the limit, and beyond it, as a model is that stays as it is.
+    within: tuple[float, float] | None = None
+    beyond = 1.0, 1.0
+    planned = asked
+    for _ in range(FITS):
+        plan = offers.plan(planned)
+        made = 1.0
+        if plan.changes:
+            # Operations do not depend on values.
+            _, store = build(job, replace(plan, refit=False), found, config)
+            made = linear_flops(store, single, job.provider) / whole
+        if made > asked:
+            beyond = planned, made
+        else:
+            best, within = plan, (planned, made)
+        if within is None:
+            planned -= made - asked
+            continue
+        if asked - within[1] <= NEAR_OPERATIONS:
+            break
+        share = (asked - within[1]) / (beyond[1] - within[1])
+        planned = within[0] + share * (beyond[0] - within[0])
+    return best or offers.plan(asked)
 
 
 def _fit_latency(

@@ -1393,6 +1393,27 @@ def test_bytes_and_operations_are_met_by_shrinking(name: str, ratio: float):
     assert getattr(figures.candidate, field) <= ratio * getattr(figures.reference, field)
 
 
+def test_operations_between_features_are_spent():
+    """Queries meet keys, and weights values, in products that take half of all operations."""
+    width, length = 32, 64
+    weights = {
+        name: (noise(k, width, width) / math.sqrt(width)).astype(np.float32)
+        for k, name in enumerate(("wq", "wk", "wv", "wo"))
+    }
+    proto = model(
+        f"(float[n,{length},{width}] x) => (float[n,{length},{width}] y)",
+        "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) t = Transpose<perm = [0, 2, 1]>(k) "
+        "s = MatMul(q, t) p = Softmax<axis = -1>(s) c = MatMul(p, v) y = MatMul(c, wo)",
+        **weights,
+    )
+    feed = {"x": noise(9, 40, length, width).astype(np.float32)}
+    config = CompressConfig(flop_ratio=0.6, moves=("shrink",))
+    figures = compress(proto, feed, config).validation
+    kept = figures.candidate.flops / figures.reference.flops
+    # A feature less between one pair of weights is 1/32 of half of all.
+    assert 0.6 - 1 / 64 - 0.005 < kept <= 0.6
+
+
 def test_other_methods_do_not_shrink():
     proto = STYLES["matmul"].proto()
     result = compress(
