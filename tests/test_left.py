@@ -12,7 +12,7 @@ from onnx_utilrank.sites.left import REASONS
 
 W = noise(1, 8, 8).astype(np.float32)
 QUANTIZED = "its weight is quantized: compress the model before it is quantized"
-STEPS = "it works step by step within the operator, and the product with its input is not split off"
+STEPS = "its recurrent weight works within the operator, and its input weight is not split off"
 
 
 # Forms of operators that are factored in other forms.

@@ -9,7 +9,7 @@ __all__ = ["QUANTIZED", "REASONS", "is_quantized", "left_alone", "quantized_oper
 
 FIRST = "compress the model before it is quantized"
 QUANTIZED = f"its weight is quantized: {FIRST}"
-STEPS = "it works step by step within the operator, and the product with its input is not split off"
+STEPS = "its recurrent weight works within the operator, and its input weight is not split off"
 PROCESSOR = "its weight lies as one processor wants it: compress the model before it is optimized"
 EXPERTS = "its weights are a stack of experts, of which each sees rows of its own"
 FORM = "it is in a form that is not followed"
