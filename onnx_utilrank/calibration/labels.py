@@ -129,13 +129,11 @@ class Labels:
         Maps of scores, as of a segmentation, are [samples, classes, height, width] where no softmax
         ends the model; nothing but labels [samples, height, width] tells them from images.
         """
-        labels = np.shape(feed[self.key])
         if loss.channels is not None:
             return replace(loss, axis=loss.channels, padding=None)
-        taken = loss.axis % max(len(shape), 1)
-        if len(labels) < 2 or labels == (*shape[:taken], *shape[taken + 1 :]):
-            return loss
-        if labels != (*shape[:1], *shape[2:]):
+        labels, taken = np.shape(feed[self.key]), loss.axis % max(len(shape), 1)
+        fits = labels == (*shape[:taken], *shape[taken + 1 :])
+        if fits or len(labels) < 2 or labels != (*shape[:1], *shape[2:]):
             return loss
         return replace(loss, axis=1 - len(shape), padding=None)
 
