@@ -22,9 +22,11 @@ from onnx_utilrank import (
 )
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.cli.main import main
+from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.pipeline import _held_against
 from onnx_utilrank.quality import SATURATED, Quality
-from onnx_utilrank.search import EVALUATIONS
+from onnx_utilrank.search import EVALUATIONS, Candidate
 from onnx_utilrank.validation.divergence import Divergence
 
 digits = pytest.importorskip("digits", reason="needs scikit-learn, the extra `demo`")
@@ -158,6 +160,17 @@ def test_standard_errors_are_room(key: str, met: float, near: float, missed: flo
     assert [found.meets(goal) for goal in goals] == [True, False, False]
     assert [found.meets(goal, errors=2.0) for goal in goals] == [True, True, False]
     assert [found.confirms(goal) for goal in goals] == [True, False, False]
+
+
+def test_what_held_back_samples_do_not_confirm_is_told(data):
+    job = Job.open(CNN, data, CompressConfig(), lambda *_: None)
+    best = Candidate(ratio=1.0, plan=None, store=job.store, quality=quality())  # type: ignore[arg-type]
+    near = _held_against(job, QualityTarget(key="max_divergence", limit=0.085), best, quality())
+    assert near == (
+        "On samples held back, max divergence is 0.1 ± 0.01, where 0.085 was asked: within two "
+        "standard errors; more samples would tell.",
+    )
+    assert not _held_against(job, QualityTarget(key="max_divergence", limit=0.1), best, quality())
 
 
 def test_one_sample_gives_no_room():

@@ -15,6 +15,7 @@ from onnx_utilrank import (
     finetune,
     validate,
 )
+from onnx_utilrank.calibration.labels import IGNORED, Labels
 from onnx_utilrank.model.heads import channel_axis
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
@@ -171,3 +172,17 @@ def test_fine_tuning_learns_the_labels_of_pixels():
     assert result.accuracy > result.accuracy_before + 5
     right = run(result.model, {"x": held["x"]})["y"].argmax(1) == held["label"]
     assert result.accuracy == pytest.approx(100 * right.mean(), abs=10)
+
+
+def test_pixels_are_numbered_by_their_sample_over_all_runs():
+    held = labelled(5)
+    held["label"][0, 0, :3] = IGNORED
+    runs = [{name: value[part] for name, value in held.items()} for part in (slice(3), slice(3, 5))]
+    store = ModelStore.load(mapper())
+    session = open_judged(store, CPU)
+    labels = Labels("label")
+    classes = labels.find_output(session, find_losses(store, session, runs), runs, "data")
+    found = labels.answers(session, classes, runs)
+    expected = np.arange(5).repeat(TALL * WIDE)[3:]
+    assert found.samples.tolist() == expected.tolist()
+    assert found.right.all()
