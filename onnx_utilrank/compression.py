@@ -177,7 +177,7 @@ def _changed(job: Job, plan: RankPlan, measurement: Measurement) -> list[Layer]:
                 if between
                 else np.zeros(found.site.m),
                 kept=features * len(groups) if groups else None,
-                units=features if between and key == between.reader else None,
+                units=features if between and key in between.readers else None,
             )
         )
     return layers
@@ -271,11 +271,7 @@ def _shrinking(
     """How hidden features shrink, with the weights that were fitted for it."""
     lost = {key: made[key].lost_mean for key in hidden.sites}
     if hidden.units:
-        reader = sites[hidden.reader or ""]
-        assert isinstance(reader, TwoSidedSite)
-        assert reader.units is not None
-        expand, picks = reader.units.selection.basis(kept)
-        bases = [Basis(expand=expand, reduce=np.eye(hidden.size)[picks])] * len(hidden.groups)
+        bases = _chosen(hidden, kept, sites)
     else:
         bases = [_basis(hidden, group, kept, made) for group in hidden.groups]
     biases = {}
@@ -294,6 +290,19 @@ def _shrinking(
         biases=biases,
         lost={key: None if key in biases else lost[key] for key in hidden.sites},
     )
+
+
+def _chosen(hidden: Hidden, kept: int, sites: Mapping[str, Measured]) -> list[Basis]:
+    """L and K of each group of units: all keep the same, and each reader has an L of its own."""
+    by_reader = {}
+    for key in hidden.readers:
+        reader = sites[key]
+        assert isinstance(reader, TwoSidedSite)
+        assert reader.units is not None
+        expand, picks = reader.units.selection.basis(kept)
+        by_reader[key] = Basis(expand=expand, reduce=np.eye(hidden.size)[picks])
+    first = by_reader[hidden.readers[0]]
+    return [by_reader.get(group.met.site, first) for group in hidden.groups]
 
 
 def _unchanged(job: Job, plan: RankPlan) -> ModelStore:

@@ -261,10 +261,10 @@ class Job:
         return find_hidden(self.index, sites, values)
 
     def _affordable(self, hidden: Sequence[Hidden], budget: int) -> tuple[Hidden, ...]:
-        """Those whose decompositions may be held at once; of n units one takes n² numbers."""
+        """Those whose decompositions may be held at once: n² numbers a reader of n units."""
         held, kept = 0, []
         for each in hidden:
-            need = 8 * each.size**2 if each.units else 0
+            need = 8 * each.size**2 * len(each.readers)
             if held + need <= budget // 4:
                 held += need
                 kept.append(each)

@@ -13,12 +13,13 @@ from test_sensitivity import judged
 from test_units import IN, OUT, D, M, N, T, held
 
 from onnx_utilrank.moves.shrink import Basis
-from onnx_utilrank.ranking.two_sided import two_sided_site, with_units
+from onnx_utilrank.ranking.inner import Units
+from onnx_utilrank.ranking.two_sided import reads, two_sided_site
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import site_matrix
 from onnx_utilrank.statistics.moments import SecondMoment
-from onnx_utilrank.statistics.selection import RIDGE, select
+from onnx_utilrank.statistics.selection import RIDGE, select, select_together
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 from onnx_utilrank.surgery.rewrite import rewrite
 
@@ -119,6 +120,52 @@ def test_every_pick_is_the_best_next_one(seed, n, q):
         assert lost(root, eased, bent) == pytest.approx(
             made, rel=1e-6, abs=1e-9 * chosen.found.energy
         )
+
+
+def views(seed: int, n: int, count: int, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same features as several see them, of other sizes each."""
+    rng = np.random.default_rng(seed)
+    return [
+        (np.exp(rng.normal()) * rng.normal(size=(1 + k, n)), spread(rng, n, rank))
+        for k in range(count)
+    ]
+
+
+@law
+@given(seed=SEEDS, n=st.integers(1, 8), rank=st.integers(0, 12), count=st.integers(1, 3))
+def test_several_keep_the_same_and_each_makes_up_for_the_others(seed, n, rank, count):
+    seen = views(seed, n, count, rank)
+    chosen = select_together(seen)
+    for (root, second), own in zip(seen, chosen, strict=True):
+        np.testing.assert_array_equal(own.order, chosen[0].order)
+        level = ridge(second).max() * float(np.trace(second) > 0)
+        for kept in range(n + 1):
+            turn = own.found.kept(kept)
+            slack = level * (np.sum(root**2) + np.sum((root @ (np.eye(n) - turn)) ** 2))
+            atol = slack + 1e-12 * n * n * (1 + own.energy)
+            assert own.errors[kept] == pytest.approx(lost(root, second, turn), rel=1e-9, abs=atol)
+
+
+@law
+@given(seed=SEEDS, n=st.integers(2, 6), count=st.integers(2, 3))
+def test_every_pick_is_the_best_next_one_for_all_together(seed, n, count):
+    seen = views(seed, n, count, 3 * n)
+    order = select_together(seen)[0].order
+    eased = [(root, second + np.diag(ridge(second))) for root, second in seen]
+
+    def left(picks: Sequence[int]) -> float:
+        total = 0.0
+        for root, second in eased:
+            turn = np.zeros((n, n))
+            turn[:, picks] = np.linalg.solve(second[np.ix_(picks, picks)], second[picks]).T
+            total += lost(root, second, turn)
+        return total
+
+    energy = sum(lost(root, second, 0 * second) for root, second in eased)
+    for k in range(n):
+        before = [int(j) for j in order[:k]]
+        best = min(left([*before, j]) for j in range(n) if j not in before)
+        assert left([*before, int(order[k])]) == pytest.approx(best, rel=1e-8, abs=1e-10 * energy)
 
 
 @law
@@ -227,7 +274,7 @@ def test_predicted_loss_of_a_linear_model_is_the_measured_one(name: str):
     runs = [{"x": np.abs(noise(k, 4, T, D)).astype(np.float32)} for k in range(6)]
     loss, recorder = judged(proto, runs)
     graph, sites, (units,) = hidden_of(proto, {"x": runs[0]["x"][:1]})
-    reader = sites[units.reader]
+    reader = sites[units.readers[0]]
     weight = site_matrix(graph, reader)
     x = np.concatenate([f["x"] for f in runs]).reshape(-1, D).astype(np.float64)
     rows = (x @ cast["w1"] + cast["b1"]) * cast.get("gain", 1.0)
@@ -239,8 +286,9 @@ def test_predicted_loss_of_a_linear_model_is_the_measured_one(name: str):
         decisions=10**9,
     )
     assert reader.wide == (name != "tall")
-    site = with_units(two_sided_site(reader, weight, seen, 0), weight, SecondMoment.of(rows), None)
-    assert site.units is not None
+    site = two_sided_site(reader, weight, seen, 0)
+    (ranked,) = Units.of([reads(site, weight, SecondMoment.of(rows), None)])
+    site = replace(site, units=ranked)
     for kept in range(1, N):
         expand, choice = site.units.selection.basis(kept)
         bases = [Basis(expand=expand, reduce=np.eye(len(expand))[choice])]

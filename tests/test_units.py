@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,6 +58,8 @@ def held() -> dict[str, np.ndarray]:
         "w5": noise(24, 2, M),
         "w6": noise(25, T * N, M),
         "w7": noise(26, N * 12, M),
+        "s1": noise(27, 3, N, 1, 1),
+        "s2": noise(28, N, 3, 1, 1),
         "d1": noise(10, M, N, 1, 1),
         "d3": noise(11, M, N, 3, 3),
     }
@@ -65,6 +67,7 @@ def held() -> dict[str, np.ndarray]:
         value /= math.sqrt(value[0].size if value.ndim == 4 else len(value))
     floats |= {"w1t": floats["w1"].T, "w2t": floats["w2"].T}
     floats |= {"b1": noise(12, N), "bg": noise(13, N), "bp": noise(14, 2 * N), "b2": noise(15, M)}
+    floats |= {"b3": noise(29, 3), "u3": noise(30, 3, N), "each": 1 + noise(31, T, 1)}
     floats |= {"slope": noise(16, N), "gain": 1 + 0.3 * noise(17, N), "shift": noise(18, N)}
     floats |= {"slope_c": noise(19, N, 1, 1), "shift_c": noise(20, 1, N, 1, 1)}
     floats |= {"half": np.array(0.5), "one": np.array([1.0]), "root": np.array(math.sqrt(2))}
@@ -75,7 +78,14 @@ def held() -> dict[str, np.ndarray]:
     floats |= {"gain_c": 1 + 0.3 * noise(22, N, *(n - 2 for n in PLANE))}
     made = {name: value.astype(np.float32) for name, value in floats.items()}
     whole = {"halves": [N, N], "as_rows": [-1, D], "back": [-1, T, N], "merged": [-1, N]}
-    whole |= {"free": [0, -1], "pairs": [0, T, N // 2, 2], "unpairs": [0, T, N], "a1": [1]}
+    whole |= {
+        "a3": [3],
+        "a23": [2, 3],
+        "free": [0, -1],
+        "pairs": [0, T, N // 2, 2],
+        "unpairs": [0, T, N],
+        "a1": [1],
+    }
     whole |= {"a2": [2], "c0": [0], "cn": [N], "c2n": [2 * N], "order": [0, 2, 4, 1, 3, 5]}
     made |= {name: np.array(value) for name, value in whole.items()}
     made["wide_gain"] = 1 + 0.3 * noise(21, N)
@@ -91,7 +101,7 @@ class Style:
         body: The nodes.
         sites: The weights around the units.
         signature: Inputs and outputs.
-        groups: Units that make up one where they meet.
+        groups: Units that make up one where they meet, and every reader of them but one.
         opset: Version of the operators.
         domains: Further operator sets.
     """
@@ -129,6 +139,15 @@ CONVS = "h = Conv(x, c3, b1) r = Relu(h) "
 def conv(body: str, *sites: str, signature: str = IMAGE, **options: object) -> Style:
     return Style(body=body, sites=frozenset(sites), signature=signature, **options)  # type: ignore
 
+
+WITH_UNITS = f"(float[n,{T},{D}] x) => (float[n,{T},{M}] y, float[n,{T},{N}] z)"
+WITH_THREE = f"(float[n,{T},{D}] x) => (float[n,{T},{M}] y, float[n,{T},3] z)"
+WITH_ONE = f"(float[n,{T},{D}] x) => (float[n,{T},{M}] y, float z)"
+SE = ("c3", "s1", "s2")
+EXCITED = (
+    CONVS + "p = GlobalAveragePool(r) q = Conv(p, s1, b3) v = Relu(q) g = Conv(v, s2, bg) "
+    "s = HardSigmoid(g) a = Mul(r, s) "
+)
 
 STYLES = {
     "relu": Style(body=IN + "a = Relu(h)" + OUT),
@@ -275,6 +294,34 @@ STYLES = {
         "d3",
         groups=2,
     ),
+    "two weights read them": Style(
+        body=IN + "a = Relu(h)" + OUT + " z = MatMul(a, w3)",
+        sites=frozenset({"w1", "w2", "w3"}),
+        signature=WITH_THREE,
+        groups=2,
+    ),
+    "another weight reads what is before the function": Style(
+        body=IN + "a = Relu(h)" + OUT + " z = MatMul(h, w3)",
+        sites=frozenset({"w1", "w2", "w3"}),
+        signature=WITH_THREE,
+        groups=2,
+    ),
+    "squeeze and excitation": conv(EXCITED + "y = Conv(a, d3, b2)", *SE, "d3", groups=3),
+    "excitation first, by products of rows": conv(
+        CONVS + "f = ReduceMean<axes=[2,3], keepdims=0>(r) q = MatMul(f, w3) v = Relu(q) "
+        "g = MatMul(v, u3) s = Sigmoid(g) t = Unsqueeze(s, a23) a = Mul(t, r) y = Conv(a, d1)",
+        *("c3", "w3", "u3", "d1"),
+        groups=3,
+    ),
+    "a residual of units, read on the way": conv(
+        CONVS + "q = Conv(r, s1) v = Relu(q) k = Conv(v, s2) s = Add(r, k) y = Conv(s, d1, b2)",
+        *(*SE, "d1"),
+        groups=3,
+    ),
+    "a part for each position that all share": Style(
+        body=IN + "r = Relu(h) f = ReduceMax<axes=[2], keepdims=1>(x) a = Mul(f, r)" + OUT
+    ),
+    "a row of constants for each position": Style(body=IN + "r = Relu(h) a = Mul(r, each)" + OUT),
 }
 
 
@@ -283,10 +330,6 @@ def units_of(style: Style, batch: int = 1) -> tuple[GraphIndex, dict[str, Site],
     return graph, sites, [h for h in found if h.units]
 
 
-MORE = "(float[n,{0}] x) => (float[n,{1}] y, float[{2}] z)"
-WITH_UNITS = f"(float[n,{T},{D}] x) => (float[n,{T},{M}] y, float[n,{T},{N}] z)"
-WITH_THREE = f"(float[n,{T},{D}] x) => (float[n,{T},{M}] y, float[n,{T},3] z)"
-WITH_ONE = f"(float[n,{T},{D}] x) => (float[n,{T},{M}] y, float z)"
 NONE = {
     "softmax": Style(body=IN + "a = Softmax(h)" + OUT),
     "a norm": Style(body=IN + "r = Relu(h) a = LayerNormalization<axis=-1>(r, ones)" + OUT),
@@ -299,14 +342,19 @@ NONE = {
     "units before the function are an output": Style(
         body=IN.replace("h =", "z =") + "a = Relu(z)" + OUT, signature=WITH_UNITS
     ),
-    "two weights read them": Style(
-        body=IN + "a = Relu(h)" + OUT + " z = MatMul(a, w3)", signature=WITH_THREE
-    ),
     "one weight reads them twice": Style(
         body=IN + "a = Relu(h) s = Tanh(h) q = MatMul(s, w2) o = MatMul(a, w2) y = Add(o, q)"
     ),
-    "another weight reads what is before the function": Style(
-        body=IN + "a = Relu(h)" + OUT + " z = MatMul(h, w3)", signature=WITH_THREE
+    "two weights read them, one in another order": Style(
+        body=IN + "a = Relu(h)" + OUT + " g = Gather<axis=2>(a, order) z = MatMul(g, w3)",
+        signature=WITH_THREE,
+    ),
+    "each with each": Style(
+        body=TWO + "l = Unsqueeze(u, a3) k = Unsqueeze(g, a2) p = Mul(l, k) "
+        "a = ReduceMax<axes=[2], keepdims=0>(p)" + OUT
+    ),
+    "what makes some of them reads them too": Style(
+        body=IN + "r = Relu(h) k = MatMul(r, square) a = Add(r, k)" + OUT
     ),
     "a function of all reads them": Style(
         body=IN + "a = Relu(h)" + OUT + " z = ReduceSum<keepdims=0>(a)", signature=WITH_ONE
@@ -476,25 +524,24 @@ def test_a_wide_layer_behind_a_narrow_one_shrinks():
 
 
 def some(units: Hidden, kept: int, seed: int) -> list[Basis]:
-    """Any units in their order, and any way to make up for the others."""
+    """Any units in their order, and for each reader any way to make up for the others."""
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(units.size)[:kept])
-    expand = rng.normal(size=(units.size, kept)) / math.sqrt(kept)
-    return [Basis(expand=expand, reduce=np.eye(units.size)[chosen])] * len(units.groups)
+    chosen = np.eye(units.size)[np.sort(rng.permutation(units.size)[:kept])]
+    ways = [rng.normal(size=(units.size, kept)) / math.sqrt(kept) for _ in units.groups]
+    return [Basis(expand=expand, reduce=chosen) for expand in ways]
 
 
 def made_up(
     graph: GraphIndex,
     sites: dict[str, Site],
     units: Hidden,
-    basis: Basis,
+    bases: Sequence[Basis],
     factors: Mapping[str, Factors] | None = None,
 ) -> onnx.ModelProto:
-    """The model at its full size whose reader has W (L K), each of its taps.
+    """The model at its full size whose readers have W (L K), each of their taps.
 
     Of weights that are factored too, their product.
     """
-    site = sites[units.reader]
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.store.proto)
     held = {t.name: t for t in proto.graph.initializer}
@@ -508,9 +555,12 @@ def made_up(
     matrices = {key: pair.product for key, pair in (factors or {}).items()}
     for key, matrix in matrices.items():
         put(sites[key], matrix)
-    taps = matrices.get(site.key, site_matrix(graph, site)).reshape(site.m, units.size, -1)
-    turned = np.einsum("mnt,nj->mjt", taps, basis.expand @ basis.reduce)
-    put(site, turned.reshape(site.m, -1))
+    for group, basis in zip(units.groups, bases, strict=True):
+        if group.met.side == "columns":
+            site = sites[group.met.site]
+            taps = matrices.get(site.key, site_matrix(graph, site)).reshape(site.m, units.size, -1)
+            turned = np.einsum("mnt,nj->mjt", taps, basis.expand @ basis.reduce)
+            put(site, turned.reshape(site.m, -1))
     return proto
 
 
@@ -535,12 +585,13 @@ def test_smaller_model_is_the_one_that_makes_up_for_units(name: str, kept: int):
     assert [n.op_type for n in proto.graph.node] == [
         n.op_type for n in store.proto.graph.node if not (n.name or "").endswith("/extent")
     ]
-    expected = made_up(graph, sites, units, bases[0])
+    expected = made_up(graph, sites, units, bases)
     for batch in (1, 3):
         feed = style.feed(batch)
-        wanted = run(expected, feed)["y"]
-        assert_close(run(store, feed)["y"], wanted)
-        assert np.abs(wanted - run(proto, feed)["y"]).max() > 1e-3
+        wanted, plain = run(expected, feed), run(proto, feed)
+        for name, made in run(store, feed).items():
+            assert_close(made, wanted[name])
+            assert np.abs(wanted[name] - plain[name]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -548,15 +599,17 @@ def test_what_is_left_may_be_of_low_rank_too(name: str):
     style = STYLES[name]
     graph, sites, (units,) = units_of(style)
     factors = cut(graph, [sites[key] for key in units.sites if can_be_both(units, sites[key])], 2)
-    assert factors.keys() >= set(units.sites) - {units.reader}
+    assert factors.keys() >= set(units.sites) - set(units.readers)
     bases = some(units, 3, 40)
     store = rewrite(graph, [], [shrinking(graph, sites, units, bases, factors)])
     check_contract(graph.store, store)
     onnx.checker.check_model(store.proto, full_check=True)
-    expected = made_up(graph, sites, units, bases[0], factors)
+    expected = made_up(graph, sites, units, bases, factors)
     for batch in (1, 3):
         feed = style.feed(batch)
-        assert_close(run(store, feed)["y"], run(expected, feed)["y"])
+        wanted = run(expected, feed)
+        for name, made in run(store, feed).items():
+            assert_close(made, wanted[name])
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -568,7 +621,7 @@ def test_shapes_that_a_model_declares_of_units_do_not_lie(name: str):
     store = rewrite(graph, [], [shrinking(graph, sites, units, bases)])
     onnx.checker.check_model(store.proto, full_check=True)
     feed = style.feed(3)
-    assert_close(run(store, feed)["y"], run(made_up(graph, sites, units, bases[0]), feed)["y"])
+    assert_close(run(store, feed)["y"], run(made_up(graph, sites, units, bases), feed)["y"])
 
 
 @pytest.mark.parametrize("kept", [N - 1, 3, 1])
@@ -577,9 +630,8 @@ def test_cost_is_what_the_model_stores(name: str, kept: int):
     style = STYLES[name]
     graph, sites, (units,) = units_of(style)
     what = shrinking(graph, sites, units, some(units, kept, 42))
-    reader = sites[units.reader]
-    takes = reader.bias in ("input", "add")
-    lost = {reader.key: np.ones(M) if takes else None}
+    readers = [sites[key] for key in units.readers]
+    lost = {r.key: np.ones(r.m) if r.bias in ("input", "add") else None for r in readers}
     store = rewrite(graph, [], [replace(what, lost=lost)])
     change = hidden_cost(graph, units, sites, kept)
     for key in units.sites:
@@ -598,7 +650,7 @@ def test_lost_mean_goes_into_the_bias_of_the_reader(name: str):
     what = shrinking(graph, sites, units, some(units, 3, 43))
     lost = noise(44, M)
     plain, moved = (
-        rewrite(graph, [], [w]) for w in (what, replace(what, lost={units.reader: lost}))
+        rewrite(graph, [], [w]) for w in (what, replace(what, lost={units.readers[0]: lost}))
     )
     feed = style.feed(3)
     added = lost.astype(np.float32)
@@ -618,7 +670,7 @@ def test_new_biases_of_makers_are_those_of_the_units_that_are_kept(name: str, ma
     bases = some(units, 3, 45)
     fresh = noise(46, N)
     what = replace(shrinking(graph, sites, units, bases), biases={maker: fresh})
-    changed = made_up(graph, sites, units, bases[0])
+    changed = made_up(graph, sites, units, bases)
     slot = sites[maker].uses[0].bias
     (tensor,) = (t for t in changed.graph.initializer if t.name == slot.name)
     stored = (fresh / slot.scale).astype(np.float32)
@@ -643,7 +695,7 @@ WIDE = 32  # units of models that have more than they need
 def whole(name: str) -> tuple[onnx.ModelProto, Feed]:
     """A model half of whose units repeat the others, and data for it."""
     made = {"b2": noise(72, M), "w2": noise(73, WIDE, M) / math.sqrt(WIDE)}
-    if name == "conv":
+    if name in ("conv", "excited"):
         made |= {"w1": repeating(70, D, WIDE, 3, 3), "w2": noise(74, M, WIDE, 3, 3) / WIDE}
         body = "h = Conv<pads=[1,1,1,1]>(x, w1) r = Relu(h) y = Conv(r, w2, b2)"
         signature, shape = IMAGE, (D, *PLANE)
@@ -651,6 +703,18 @@ def whole(name: str) -> tuple[onnx.ModelProto, Feed]:
         made |= {"w1": repeating(70, D, WIDE).T}
         body = "h = MatMul(x, w1) a = Relu(h)" + OUT
         signature, shape = ROWS, (T, D)
+    if name == "two readers":
+        made["w3"] = noise(77, WIDE, 3) / math.sqrt(WIDE)
+        body, signature = body + " z = MatMul(h, w3)", WITH_THREE
+    if name == "excited":
+        # Units that repeat others have the same gates.
+        made |= {"s1": noise(78, 4, WIDE, 1, 1) / math.sqrt(WIDE), "b1": noise(79, 4)}
+        made |= {"s2": np.tile(noise(80, WIDE // 2, 4, 1, 1), (2, 1, 1, 1))}
+        body = body.replace("Conv(r, w2", "Conv(a, w2").replace(
+            " y =",
+            " p = GlobalAveragePool(r) q = Conv(p, s1, b1) v = Relu(q) g = Conv(v, s2) "
+            "s = Sigmoid(g) a = Mul(r, s) y =",
+        )
     if name == "gate":
         # A gate of its own for each of the first half, which the others share.
         made["wg"] = np.tile(noise(75, D, WIDE // 2), 2)
@@ -682,7 +746,10 @@ NO_BIAS = "h = MatMul(x, W) r = Relu(h) y = MatMul(r, V)"
 SHRINK = CompressConfig(moves=("shrink",))
 
 
-@pytest.fixture(scope="module", params=["relu", "gate", "conv"])
+WHOLE = ["relu", "gate", "conv", "two readers", "excited"]
+
+
+@pytest.fixture(scope="module", params=WHOLE)
 def compressed(request):
     proto, data = whole(request.param)
     config = replace(SHRINK, param_ratio=0.35)
@@ -739,7 +806,7 @@ def test_plan_may_be_told_to_keep_others(compressed):
         check_contract(index(proto).store, graph.store)
 
 
-@pytest.mark.parametrize("name", ["relu", "gate", "conv"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_units_that_repeat_others_go_first(name: str):
     proto, data = whole(name)
     losses = []

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from test_units import SHRINK, WIDE, whole
 
 from onnx_utilrank import CompressConfig, RankPlan, compress
 from onnx_utilrank.moves.shrink import FAST_CHANNELS
+from onnx_utilrank.sensitivity.effort import Effort, choose_effort
 from onnx_utilrank.sensitivity.measure import _Measuring
 
 D, W, N, M = 8, 24, 16, 5
@@ -162,6 +164,36 @@ def test_odd_shapes_are_looked_at_without_harm(name: str):
     proto = model(signature, body, **{k: v for k, v in held.items() if k in words})
     feed = {"x": noise(5, *shape).astype(np.float32)}
     hidden_of(proto, feed)
+
+
+def test_readers_of_the_same_units_are_measured_together(monkeypatch):
+    """However far apart they are, and however many passes there are."""
+    made = {"w0": noise(1, D, WIDE), "w1": noise(2, WIDE, 6), "w4": noise(5, WIDE, M)}
+    made |= {"w2": noise(3, 6, 6), "w3": noise(4, 6, M)}
+    body = (
+        "h = MatMul(x, w0) a = Relu(h) q = MatMul(a, w1) b = Softmax(q) r = MatMul(b, w2) "
+        "c = Softmax(r) y = MatMul(c, w3) z = MatMul(a, w4)"
+    )
+    proto = model(f"(float[n,{D}] x) => (float[n,{M}] y, float[n,{M}] z)", body, **cast(**made))
+    data = {"x": noise(6, 300, D).astype(np.float32)}
+    config = CompressConfig(param_ratio=0.6, moves=("shrink",), refit=False)
+    expected = compress(proto, data, config, dry_run=True).plan
+    assert [set(h.sites) for h in expected.shrunk] == [{"w0", "w1", "w4"}]
+    groups = []
+    collect = _Measuring.collect
+
+    def collected(self, sites, parts):
+        groups.append([site.key for site in sites])
+        return collect(self, sites, parts)
+
+    def tight(**options: Any) -> Effort:
+        return replace(choose_effort(**options), statistics_bytes=1)
+
+    monkeypatch.setattr(_Measuring, "collect", collected)
+    monkeypatch.setattr("onnx_utilrank.job.choose_effort", tight)
+    plan = compress(proto, data, config, dry_run=True).plan
+    assert groups == [["w0"], ["w1", "w4"], ["w2"], ["w3"]]
+    assert plan.shrunk == expected.shrunk
 
 
 def test_losses_are_predicted_on_samples_that_are_left_over(monkeypatch):

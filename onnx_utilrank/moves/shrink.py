@@ -66,7 +66,7 @@ def can_be_both(hidden: Hidden, site: Site) -> bool:
 
     A weight that reads units is cut by its outputs, behind the choice of what it reads.
     """
-    return site.wide or site.key != hidden.reader
+    return site.wide or site.key not in hidden.readers
 
 
 def shrink(surgeon: Surgeon, what: Shrinking) -> None:

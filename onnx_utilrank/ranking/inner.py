@@ -14,10 +14,10 @@ from onnx_utilrank.statistics.factorize import (
     optimal,
 )
 from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
-from onnx_utilrank.statistics.selection import Selection, select
+from onnx_utilrank.statistics.selection import Selection, select_together
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
-__all__ = ["Heads", "InnerFeatures", "Units", "forgiven"]
+__all__ = ["Heads", "InnerFeatures", "Read", "Units", "forgiven"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,19 +131,48 @@ class Units:
     mean: np.ndarray
 
     @classmethod
-    def of(cls, root: np.ndarray, moment: SecondMoment, *, centred: bool) -> "Units":
-        """Rank units of which this moment was seen, for a change that counts ‖B δ‖², B [q, n]."""
-        second = moment.covariance if centred else moment.uncentred
-        mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)
-        level = float(np.trace(second)) / moment.width
-        selection = select(root, (1 - mixed) * second + mixed * level * np.eye(moment.width))
-        mean = moment.mean if centred else np.zeros(moment.width)
-        return cls(selection=selection, errors=selection.errors / 2, mean=mean)
+    def of(cls, read: Sequence["Read"]) -> list["Units"]:
+        """Rank units for all who read them: the same are kept for each."""
+        views = [(each.root, each.second) for each in read]
+        return [
+            cls(selection=selection, errors=selection.errors / 2, mean=each.mean)
+            for each, selection in zip(read, select_together(views), strict=True)
+        ]
 
     def lost(self, weight: np.ndarray, kept: int) -> np.ndarray:
         """What is lost of the mean output, of a Conv away from the borders, [m]."""
         taps = weight.reshape(len(weight), len(self.mean), -1).sum(-1)
         return np.asarray(taps @ self.selection.lost(self.mean, kept))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """Hidden units as a site reads them.
+
+    Attributes:
+        root: B [q, n]: a change δ of theirs counts ‖B δ‖².
+        moment: Of their values.
+        centred: Whether the bias makes up for what is lost of their mean.
+    """
+
+    root: np.ndarray
+    moment: SecondMoment
+    centred: bool
+
+    @property
+    def second(self) -> np.ndarray:
+        """Their second moment [n, n], shrunk where few rows were seen."""
+        second = self.moment.covariance if self.centred else self.moment.uncentred
+        if self.moment.enough_rows:
+            return second
+        mixed = shrinkage(second, self.moment.rows)
+        level = float(np.trace(second)) / self.moment.width
+        return np.asarray((1 - mixed) * second + mixed * level * np.eye(self.moment.width))
+
+    @property
+    def mean(self) -> np.ndarray:
+        """What of their mean may be lost, [n]."""
+        return self.moment.mean if self.centred else np.zeros(self.moment.width)
 
 
 def forgiven(groups: Sequence[tuple[slice, bool]], mean: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.inner import Heads, InnerFeatures, Units
+from onnx_utilrank.ranking.inner import Heads, InnerFeatures, Read, Units
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Side, Site
@@ -24,10 +24,10 @@ __all__ = [
     "TWO_SIDED",
     "TwoSided",
     "TwoSidedSite",
+    "reads",
     "two_sided_site",
     "with_heads",
     "with_inner",
-    "with_units",
 ]
 
 
@@ -126,11 +126,11 @@ class TwoSidedSite:
     def shrunk_error(self, hidden: Hidden, kept: int) -> float:
         """What the model is predicted to lose where so many features of each group are kept.
 
-        It is put down to the weight that makes them, or that reads them where they are units.
+        It is put down to the weight that makes them, or those that read them where they are units.
         """
         key = self.site.key
         if hidden.units:
-            if key != hidden.reader:
+            if key not in hidden.readers:
                 return 0.0
             assert self.units is not None
             return float(self.units.errors[kept])
@@ -262,10 +262,10 @@ def with_inner(site: TwoSidedSite, move: str, found: Sensitivity) -> TwoSidedSit
     return replace(site, inner=(*site.inner, inner))
 
 
-def with_units(
+def reads(
     site: TwoSidedSite, weight: np.ndarray, moment: SecondMoment, of_inputs: Sensitivity | None
-) -> TwoSidedSite:
-    """The site with the hidden units that it reads ranked too.
+) -> Read:
+    """The hidden units that a site reads, as it does.
 
     Args:
         site: The site.
@@ -281,7 +281,7 @@ def with_units(
     else:
         root = Metric.of(site.gamma).root_t
         root = root @ weight if site.site.wide else root
-    return replace(site, units=Units.of(root, moment, centred=centred))
+    return Read(root=root, moment=moment, centred=centred)
 
 
 def _padded(site: Site) -> bool:

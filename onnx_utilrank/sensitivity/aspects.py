@@ -9,13 +9,13 @@ from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.two_convs import CHANNELS, TWO_CONVS
 from onnx_utilrank.ranking.cost import bias_cost
-from onnx_utilrank.ranking.inner import forgiven
+from onnx_utilrank.ranking.inner import Read, Units, forgiven
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
+    reads,
     two_sided_site,
     with_heads,
     with_inner,
-    with_units,
 )
 from onnx_utilrank.sensitivity.collect import Collector, Seen
 from onnx_utilrank.sensitivity.gradients import GradientPass, Splits
@@ -45,7 +45,7 @@ class Aspects:
             whether their mean may go.
         added: By key, what is added to the features that a site makes, on their way.
         readers: Keys of the sites that read such features.
-        readers_of_units: Keys of those that read units.
+        readers_of_units: Keys of those that read units, and of all that read the same.
         changes: What is decomposed in the place of the weights, if anything is.
         tied: Keys of tables and of the layers that share their weight.
         splits: Of Convs that may become two, by node.
@@ -57,7 +57,7 @@ class Aspects:
     heads: Mapping[str, Sequence[tuple[slice, bool]]]
     added: Mapping[str, np.ndarray]
     readers: frozenset[str]
-    readers_of_units: frozenset[str]
+    readers_of_units: Mapping[str, tuple[str, ...]]
     changes: Changes | None
     tied: Mapping[str, str]
     splits: Mapping[int, Splits]
@@ -84,7 +84,7 @@ class Aspects:
             changes: What is decomposed in the place of the weights, if anything is.
         """
         basis = [h for h in hidden if not h.units]
-        of_units = frozenset(h.reader for h in hidden if h.reader is not None)
+        of_units = {key: h.readers for h in hidden for key in h.readers}
         added = {
             s.key: h.added(index, s.key, s.m) for h in basis for s in sites if s.key in h.sites
         }
@@ -99,17 +99,28 @@ class Aspects:
             readers_of_units=of_units,
             changes=changes,
             tied={table.key: head.key for table, head in find_tied(index, sites)},
-            splits=_splits(index, sites, frozenset(moves), of_units),
+            splits=_splits(index, sites, frozenset(moves), frozenset(of_units)),
         )
 
     def joined(self, sites: Sequence[Site]) -> list[list[Site]]:
-        """Sites in order; a table comes with the layer that shares its weight."""
-        by_key, behind = {site.key: site for site in sites}, set(self.tied.values())
-        return [
-            [site, *(by_key[key] for key in (self.tied.get(site.key),) if key)]
-            for site in sites
-            if site.key not in behind
-        ]
+        """Sites in order; with each come those that have to be looked at together with it.
+
+        With a table it is the layer that shares its weight, and with a weight that reads hidden
+        units the others that read them.
+        """
+        by_key = {site.key: site for site in sites}
+        sets = [*self.tied.items(), *dict.fromkeys(self.readers_of_units.values())]
+        found: list[list[Site]] = []
+        seen: set[str] = set()
+        for site in sites:
+            together = [] if site.key in seen else [site.key]
+            for key in together:  # which grows
+                others = [other for each in sets if key in each for other in each]
+                together += [k for k in dict.fromkeys(others) if k in by_key and k not in together]
+            if together:
+                found.append([by_key[key] for key in together])
+            seen.update(together)
+        return found
 
     def sums(self, site: Site) -> dict[Hashable, int]:
         """Bytes of the running sums of a site."""
@@ -125,7 +136,7 @@ class Aspects:
                 # Patterns choose uses: one key may stand for more of them, or fewer.
                 *(s.key, s.op_type, [use.node for use in s.uses], self.heads.get(s.key)),
                 tuple(self._inner(s)),
-                *(s.key in self.readers, s.key in self.readers_of_units),
+                *(s.key in self.readers, self.readers_of_units.get(s.key)),
             )
             for s in sites
         ]
@@ -181,8 +192,25 @@ class Aspects:
         """Whether hidden units are its inputs, and not the channels of a Conv of several taps."""
         return site.key in self.readers_of_units and CHANNELS.key not in self._inner(site)
 
-    def decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
-        """A site, by what was seen of it."""
+    def decomposed(self, seen: Sequence[tuple[Site, Seen]]) -> list[TwoSidedSite]:
+        """Sites that come together, by what was seen of them."""
+        found = {site.key: self._decomposed(site, of_site) for site, of_site in seen}
+        readers = self.readers_of_units
+        for keys in dict.fromkeys(readers[key] for key in found if key in readers):
+            reading = [(s, of_site) for s, of_site in seen if s.key in keys]
+            ranked = Units.of([self._read(found[s.key], of_site) for s, of_site in reading])
+            for (site, _), units in zip(reading, ranked, strict=True):
+                found[site.key] = replace(found[site.key], units=units)
+        return list(found.values())
+
+    def _read(self, site: TwoSidedSite, seen: Seen) -> Read:
+        """The hidden units that a site reads."""
+        channels = seen.inner.get(CHANNELS.key)
+        moment = seen.inputs if channels is None else channels.moment
+        assert moment is not None
+        return reads(site, self._weight(site.site).astype(np.float64), moment, channels)
+
+    def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
         weight = self._weight(site).astype(np.float64)
         cost = bias_cost(self.index, site)
         side = seen.side
@@ -196,11 +224,6 @@ class Aspects:
         for move, of_inner in seen.inner.items():
             if of_inner.moment.rows:
                 found = with_inner(found, move, of_inner)
-        if site.key in self.readers_of_units:
-            channels = seen.inner.get(CHANNELS.key)
-            moment = seen.inputs if channels is None else channels.moment
-            assert moment is not None
-            found = with_units(found, weight, moment, channels)
         return found
 
     def probes(self, found: TwoSidedSite) -> list[Probe]:

@@ -206,13 +206,16 @@ class _Measuring:
                     f"{label}: {site.uses[0].label}: its values or gradients, or the squares of "
                     "them, overflow on the calibration data"
                 )
-        tasks = [(s, seen[s.key]) for s in sites if seen[s.key].side.moment.rows]
-        memory = max((4 * sum(self.aspects.sums(site).values()) for site, _ in tasks), default=0)
-        found = []
-        self.progress("decomposing", 0, len(tasks))
-        for one in self.engine.map(_decomposed, (self.aspects,), tasks, memory=memory):
-            found.append(spilled(one))
-            self.progress("decomposing", len(found), len(tasks))
+        measured = [s for s in sites if seen[s.key].side.moment.rows]
+        tasks = [[(s, seen[s.key]) for s in of] for of in self.aspects.joined(measured)]
+        sizes = [sum(sum(self.aspects.sums(s).values()) for s, _ in task) for task in tasks]
+        found: list[TwoSidedSite] = []
+        self.progress("decomposing", 0, len(measured))
+        for together in self.engine.map(
+            _decomposed, (self.aspects,), tasks, memory=4 * max(sizes, default=0)
+        ):
+            found += map(spilled, together)
+            self.progress("decomposing", len(found), len(measured))
         return tied(found, list(self.aspects.tied.items()))
 
     def predict(
@@ -259,5 +262,5 @@ class _Measuring:
         return self.aspects.backward(self.graph, sites, draws, smooth=smooth, seed=seed)
 
 
-def _decomposed(aspects: Aspects, task: tuple[Site, Seen]) -> TwoSidedSite:
-    return aspects.decomposed(*task)
+def _decomposed(aspects: Aspects, task: Sequence[tuple[Site, Seen]]) -> list[TwoSidedSite]:
+    return aspects.decomposed(task)

@@ -97,30 +97,32 @@ class _Assembly:
         return self._complete(groups, size, every, units=False)
 
     def units(self, pairs: Sequence[np.ndarray]) -> Iterable[Hidden]:
-        """The units that one weight alone reads, with the gates that were multiplied with them."""
+        """Units, with those that became one with them, as gates do, and all weights that read them.
+
+        Of a squeeze-and-excitation block the second product makes gates, and the first reads too.
+        """
         meetings = [m for m in self.trace.meetings if m.columns is not None]
-        read = [set(m.made.ravel().tolist()) for m in meetings]
+        read = [set(m.made[0].tolist()) for m in meetings]
         for k, meeting in enumerate(meetings):
             lines = _alike(meeting.made[0], pairs)
             if lines is None:
                 continue
             features = np.concatenate(lines)
             every = set(features.tolist())
-            others = (r for j, r in enumerate(read) if j != k)
-            if not self.trace.stuck.isdisjoint(every) or not all(map(every.isdisjoint, others)):
+            reading = [j for j, units in enumerate(read) if not every.isdisjoint(units)]
+            if reading[0] != k or not self.trace.stuck.isdisjoint(every):
+                continue
+            if not all(_among(meetings[j].made[0], lines) for j in reading):
                 continue
             made = [self._part(line) for line in lines]
             first = made[0]
-            assert meeting.columns is not None
-            reader = meeting.columns[0]
             if first is None or len(every) < len(features) or len(lines[0]) < 2:
                 continue
-            patches = reader.uses[0].inputs.patches
-            taps = math.prod(patches.kernel) if patches else 1
-            met = Part(site=reader.key, side="columns", start=0, taps=taps)
-            groups = [Group(made=first, met=met)]
+            groups = [Group(made=first, met=_columns(meetings[j])) for j in reading]
             groups += [Group(made=part, met=first) for part in made[1:] if part is not None]
-            if len(groups) < len(made) or reader.key in {g.made.site for g in groups}:
+            readers = {_columns(meetings[j]).site for j in reading}
+            distinct = len(readers) == len(reading) and len(groups) == len(reading) + len(made) - 1
+            if not distinct or not readers.isdisjoint(g.made.site for g in groups):
                 continue
             hidden = self._complete(groups, len(lines[0]), features, units=True)
             if hidden is not None:
@@ -263,9 +265,22 @@ def _alike(line: np.ndarray, pairs: Sequence[np.ndarray]) -> list[np.ndarray] | 
                 if not all(met) or len(partner) < len(here) or len(set(there)) < len(there):
                     return None
                 other = np.array([partner[int(f)] for f in known], dtype=line.dtype)
-                if not any(np.array_equal(other, each) for each in lines):
+                if not _among(other, lines):
                     lines.append(other)
     return lines
+
+
+def _among(line: np.ndarray, lines: Sequence[np.ndarray]) -> bool:
+    return any(np.array_equal(line, each) for each in lines)
+
+
+def _columns(meeting: Meeting) -> Part:
+    """All the columns of the weight that reads units."""
+    assert meeting.columns is not None
+    site, _ = meeting.columns
+    patches = site.uses[0].inputs.patches
+    taps = math.prod(patches.kernel) if patches else 1
+    return Part(site=site.key, side="columns", start=0, taps=taps)
 
 
 def _shown(node: onnx.NodeProto, rank: int) -> range:

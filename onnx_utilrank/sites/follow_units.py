@@ -130,26 +130,29 @@ class UnitTrace(Trace):
             return arriving == [node.input[0]] and self._reduced(node)
         if node.op_type == "Conv":
             return arriving == [node.input[0]] and self._convolved(k, node)
-        if shape != numbers.shape:
+        spread = _spread(numbers, shape)
+        if spread is None:
             return False
+        numbers = spread
         axes = [a for a in range(numbers.ndim) if varies(numbers, a)]
         if node.op_type in _PER_CHANNEL:
             return arriving == [node.input[0]] and self._normalized(k, node, axes)
-        found = []
+        found, met = [], []
         for name in dict.fromkeys(filter(None, node.input)):
             if name in self.numbers:
-                if self.numbers[name].shape != shape:
+                other = _spread(self.numbers[name], shape)
+                if other is None:
                     return False
-                if not np.array_equal(self.numbers[name], numbers):
-                    self.pairs.append(_pairs(numbers, self.numbers[name]))
+                if not np.array_equal(other, numbers):
+                    met.append(_pairs(numbers, other))
                 continue
             held = self.index.constant(name)
             known = held if held is not None else self.values.get(name)
             if known is None:
                 return False
-            if known.size == 1:
-                continue
             wide = [a - known.ndim + numbers.ndim for a, n in enumerate(known.shape) if n > 1]
+            if not set(wide) & set(axes):  # the same for all units
+                continue
             if held is None or wide != axes or len(axes) != 1:
                 return False
             (axis,) = axes
@@ -158,6 +161,7 @@ class UnitTrace(Trace):
             line = numbers[tuple(slice(None) if a == axis else 0 for a in range(numbers.ndim))]
             found.append((k, name, axis - numbers.ndim, line.reshape(-1)))
         self.vectors.extend(found)
+        self.pairs.extend(met)
         self.numbers[out] = numbers
         return True
 
@@ -207,6 +211,14 @@ class UnitTrace(Trace):
         one = line[:, 0].reshape(1, groups, *(1,) * (numbers.ndim - 2))
         self.numbers[out] = np.broadcast_to(one, self.values[out].shape)
         return True
+
+
+def _spread(numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Numbers broadcast to a shape; None where they are not (ONNX, Broadcasting in ONNX)."""
+    try:
+        return np.broadcast_to(numbers, shape)
+    except ValueError:
+        return None
 
 
 def _pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ the weights that make them and L [n, k] to those that read them. No node is adde
 shrinks in its place, and there is no rank at which that does not yet pay.
 
 Units go through functions of their own on the way. Of these k are chosen, so that K is a choice of
-rows, and the weight that reads them makes up for the others by L.
+rows, and each weight that reads them makes up for the others by an L of its own.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Hidden:
         key: What plans and reports call it: the key of the first weight that makes them.
         sites: Keys of all its weights, in graph order.
         size: Features n in a group.
-        groups: The groups; one that several columns read stands there once for each.
+        groups: The groups; one that several columns or weights read stands there once for each.
         reshapes: Reshape and Expand nodes whose targets name the features.
         splits: Split nodes that name how many features go where.
         slices: Slice nodes that cut features of other groups off, at constant or computed bounds.
@@ -126,9 +126,11 @@ class Hidden:
         return tuple(dict.fromkeys(g.made for g in self.groups))
 
     @property
-    def reader(self) -> str | None:
-        """The weight that reads units."""
-        return self.groups[0].met.site if self.units else None
+    def readers(self) -> tuple[str, ...]:
+        """The weights that read units; none of features that are no units."""
+        if not self.units:
+            return ()
+        return tuple(g.met.site for g in self.groups if g.met.side == "columns")
 
     def makers(self, site: str) -> tuple[Part, ...]:
         """Those of a site."""

@@ -1,12 +1,13 @@
 """Which features to keep so that the others are made up for best: column subset selection."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnx_utilrank.statistics.factorize import Decomposition
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "select", "select_together"]
 
 # Added to every variance, relative to itself and to the mean of them: features that never vary are
 # still features. Tenfold, so often at most, where features repeat each other: sums of float32
@@ -77,38 +78,86 @@ def select(root: np.ndarray, second: np.ndarray) -> Selection:
         root: B [q, n], what a change of the features counts.
         second: C [n, n], their second moment.
     """
-    n = len(second)
-    rest = _definite((second + second.T) / 2)
-    effect = root @ rest
-    energy = float(np.sum((root @ second) * root))
-    expand = np.zeros((n, n))
+    (selection,) = select_together([(root, second)])
+    return selection
+
+
+def select_together(views: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Selection, ...]:
+    """Choose the same features for several who see them, each of whom makes up for the others.
+
+    What is kept is worth the sum of what it is worth to each: features that are read at several
+    places have values of their own at each of them, as before and behind a gate or a pooling.
+
+    Args:
+        views: B [q, n] and C [n, n] of each, see `select`; q may differ.
+    """
+    watching = [_View.of(root, second) for root, second in views]
+    n = len(watching[0].rest)
     order: list[int] = []
-    gains: list[float] = []
     alive = np.ones(n, dtype=bool)
     step = max(1, int(n * PER_LOOK))
     while len(order) < n:
         count = min(step, n - len(order))
         places = np.flatnonzero(alive)
-        among = places[np.argsort(-_scores(effect, rest)[places], kind="stable")[: AMONG * count]]
-        picked, gained = _greedy(effect[:, among], rest[np.ix_(among, among)], count)
+        scores = np.sum([_scores(view.effect, view.rest) for view in watching], axis=0)
+        among = places[np.argsort(-scores[places], kind="stable")[: AMONG * count]]
+        picked, gained = _greedy(
+            [(view.effect[:, among], view.rest[np.ix_(among, among)]) for view in watching], count
+        )
         chosen = among[picked]
-        factor = np.linalg.cholesky(rest[np.ix_(chosen, chosen)])
-        columns = np.linalg.solve(factor, rest[chosen]).T
-        moved = np.linalg.solve(factor, effect[:, chosen].T).T
-        expand[:, len(order) : len(order) + count] = columns
-        rest -= columns @ columns.T
-        effect -= moved @ columns.T
+        for view, gains in zip(watching, gained, strict=True):
+            view.take(chosen, len(order))
+            view.gains += gains
         alive[chosen] = False
         order += chosen.tolist()
-        gains += gained
-    left = np.maximum(energy - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
-    left[-1] = 0.0
-    return Selection(
-        order=np.array(order),
-        columns=expand,
-        errors=np.minimum.accumulate(left),
-        energy=energy,
-    )
+    return tuple(view.selection(order) for view in watching)
+
+
+@dataclass(slots=True, kw_only=True)
+class _View:
+    """Features as one sees them, with what is left of them when the chosen ones are regressed out.
+
+    Attributes:
+        energy: E‖B a‖².
+        rest: C̃ [n, n].
+        effect: B C̃ [q, n].
+        columns: V [n, n], as far as features are chosen.
+        gains: What each of those gained.
+    """
+
+    energy: float
+    rest: np.ndarray
+    effect: np.ndarray
+    columns: np.ndarray
+    gains: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, root: np.ndarray, second: np.ndarray) -> "_View":
+        rest = _definite((second + second.T) / 2)
+        return cls(
+            energy=float(np.sum((root @ second) * root)),
+            rest=rest,
+            effect=root @ rest,
+            columns=np.zeros(second.shape),
+        )
+
+    def take(self, chosen: np.ndarray, at: int) -> None:
+        factor = np.linalg.cholesky(self.rest[np.ix_(chosen, chosen)])
+        columns = np.linalg.solve(factor, self.rest[chosen]).T
+        moved = np.linalg.solve(factor, self.effect[:, chosen].T).T
+        self.columns[:, at : at + len(chosen)] = columns
+        self.rest -= columns @ columns.T
+        self.effect -= moved @ columns.T
+
+    def selection(self, order: Sequence[int]) -> Selection:
+        left = np.maximum(self.energy - np.concatenate([[0.0], np.cumsum(self.gains)]), 0.0)
+        left[-1] = 0.0
+        return Selection(
+            order=np.array(order),
+            columns=self.columns,
+            errors=np.minimum.accumulate(left),
+            energy=self.energy,
+        )
 
 
 def _definite(second: np.ndarray) -> np.ndarray:
@@ -132,17 +181,29 @@ def _scores(effect: np.ndarray, rest: np.ndarray) -> np.ndarray:
         return np.asarray(np.square(effect).sum(0) / np.maximum(np.diagonal(rest), LEAST))
 
 
-def _greedy(effect: np.ndarray, rest: np.ndarray, count: int) -> tuple[list[int], list[float]]:
-    """The best `count` of some features, one after the other, and what each of them gains."""
+def _greedy(
+    views: Sequence[tuple[np.ndarray, np.ndarray]], count: int
+) -> tuple[list[int], list[list[float]]]:
+    """The best `count` of some features, one after the other, and what each gains in each view.
+
+    Args:
+        views: B C̃ [q, n] and C̃ [n, n] of each.
+        count: How many.
+    """
     picked: list[int] = []
-    gained: list[float] = []
+    gained: list[list[float]] = [[] for _ in views]
     for _ in range(count):
-        scores = _scores(effect, rest)
-        scores[picked] = -1.0
-        best = int(scores.argmax())
+        scores = [_scores(effect, rest) for effect, rest in views]
+        total = np.sum(scores, axis=0)
+        total[picked] = -1.0
+        best = int(total.argmax())
         picked.append(best)
-        gained.append(float(scores[best]))
-        row = rest[best] / rest[best, best]
-        effect = effect - np.outer(effect[:, best], row)
-        rest = rest - np.outer(rest[best], row)
+        for gains, score in zip(gained, scores, strict=True):
+            gains.append(float(score[best]))
+        views = [_without(best, effect, rest) for effect, rest in views]
     return picked, gained
+
+
+def _without(best: int, effect: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    row = rest[best] / rest[best, best]
+    return effect - np.outer(effect[:, best], row), rest - np.outer(rest[best], row)
