@@ -105,7 +105,7 @@ LAYERS = {
 # Packages that only some modules may import; nothing may import those with no module.
 FENCES = {
     "onnx_graphsurgeon": (
-        *("model/surgeon.py", "sites/", "moves/"),
+        *("model/surgeon.py", "sites/", "moves/", "surgery/recurrent.py"),
         *("quantization/blockwise.py", "repairing/branch.py"),
     ),
     "onnxruntime": ("runtime/", "quantization/"),

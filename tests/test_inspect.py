@@ -101,7 +101,7 @@ def test_weights_that_others_read_and_ties_are_said():
 def test_what_is_left_alone_and_what_is_missing_has_a_reason():
     proto = model(
         "(float[1,n,8] x, int8[n,8] q) => (float[1,n,8] y, float[n,4] z)",
-        "r, h = LSTM<hidden_size=8>(x, W, R) y = Squeeze(r, axis) "
+        "v = Tanh(W) r, h = LSTM<hidden_size=8>(x, v, R) y = Squeeze(r, axis) "
         "w = DequantizeLinear(Q, scale, zero) f = DequantizeLinear(q, scale, zero) "
         "z = MatMul(f, w)",
         W=single(1, 1, 32, 8),

@@ -34,8 +34,8 @@ class Parts:
         return self.index.node(self.place)
 
     def value(self, hint: str) -> str:
-        """A new name, after that of the node's output."""
-        return self.unique(f"{self.node.output[0]}/{hint}")
+        """A new name, after that of the node's first output."""
+        return self.unique(f"{next(filter(None, self.node.output))}/{hint}")
 
     def unique(self, stem: str) -> str:
         """A name that nothing has."""

@@ -18,6 +18,7 @@ from onnx_utilrank.model.einsum import BatchProduct, batch_product, matrix_produ
 from onnx_utilrank.model.graph import GraphIndex, all_names, attributes, qualified
 from onnx_utilrank.model.parts import MICROSOFT, Parts, text, with_parts
 from onnx_utilrank.model.plain_attention import attention, multi_head
+from onnx_utilrank.model.plain_recurrent import RECURRENT, recurrent
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = ["MOST_GROUPS", "index_model", "is_fused", "plain_model"]
@@ -46,9 +47,11 @@ def index_model(store: ModelStore) -> GraphIndex:
         take_apart = _FUSED.get(operator) or _BETWEEN.get(operator)
         if take_apart is None or operator in local or not store.opset:
             continue  # without ONNX's own operators there are no plain ones
-        if not all((*node.input[:2], *node.output[:1])) or not (node.input and node.output):
+        # A recurrent layer may give its last state alone.
+        made = any(node.output) if take_apart is recurrent else all(node.output[:1])
+        if not all(node.input[:2]) or not made or not (node.input and node.output):
             continue
-        weightless = take_apart in (_matmul, _einsum) or operator in _BETWEEN
+        weightless = take_apart in (_matmul, _einsum, recurrent) or operator in _BETWEEN
         if index.constants.isdisjoint(node.input[:2]) and not weightless:
             continue
         taken = all_names(store.proto) if taken is None else taken
@@ -261,6 +264,7 @@ _FUSED: dict[tuple[str, str], Callable[[Parts], bool]] = {
     ("", "Conv"): _conv,
     ("", "Einsum"): _einsum,
     ("", "Split"): _split,
+    **{("", op): recurrent for op in RECURRENT},
     (MICROSOFT, "Attention"): attention,
     (MICROSOFT, "FusedConv"): _fused_conv,
     (MICROSOFT, "FusedGemm"): _gemm,

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_utilrank.model.graph import GraphIndex
+from onnx_utilrank.model.plain_recurrent import is_recurrent
 from onnx_utilrank.model.surgeon import Surgeon
 from onnx_utilrank.moves.move import Matrix
 from onnx_utilrank.moves.stored import corrected_bias, store
@@ -43,6 +44,8 @@ class Pivot:
         """
         if site.one_hot or site.tied:
             return False
+        if any(is_recurrent(index.origin(use.node)) for use in site.uses):
+            return False  # what makes the outputs becomes the input weight of the layer behind
         counted_from_the_end = any(use.result.axis < 0 for use in site.uses)
         if counted_from_the_end and index.store.opset < NEGATIVE_AXES:
             return False

@@ -9,7 +9,8 @@ __all__ = ["QUANTIZED", "REASONS", "is_quantized", "left_alone", "quantized_oper
 
 FIRST = "compress the model before it is quantized"
 QUANTIZED = f"its weight is quantized: {FIRST}"
-STEPS = "its recurrent weight works within the operator, and its input weight is not split off"
+STEPS = "its recurrent weight works within the operator"
+WHOLE = f"{STEPS}, and its input weight is not split off: it is computed, or read elsewhere too"
 PROCESSOR = "its weight lies as one processor wants it: compress the model before it is optimized"
 EXPERTS = "its weights are a stack of experts, of which each sees rows of its own"
 FORM = "it is in a form that is not followed"
@@ -20,12 +21,12 @@ REASONS: dict[tuple[str, str], str] = {
     ("", "ConvInteger"): QUANTIZED,
     ("", "DeformConv"): "each position sees its inputs at places of its own",
     ("", "Einsum"): "its equation is not the product with one constant matrix",
-    ("", "GRU"): STEPS,
-    ("", "LSTM"): STEPS,
+    ("", "GRU"): WHOLE,
+    ("", "LSTM"): WHOLE,
     ("", "MatMulInteger"): QUANTIZED,
     ("", "QLinearConv"): QUANTIZED,
     ("", "QLinearMatMul"): QUANTIZED,
-    ("", "RNN"): STEPS,
+    ("", "RNN"): WHOLE,
     ("com.microsoft", "Attention"): f"{FORM}: with a past, rotary embedding, or a mask whose rank "
     "is not known to be 2",
     ("com.microsoft", "AttnLSTM"): STEPS,
@@ -68,6 +69,8 @@ def left_alone(index: GraphIndex, node: onnx.NodeProto) -> Skip | None:
     reason = REASONS.get(qualified(node))
     if reason is None or not any(_is_matrix(index, name) for name in node.input):
         return None
+    if reason == WHOLE and index.origin(index.producers[next(filter(None, node.output))]) != node:
+        reason = STEPS
     return Skip(node=node_label(node), op_type=node.op_type, reason=reason)
 
 

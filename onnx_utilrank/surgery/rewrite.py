@@ -17,6 +17,7 @@ from onnx_utilrank.moves.shrink import Shrinking, shrink
 from onnx_utilrank.moves.tied import replace_tied
 from onnx_utilrank.sites.site import Site
 from onnx_utilrank.statistics.factorize import Factors
+from onnx_utilrank.surgery.recurrent import layers_again
 
 __all__ = ["Replacement", "check_contract", "rewrite"]
 
@@ -69,7 +70,7 @@ def rewrite(
         )
     for shrinking in shrinkings:
         shrink(surgeon, shrinking)
-    return surgeon.finish()
+    return layers_again(index, surgeon.finish())
 
 
 def _tied(surgeon: Surgeon, table: Replacement, head: Replacement) -> None:

@@ -35,6 +35,9 @@ TRAINABLE: dict[str, tuple[int, ...] | None] = {
     "SkipLayerNormalization": (2, 3, 4),
     "SkipSimplifiedLayerNormalization": (2, 3),
     "EmbedLayerNormalization": (2, 3, 4, 5, 6),
+    "LSTM": (1, 2, 3, 7),
+    "GRU": (1, 2, 3),
+    "RNN": (1, 2, 3),
     "BiasGelu": (1,),
     "FastGelu": (1,),
 }
