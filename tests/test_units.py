@@ -313,11 +313,6 @@ STYLES = {
         *("c3", "w3", "u3", "d1"),
         groups=3,
     ),
-    "a residual of units, read on the way": conv(
-        CONVS + "q = Conv(r, s1) v = Relu(q) k = Conv(v, s2) s = Add(r, k) y = Conv(s, d1, b2)",
-        *(*SE, "d1"),
-        groups=3,
-    ),
     "a part for each position that all share": Style(
         body=IN + "r = Relu(h) f = ReduceMax<axes=[2], keepdims=1>(x) a = Mul(f, r)" + OUT
     ),
@@ -427,6 +422,12 @@ def test_units_that_something_mixes_stay(name: str):
     onnx.checker.check_model(proto, full_check=True)
     for batch in (1, 2):
         assert units_of(NONE[name], batch)[2] == []
+
+
+def test_units_of_blocks_shrink_rather_than_the_stream_that_they_add_to():
+    body = "q = Conv(r, s1) v = Relu(q) k = Conv(v, s2) s = Add(r, k) y = Conv(s, d1, b2)"
+    _, _, found = units_of(conv(CONVS + body))
+    assert [set(hidden.sites) for hidden in found] == [{"s1", "s2"}]
 
 
 def chain(*widths: int) -> onnx.ModelProto:

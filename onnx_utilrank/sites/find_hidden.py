@@ -34,7 +34,7 @@ def find_hidden(index: GraphIndex, sites: Sequence[Site], values: Values) -> tup
     trace.run()
     units = UnitTrace(index, sites, values)
     units.run()
-    found = (*_Assembly(trace).hidden(), *_Assembly(units).units(units.pairs))
+    found = (*_Assembly(trace).hidden(), *_Assembly(units).units(units.pairs, units.added))
     return choose_hidden(found, sites)
 
 
@@ -96,10 +96,17 @@ class _Assembly:
         every = np.concatenate([np.unique(np.concatenate(makers)), *others])
         return self._complete(groups, size, every, units=False)
 
-    def units(self, pairs: Sequence[np.ndarray]) -> Iterable[Hidden]:
+    def units(self, pairs: Sequence[np.ndarray], added: Sequence[np.ndarray]) -> Iterable[Hidden]:
         """Units, with those that became one with them, as gates do, and all weights that read them.
 
         Of a squeeze-and-excitation block the second product makes gates, and the first reads too.
+
+        Not the stream that blocks read and add to: what it loses all of them lose, and it would
+        take their weights from the units within them, which lose less (`tests/test_units.py`).
+
+        Args:
+            pairs: Units that became one.
+            added: Those that did in a sum.
         """
         meetings = [m for m in self.trace.meetings if m.columns is not None]
         read = [set(m.made[0].tolist()) for m in meetings]
@@ -110,7 +117,10 @@ class _Assembly:
             features = np.concatenate(lines)
             every = set(features.tolist())
             reading = [j for j, units in enumerate(read) if not every.isdisjoint(units)]
+            # All readers are looked at with the first of them.
             if reading[0] != k or not self.trace.stuck.isdisjoint(every):
+                continue
+            if len(reading) > 1 and any(not every.isdisjoint(sums[0].tolist()) for sums in added):
                 continue
             if not all(_among(meetings[j].made[0], lines) for j in reading):
                 continue

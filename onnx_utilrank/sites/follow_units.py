@@ -32,6 +32,7 @@ _NARY = frozenset({
     "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
 })
 # fmt: on
+_ADDING = frozenset({"Add", "Mean", "Sub", "Sum"})
 # Of a channel, axis 1, and of constants [C].
 _PER_CHANNEL = frozenset({"BatchNormalization", "InstanceNormalization"})
 _CONTRIB = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"})
@@ -70,9 +71,11 @@ class UnitTrace(Trace):
 
     Attributes:
         pairs: Units that make up one where they meet, [2, n] each: a gate and what it gates.
+        added: Those of them that are added up, as a block's are to the stream it reads.
     """
 
     pairs: list[np.ndarray] = field(default_factory=list)
+    added: list[np.ndarray] = field(default_factory=list)
 
     def _pass(self, k: int, node: onnx.NodeProto, site: Site | None, arriving: list[str]) -> None:
         if (
@@ -162,6 +165,7 @@ class UnitTrace(Trace):
             found.append((k, name, axis - numbers.ndim, line.reshape(-1)))
         self.vectors.extend(found)
         self.pairs.extend(met)
+        self.added.extend(met if node.op_type in _ADDING else ())
         self.numbers[out] = numbers
         return True
 
