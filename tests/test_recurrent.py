@@ -106,7 +106,7 @@ STYLES = {
     "states of both kinds and peepholes": Style(inputs=", , , I, C, P"),
     "all outputs": Style(outputs="y, h, c"),
     "the last state alone": Style(outputs="n, h"),
-    "opset 7": Style(opset=7),
+    "opset 9": Style(opset=9),
     "gates put in order": Style(
         before="k0 = Slice(U, p0, p1, one) k1 = Slice(U, p1, p2, one) k2 = Slice(U, p2, p4, one) "
         "W = Concat<axis=1>(k1, k0, k2)",
@@ -219,6 +219,59 @@ def test_what_cannot_be_taken_apart_is_left_with_the_reason(name: str):
     sites, skips = find_sites(index(proto))
     assert not sites
     assert {skip.reason for skip in skips} == {WHOLE}
+
+
+def test_a_weight_that_is_the_recurrent_one_too_stays():
+    body = "y, h = LSTM<hidden_size=4>(x, R, R)"
+    held = constants(Style().proto())["R"]
+    proto = model(f"(float[{T},2,{H}] x) => (float[a,b,c,d] y)", body, R=held)
+    sites, (skip,) = find_sites(index(proto))
+    assert not sites
+    assert skip.reason == WHOLE
+
+
+def broken(body: str, opset: int = 17) -> onnx.ModelProto:
+    held = constants(STYLES["gates put in order"].proto())
+    held["ten"] = np.array([10])
+    words = body.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    used = {key: value for key, value in held.items() if key in words}
+    return model(f"(float[{T},2,{D}] x) => (float[a,b,c,d] y)", body, opset=opset, **used)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "W = Concat<axis=1>(U, R) y, h = LSTM<hidden_size=4>(x, W, R)",
+        "W = Slice(U, p0, p1, ten) y, h = LSTM<hidden_size=4>(x, W, R)",
+        "W = Slice(U) y, h = LSTM<hidden_size=4>(x, W, R)",
+    ],
+)
+def test_weights_that_cannot_be_put_together_are_none(body: str):
+    sites, skips = find_sites(index(broken(body)))
+    assert not sites
+    assert {skip.reason for skip in skips} == {WHOLE}
+
+
+def test_layers_are_excluded_by_any_of_their_names():
+    style = STYLES["gates put in order"]
+    proto = style.proto()
+    proto.graph.node[-1].name = "tagger/lstm"
+    for pattern in ("tagger/*", "W", "U", "y"):
+        sites, skips = find_sites(index(proto), exclude=(pattern,))
+        assert not sites
+        assert "excluded by a pattern" in {skip.reason for skip in skips}
+    (site,), _ = find_sites(index(proto), include=("tagger/lstm",))
+    assert site.uses[0].label == "LSTM 'tagger/lstm'"
+
+
+def test_what_is_in_the_place_of_a_large_weight_is_small():
+    wide = {"W": noise(1, 2, 4 * 64, 3), "R": noise(2, 2, 4 * 64, 64)}
+    made = {key: value.astype(np.float32) for key, value in wide.items()}
+    body = 'y, h = LSTM<hidden_size=64, direction="bidirectional">(x, W, R)'
+    proto = model("(float[5,2,3] x) => (float[a,b,c,d] y)", body, **made)
+    assert index(proto).store.proto.ByteSize() < 1.2 * proto.ByteSize()
+    feed = {"x": noise(3, 5, 2, 3).astype(np.float32)}
+    close(run(index(proto).store, feed), run(proto, feed))
 
 
 def test_what_stays_of_a_layer_has_its_reason():

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import helper
-from onnx.reference import ReferenceEvaluator
 
+from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import LAYOUT_OPS, GraphIndex
 
 __all__ = ["Assembled", "assembled"]
@@ -20,7 +18,8 @@ class Assembled:
 
     Attributes:
         values: What it holds.
-        names: The values that hold its data: itself, pieces of it, and what those are pieces of.
+        names: The values that hold its data, which are no integers: itself, pieces of it, and what
+            those are pieces of.
         nodes: The nodes that put it together.
     """
 
@@ -57,29 +56,14 @@ def assembled(index: GraphIndex, name: str) -> Assembled | None:
         nodes.add(k)
         ways += [given for given in node.input if given and given not in names]
         names.update(filter(None, node.input))
-    held = {leaf: index.constant(leaf) for leaf in leaves}
+    held = {leaf: np.asarray(index.constant(leaf)) for leaf in leaves}
     # Where to cut is not the data.
-    data = {n for n in names if n not in held or np.issubdtype(_kind(held[n]), np.inexact)}
-    return Assembled(
-        values=_made(index, name, nodes, held) if nodes else np.asarray(held[name]),
-        names=frozenset(data),
-        nodes=frozenset(nodes),
-    )
-
-
-def _kind(values: np.ndarray | None) -> np.dtype[np.generic]:
-    assert values is not None
-    return values.dtype
-
-
-def _made(
-    index: GraphIndex, name: str, nodes: set[int], held: dict[str, np.ndarray | None]
-) -> np.ndarray:
-    steps = [index.node(k) for k in sorted(nodes)]
-    unknown = onnx.TypeProto()
-    inputs = [helper.make_value_info(leaf, unknown) for leaf in held]
-    graph = helper.make_graph(steps, "assembled", inputs, [helper.make_value_info(name, unknown)])
-    version = helper.make_opsetid("", index.store.opset)
-    run = ReferenceEvaluator(helper.make_model(graph, opset_imports=[version]))
-    (made,) = run.run(None, dict(held))
-    return np.asarray(made)
+    data = {n for n in names if n not in held or not np.issubdtype(held[n].dtype, np.integer)}
+    for k in sorted(nodes):
+        node = index.node(k)
+        try:
+            made = index.evaluated(node, held)
+        except ModelError:
+            return None  # what cannot be put together is no weight
+        held |= zip(node.output, made, strict=False)
+    return Assembled(values=held[name], names=frozenset(data), nodes=frozenset(nodes))

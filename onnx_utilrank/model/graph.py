@@ -191,13 +191,20 @@ class GraphIndex:
         (self._folded[name],) = self.evaluated(node)
         return self._folded[name]
 
-    def evaluated(self, node: onnx.NodeProto) -> list[np.ndarray]:
+    def evaluated(
+        self, node: onnx.NodeProto, known: Mapping[str, np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """The outputs of a node that reads constants.
+
+        Args:
+            node: The node.
+            known: What it reads; None looks constants up.
 
         Raises:
             ModelError: The data cannot be read or the node cannot be evaluated.
         """
-        feed = {given: self.constant(given) for given in filter(None, node.input)}
+        reads = list(filter(None, node.input))
+        feed = {given: self.constant(given) if known is None else known[given] for given in reads}
         axes = attributes(node).get("axes")
         try:
             if node.op_type == "Identity":  # the same, where the evaluator copies

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from onnx_utilrank.model.assembled import assembled
 from onnx_utilrank.model.graph import attributes, qualified
@@ -17,8 +18,8 @@ from onnx_utilrank.model.parts import Parts
 __all__ = ["RECURRENT", "is_recurrent", "recurrent"]
 
 RECURRENT = ("GRU", "LSTM", "RNN")
-# Since when constants are broadcast as they are today.
-BROADCASTING = 7
+# Since when there is one.
+EYE_LIKE = 9
 
 
 def is_recurrent(node: onnx.NodeProto) -> bool:
@@ -31,10 +32,12 @@ def recurrent(parts: Parts) -> bool:
     node, index = parts.node, parts.index
     given: list[str] = [*node.input]
     x, w, r, b, *rest = given + [""] * (4 - len(given))
-    found = assembled(index, w)
-    if index.store.opset < BROADCASTING or found is None or found.values.ndim != 3:
+    if index.store.opset < EYE_LIKE:
         return False
-    if not found.freed_by(index, parts.place):
+    found = assembled(index, w)
+    if found is None or found.values.ndim != 3:
+        return False
+    if given.count(w) > 1 or not found.freed_by(index, parts.place):
         return False  # pieces would come on top of the whole, which is read elsewhere too
     weight = found.values
     directions, width, d = weight.shape
@@ -43,16 +46,25 @@ def recurrent(parts: Parts) -> bool:
         return False
     held = np.zeros((directions, 2 * width), weight.dtype) if biases is None else biases.values
     every = directions * width
-    choice = np.eye(every, dtype=weight.dtype).reshape(directions, width, every)
-    if np.array_equal(weight, choice):
-        return False  # it is plain already
     behind = np.concatenate([np.zeros_like(held[:, :width]), held[:, width:]], axis=1)
     turned = parts.constant(weight.reshape(every, d).T, f"{w}/turned")
     product = parts.add("MatMul", [x, turned], [parts.value("product")])
     bias = parts.constant(held[:, :width].reshape(-1), f"{b or w}/input")
     total = parts.add("Add", [product, bias], [parts.value("sum")])
-    operands = [parts.constant(choice, f"{w}/parts"), r]
+    operands = [_choice(parts, (directions, width, every), weight.dtype, f"{w}/parts"), r]
     operands.append(parts.constant(behind, f"{b or w}/recurrent"))
     options: dict[str, Any] = attributes(node)
     parts.add(node.op_type, [total, *operands, *rest], node.output, named=True, **options)
     return True
+
+
+def _choice(
+    parts: Parts, shape: tuple[int, int, int], dtype: np.dtype[np.generic], name: str
+) -> str:
+    """Append what makes S, which would be larger than all weights of the layer; its output."""
+    extents = parts.constant(np.array([shape[-1], shape[-1]]))
+    zero = numpy_helper.from_array(np.zeros(1, dtype))
+    zeros = parts.add("ConstantOfShape", [extents], [parts.value("zeros")], value=zero)
+    ones = parts.add("EyeLike", [zeros], [parts.value("ones")])
+    target = parts.constant(np.array(shape))
+    return parts.add("Reshape", [ones, target], [parts.unique(name)])

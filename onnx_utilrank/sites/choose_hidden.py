@@ -28,7 +28,8 @@ def choose_hidden(found: Sequence[Hidden], sites: Sequence[Site]) -> tuple[Hidde
     worth = []
     for hidden, own in zip(found, sets, strict=True):
         held = sum(sites[place].parameters for place in own)
-        features = hidden.size * len(hidden.made)
+        # Units that became one go together.
+        features = hidden.size if hidden.units else hidden.size * len(hidden.made)
         worth.append(held * features / (features + held / features))
     return tuple(found[k] for k in most_worth(sets, worth))
 

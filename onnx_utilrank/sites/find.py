@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from onnx_utilrank.errors import ConfigError, ModelError
+from onnx_utilrank.model.assembled import assembled
 from onnx_utilrank.model.graph import (
     GraphIndex,
     node_label,
@@ -17,6 +18,7 @@ from onnx_utilrank.model.graph import (
     tensor_type,
 )
 from onnx_utilrank.model.plain import is_fused
+from onnx_utilrank.model.plain_recurrent import is_recurrent
 from onnx_utilrank.model.scopes import all_nodes
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.sites.conv import CONV
@@ -168,8 +170,12 @@ def _refused(
 ) -> Skip | None:
     node = index.node(use.node)
     origin = index.origin(use.node)
-    names = [node.name, use.weight, index.root(use.weight), node.output[0], *origin.output]
+    names = [node.name, use.weight, index.root(use.weight), node.output[0]]
+    names += [origin.name, *origin.output]
     names += [n for n in origin.input if n in index.constants and n not in node.input]
+    if is_recurrent(origin):  # whose weight may be made of others
+        whole = assembled(index, origin.input[1])
+        names += [] if whole is None else whole.names
 
     def named(patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

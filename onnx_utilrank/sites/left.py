@@ -10,7 +10,10 @@ __all__ = ["QUANTIZED", "REASONS", "is_quantized", "left_alone", "quantized_oper
 FIRST = "compress the model before it is quantized"
 QUANTIZED = f"its weight is quantized: {FIRST}"
 STEPS = "its recurrent weight works within the operator"
-WHOLE = f"{STEPS}, and its input weight is not split off: it is computed, or read elsewhere too"
+WHOLE = (
+    f"{STEPS}, and its input weight is not split off: it is computed or read elsewhere too, its "
+    "bias is computed, or the opset is older than 9"
+)
 PROCESSOR = "its weight lies as one processor wants it: compress the model before it is optimized"
 EXPERTS = "its weights are a stack of experts, of which each sees rows of its own"
 FORM = "it is in a form that is not followed"
@@ -67,10 +70,10 @@ REASONS: dict[tuple[str, str], str] = {
 def left_alone(index: GraphIndex, node: onnx.NodeProto) -> Skip | None:
     """Why a node of an operator that cannot be factored is left; None where it has no matrix."""
     reason = REASONS.get(qualified(node))
-    if reason is None or not any(_is_matrix(index, name) for name in node.input):
-        return None
     if reason == WHOLE and index.origin(index.producers[next(filter(None, node.output))]) != node:
         reason = STEPS
+    elif reason is None or not any(_is_matrix(index, name) for name in node.input):
+        return None
     return Skip(node=node_label(node), op_type=node.op_type, reason=reason)
 
 

@@ -79,7 +79,7 @@ def _layer(
         backward = d == 1 or context.text("direction", "forward") == "reverse"
         given = _reversed(x, lengths) if backward else x
         both = x.new_zeros(2, width) if bias is None else bias[d].reshape(2, width)
-        shares = _product(given, weight[d]) + both[0]
+        shares = _product(given, weight[d], d * width) + both[0]
         shares = torch.cat([shares[..., :folded] + both[1, :folded], shares[..., folded:]], -1)
         step = cell_of(d, both[1])
         states = [
@@ -107,11 +107,14 @@ def _layer(
     return [y, *(torch.stack(end, 1 if batch_first else 0) for end in ends)]
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ. In plain form a layer has a large W that chooses columns of x: those are taken."""
-    columns = weight.argmax(-1)
-    chooses = weight.count_nonzero() == len(weight) and bool((weight.amax(-1) == 1).all())
-    return x[..., columns] if chooses and not weight.requires_grad else x @ weight.mT
+def _product(x: Tensor, weight: Tensor, start: int) -> Tensor:
+    """x Wᵀ. In plain form W is large and chooses columns of x, from `start` on: those are taken."""
+    width = len(weight)
+    own = weight[:, start : start + width].diagonal()
+    chooses = len(own) == width and bool((own == 1).all()) and weight.count_nonzero() == width
+    if chooses and not weight.requires_grad:
+        return x[..., start : start + width]
+    return x @ weight.mT
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
