@@ -44,8 +44,9 @@ from onnx_utilrank.sites.find import find_sites, has_sites_in_functions
 from onnx_utilrank.sites.find_hidden import find_hidden
 from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
+from onnx_utilrank.sites.order import with_order
 from onnx_utilrank.sites.site import Site, Skip
-from onnx_utilrank.statistics.divergence import rows_of
+from onnx_utilrank.statistics.divergence import rows_of, samples_in
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
@@ -208,7 +209,7 @@ class Job:
         measured, passes = measure_sensitivity(
             gradients.graph,
             self.index,
-            sites,
+            self._ordered(sites, samples),
             hidden or (),
             gradients.losses,
             gradients.data,
@@ -253,6 +254,14 @@ class Job:
         """
         held = WEIGHT_COPIES * int(self.store.proto.ByteSize())
         return max(config.memory_budget - held, config.memory_budget // 2)
+
+    def _ordered(self, sites: Sequence[Site], samples: Sequence[int]) -> list[Site]:
+        """The sites, told where what they read and make counts samples."""
+        single = next(self.data.feeds(samples, batch=1))
+        names = {v.tensor for s in sites for use in s.uses for v in (use.inputs, use.result)}
+        known = [n for n in names if n in self.index.producers or n in single]
+        values = survey(self.index.store, known, single, self.provider)
+        return with_order(sites, values, samples_in(single))
 
     def hidden(self, sites: Sequence[Site], samples: Sequence[int]) -> tuple[Hidden, ...]:
         """Features between sites that may shrink."""

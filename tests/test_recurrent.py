@@ -18,11 +18,14 @@ from onnx_utilrank import (
     finetune,
     inspect,
 )
+from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.model.plain import plain_model
 from onnx_utilrank.ranking.cost import count_parameters
-from onnx_utilrank.sensitivity.rows import as_rows, positions_first
+from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.left import STEPS, WHOLE
+from onnx_utilrank.sites.order import with_order
 from onnx_utilrank.sites.site import RowView
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
@@ -379,25 +382,65 @@ def test_what_became_of_a_layer_is_trained():
 def test_rows_are_grouped_by_the_sample_they_are_of():
     values = torch.arange(2 * 3 * 4).reshape(3, 2, 4)  # 3 positions of 2 samples
     view = RowView(tensor="x", axis=-1, width=4)
-    np.testing.assert_array_equal(as_rows(values, view, 2), values.transpose(0, 1))
-    np.testing.assert_array_equal(as_rows(values, view, 3), values)  # 2 positions of 3
+    turned = replace(view, positions_first=True)
+    np.testing.assert_array_equal(as_rows(values, turned, 2), values.transpose(0, 1))
+    np.testing.assert_array_equal(as_rows(values, view, 3), values)
     assert as_rows(values, view, 5).shape == (1, 6, 4)  # nothing tells
     windows = torch.zeros(6, 5, 4)  # 3 windows of each sample
     assert as_rows(windows, view, 2).shape == (2, 15, 4)
-    planes = RowView(tensor="x", axis=1, width=4)
-    assert as_rows(torch.zeros(6, 4, 2, 7), planes, 2).shape == (2, 42, 4)
-    assert positions_first((3, 2), 2)
-    assert not positions_first((2, 3), 2)
-    assert not positions_first((2,), 2)
+
+
+ORDERS = {
+    "samples first": ("m = MatMul(x, W) y = Identity(m)", (1, 5, 6), False),
+    "positions first": (
+        "t = Transpose<perm=[1,0,2]>(x) m = MatMul(t, W) y = Identity(m)",
+        (1, 5, 6),
+        True,
+    ),
+    "windows": ("t = Reshape(x, windows) m = MatMul(t, W) y = Identity(m)", (1, 12, 6), False),
+    "one position": ("t = Reshape(x, flat) m = MatMul(t, W) y = Identity(m)", (1, 5, 6), False),
+    "another rank behind": (
+        "t = Transpose<perm=[1,0,2]>(x) m = MatMul(t, V) y = Identity(m)",
+        (1, 5, 6),
+        False,
+    ),
+    "a column each": (
+        "t = Transpose<perm=[1,2,0]>(x) m = MatMul(L, t) y = Identity(m)",
+        (1, 5, 6),
+        True,
+    ),
+    "planes": ("t = Unsqueeze(x, last) m = Conv(t, C) y = Identity(m)", (1, 5, 1), False),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_one_sample_tells_where_samples_are_counted(name: str):
+    body, shape, first = ORDERS[name]
+    held = {"W": noise(1, 6, 3), "V": noise(1, 1, 1, 6, 3), "L": noise(2, 3, 6)}
+    held |= {"C": noise(3, 2, 5, 1, 1)}
+    cast = {k: v.astype(np.float32) for k, v in held.items()}
+    cast |= {"windows": np.array([-1, 4, 6]), "flat": np.array([-1, 6]), "last": np.array([3])}
+    words = body.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    used = {key: value for key, value in cast.items() if key in words}
+    rank = {"planes": "a,b,c,d", "another rank behind": "a,b,c,d", "one position": "a,b"}
+    graph = index(
+        model(f"(float[n,p,{shape[2]}] x) => (float[{rank.get(name, 'a,b,c')}] y)", body, **used)
+    )
+    feed = {"x": noise(4, *shape).astype(np.float32)}
+    sites, _ = find_sites(graph)
+    names = ["x", *graph.producers]
+    ((site,), values) = (sites, survey(graph.store, names, feed, CPU))
+    (found,) = with_order([site], values, 1)
+    assert [v.positions_first for v in (found.uses[0].inputs, found.uses[0].result)] == [first] * 2
 
 
 def test_layers_are_measured_alike_whatever_comes_first():
-    """The same model with sequences first in its inside, of as many steps as there are samples."""
+    """Also where there are as many positions as samples in a run, 16."""
     weights = {"A": noise(1, 8, 24) / 3, "V": noise(2, 24, 6) / 5}
     cast = {key: values.astype(np.float32) for key, values in weights.items()}
-    signature = "(float[n,5,8] x) => (float[n,6] y)"
+    signature = "(float[n,16,8] x) => (float[n,6] y)"
     end = "a = ReduceMean<axes=[1], keepdims=0>(z) y = Softmax(a)"
-    data = {"x": noise(3, 96, 5, 8).astype(np.float32)}
+    data = {"x": noise(3, 96, 16, 8).astype(np.float32)}
     bodies = {
         "samples": f"m = MatMul(x, A) r = Tanh(m) z = MatMul(r, V) {end}",
         "positions": "t = Transpose<perm=[1,0,2]>(x) m = MatMul(t, A) r = Tanh(m) "

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from onnx_utilrank.refit.layer import Layer, Refitted
-from onnx_utilrank.sensitivity.rows import as_rows, positions_first
+from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sites.find import site_kind
 from onnx_utilrank.sites.site import Use
 from onnx_utilrank.statistics.divergence import samples_in
@@ -77,7 +77,7 @@ class StandIn:
         y = state[use.result.tensor]
         own = _tensor(self._layer.biases[use.node]).to(y)
         rows = (as_rows(y, use.result, samples) - own) @ _tensor(self._new.turn.T).to(y) + own
-        _put_rows(use, state, rows, samples)
+        _put_rows(use, state, rows)
         self._finish(use, state, samples)
 
     def _finish(self, use: Use, state: Values, samples: int) -> None:
@@ -91,7 +91,7 @@ class StandIn:
         if self._heads is not None:
             behind = self._behind.to(y)
             rows = (rows + behind) @ self._heads.to(y) - behind
-        _put_rows(use, state, rows, samples)
+        _put_rows(use, state, rows)
 
 
 class Twin:
@@ -143,12 +143,12 @@ def layers_by_value(layers: Sequence[Layer]) -> dict[str, tuple[Layer, Use]]:
     return {u.result.tensor: (layer, u) for layer in layers for u in layer.measured.site.uses}
 
 
-def _put_rows(use: Use, state: Values, rows: torch.Tensor, samples: int) -> None:
+def _put_rows(use: Use, state: Values, rows: torch.Tensor) -> None:
     """Let a run hold these rows for the node's output: `as_rows` undone."""
     y, view = state[use.result.tensor], use.result
     if y.ndim > 1:
         moved = y.movedim(view.axis, -1)
-        if view.axis < 0 and positions_first(moved.shape[:-1], samples):
+        if view.positions_first:
             rows = rows.reshape(moved.transpose(0, 1).shape).transpose(0, 1)
         rows = rows.reshape(moved.shape).movedim(-1, view.axis)
     state[view.tensor] = rows.reshape(y.shape)

@@ -8,7 +8,7 @@ import torch
 
 from onnx_utilrank.calibration.taps import ROWS_KEPT
 from onnx_utilrank.sensitivity.gradients import GradientPass, UseRows
-from onnx_utilrank.sensitivity.rows import as_rows, positions_first
+from onnx_utilrank.sensitivity.rows import as_rows
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sensitivity.sums import RowSums
 from onnx_utilrank.sites.site import Site, Use
@@ -144,7 +144,7 @@ class Collector:
         self._rows.add(*self._side.rows(use, rows, samples), live, share, phase)
         if self._tokens is not None:
             ids = rows.inputs
-            if positions_first(ids.shape, samples):
+            if use.inputs.positions_first:
                 ids = ids.transpose(0, 1)
             self._tokens.add(ids.reshape(live.shape).cpu().numpy(), live.cpu().numpy())
         for block, columns in zip(self._blocks, self._groups, strict=True):

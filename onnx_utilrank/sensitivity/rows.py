@@ -11,14 +11,7 @@ from onnx_utilrank.sites.site import Patches, RowView
 from onnx_utilrank.torch_graph.convolution import transposed_convolution
 from onnx_utilrank.torch_graph.operator import Context
 
-__all__ = [
-    "as_rows",
-    "convolved",
-    "input_gradient",
-    "input_rows",
-    "positions_first",
-    "split_rows",
-]
+__all__ = ["as_rows", "convolved", "input_gradient", "input_rows", "split_rows"]
 
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 INPUT_GRADIENTS = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
@@ -27,10 +20,8 @@ INPUT_GRADIENTS = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
 def as_rows(value: torch.Tensor, view: RowView, samples: int) -> torch.Tensor:
     """A value as [samples, positions, features].
 
-    Samples are counted by the first axis, or by the second where the first one has another extent
-    (recurrent layers, and torch's attention, have positions first). Where neither does, all
-    positions are those of one sample. Samples only decide over which positions gradients are
-    summed.
+    Where the axis that should does not count samples, all positions are those of one sample.
+    Samples only decide over which positions gradients are summed.
 
     Args:
         value: The value of `view.tensor`.
@@ -40,18 +31,10 @@ def as_rows(value: torch.Tensor, view: RowView, samples: int) -> torch.Tensor:
     if view.patches:
         value = _unfolded(value, view.patches)
     rows = value.movedim(view.axis, -1) if value.ndim > 1 else value
-    if view.axis < 0 and positions_first(rows.shape[:-1], samples):
+    if view.positions_first:
         rows = rows.transpose(0, 1)
     first = samples if value.ndim > 1 and rows.shape[0] % samples == 0 else 1
     return rows.reshape(first, -1, view.width)
-
-
-def positions_first(extents: Sequence[int], samples: int) -> bool:
-    """Whether extents, without features, are of positions and samples rather than the reverse.
-
-    Not asked of a Conv, whose first axis is that of samples always.
-    """
-    return len(extents) > 1 and extents[0] != samples and extents[1] == samples
 
 
 def split_rows(

@@ -105,6 +105,8 @@ class RowView:
         patches: Set where the rows are the unfolded patches (im2col) of a Conv's input.
         one_hot: Whether each row is all 0 but for a 1, and the tensor holds integers: the places of
             those, in [-width, width). The rows themselves are never formed.
+        positions_first: Whether the first axis counts positions and the second one samples, as
+            recurrent layers and torch's attention have them inside; see `sites.order`.
     """
 
     tensor: str
@@ -112,6 +114,7 @@ class RowView:
     width: int
     patches: Patches | None = None
     one_hot: bool = False
+    positions_first: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
