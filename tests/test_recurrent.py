@@ -20,6 +20,7 @@ from onnx_utilrank import (
 )
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.model.plain import plain_model
+from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.sensitivity.rows import as_rows
@@ -30,6 +31,7 @@ from onnx_utilrank.sites.site import RowView
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.training.weights import trainable_names
 
 D, H, T = 9, 4, 5  # inputs, units, steps
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -374,6 +376,14 @@ def test_what_became_of_a_layer_is_trained():
     before, after = constants(made.model), constants(result.model)
     assert (before[layer.input[1]] != after[layer.input[1]]).any()
     np.testing.assert_array_equal(before[layer.input[2]], after[layer.input[2]])
+
+
+@pytest.mark.parametrize("name", ["lstm", "both directions", "both directions of a gru"])
+def test_biases_of_layers_are_biases(name: str):
+    store = ModelStore.load(STYLES[name].proto())
+    graph = TorchGraph.build(store)
+    assert trainable_names(graph, "biases") == ["B"]
+    assert trainable_names(graph) == ["W", "R", "B"]
 
 
 # --- positions first ----------------------------------------------------------------------------

@@ -822,6 +822,30 @@ def test_units_that_repeat_others_go_first(name: str):
     assert losses[0] < 1e-2 * losses[1]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_several_readers_lose_is_predicted_where_it_adds_up(sign: int):
+    """Heads that are nearly the same, added up; or nearly the opposite of each other."""
+    made = {"w1": noise(1, D, 48) / 3, "b1": noise(2, 48), "c": noise(3, M)}
+    head = noise(4, 48, M) / 7
+    for k in range(4):
+        made[f"v{k}"] = head * (sign if k % 2 else 1) + 0.1 * noise(5 + k, 48, M) / 7
+    body = "h = Gemm(x, w1, b1) r = Relu(h) " + " ".join(
+        f"y{k} = MatMul(r, v{k})" for k in range(4)
+    )
+    proto = model(
+        FLAT,
+        body + " s = Sum(y0, y1, y2, y3) y = Add(s, c)",
+        **{key: values.astype(np.float32) for key, values in made.items()},
+    )
+    data = {"x": noise(9, 800, D).astype(np.float32)}
+    result = compress(proto, data, replace(SHRINK, param_ratio=0.7, refit=False))
+    (entry,) = result.plan.shrunk
+    assert len(entry.sites) == 5
+    predicted = result.plan.predicted_divergence / result.quality.divergence.mean
+    # Where they cancel out the sum of what each loses is kept to: it is the larger one.
+    assert 0.5 < predicted < (2 if sign == 1 else 500)
+
+
 @pytest.mark.parametrize(("key", "figure"), [("size_ratio", "file_bytes"), ("flop_ratio", "flops")])
 def test_bytes_and_operations_are_met(key: str, figure: str):
     proto, data = whole("conv")

@@ -243,6 +243,7 @@ class Aspects:
                     rows="inputs" if inner else CHANNELS.key,
                     mean=units.mean,
                     weight=site_matrix(self.index, found.site) if inner else None,
+                    together=self.readers_of_units[found.site.key],
                 )
             )
         return probes

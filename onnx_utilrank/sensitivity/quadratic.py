@@ -28,12 +28,14 @@ class Probe:
         mean: What is taken off the rows before L and K apply: their mean, where a bias makes up
             for what is lost of it.
         weight: W [m, d], for the inputs.
+        together: Keys of sites that lose the same features, each by its own probe of this kind.
     """
 
     found: Decomposition
     rows: str
     mean: np.ndarray
     weight: np.ndarray | None = None
+    together: tuple[str, ...] = ()
 
 
 class Quadratics:
@@ -43,6 +45,9 @@ class Quadratics:
     which a later pooling sums. With rows z that become L_r K_r z, and the gradient h with respect
     to them, it is the square of Σ_{i>r} Σ_positions (K z)_i (L^T h)_i: two changes of basis of what
     the run holds anyway; no gradient of a weight is ever formed.
+
+    Sites that lose the same features change together too: the sum over all of them is squared, and
+    each is said to lose an equal part of that.
     """
 
     def __init__(self, probes: Mapping[str, Sequence[Probe]]) -> None:
@@ -56,6 +61,12 @@ class Quadratics:
         }
         self._totals = {
             key: [np.zeros(len(p.found.errors)) for p in of] for key, of in probes.items()
+        }
+        # What is squared as one: a probe by itself, or those of all who lose the same.
+        self._as_one: dict[tuple[str, int], tuple[str | int, ...]] = {
+            (key, which): probe.together or (key, which)
+            for key, of in probes.items()
+            for which, probe in enumerate(of)
         }
         self._count = 0
 
@@ -122,10 +133,23 @@ class Quadratics:
                     summed[key, which] = (
                         summed.get((key, which), 0.0) + torch.stack(each).double().cpu().numpy()
                     )
-            for (key, which), coefficients in summed.items():
+            for places in self._alike(summed):
+                coefficients = np.sum([summed[place] for place in places], axis=0)
                 tails = np.cumsum(coefficients[..., ::-1], axis=-1)[..., ::-1]
-                self._totals[key][which][:-1] += 0.5 * np.square(tails).sum((0, 1))
+                lost = 0.5 * np.square(tails).sum((0, 1)) / len(places)
+                for key, which in places:
+                    self._totals[key][which][:-1] += lost
             yield k + 1
+
+    def _alike(self, summed: Mapping[tuple[str, int], np.ndarray]) -> list[list[tuple[str, int]]]:
+        """The probes that a run reached, those that are squared as one side by side.
+
+        Where a site cannot tell samples apart, it stays by itself.
+        """
+        found: dict[tuple[str | int, ...], list[tuple[str, int]]] = {}
+        for place, coefficients in summed.items():
+            found.setdefault((*self._as_one[place], *coefficients.shape), []).append(place)
+        return list(found.values())
 
 
 def _tensors(probe: Probe) -> tuple[torch.Tensor, ...]:

@@ -41,6 +41,8 @@ TRAINABLE: dict[str, tuple[int, ...] | None] = {
     "BiasGelu": (1,),
     "FastGelu": (1,),
 }
+# Biases that may have a long axis for each direction.
+BIASES = {"LSTM": (3, 7), "GRU": (3,), "RNN": (3,)}
 # Of these some operands are masks.
 ELEMENTWISE = ("Add", "Mul", "Concat")
 # Where nothing is known of a weight's size, as of a bias of zeros: a small share of 1.
@@ -106,9 +108,11 @@ def trainable_names(graph: TorchGraph, kind: Literal["all", "biases"] = "all") -
 
     Args:
         graph: The model.
-        kind: `biases` takes biases and norms alone: those with no more than one long axis.
+        kind: `biases` takes biases and norms alone: those with no more than one long axis, and
+            those of recurrent layers.
     """
     reads: dict[str, bool] = {}
+    biases: set[str] = set()
     operands: set[str] = set()  # of other operators than elementwise ones
     roots = {name: name for name in graph.parameters}
     for node in graph.nodes:
@@ -119,6 +123,7 @@ def trainable_names(graph: TorchGraph, kind: Literal["all", "biases"] = "all") -
         for place, given in enumerate(node.input):
             if (name := roots.get(given)) is not None:
                 reads[name] = reads.get(name, True) and (places is None or place in places)
+                biases |= {name} if place in BIASES.get(node.op_type, ()) else set()
                 if node.op_type not in ELEMENTWISE:
                     operands.add(name)
     found = []
@@ -128,7 +133,7 @@ def trainable_names(graph: TorchGraph, kind: Literal["all", "biases"] = "all") -
         mask = not vector and name not in operands and len(torch.unique(tensor)) == 2
         small = bool((tensor.abs() < LARGEST_WEIGHT).all())
         if fits and tensor.numel() > 1 and small and not mask:
-            found += [name] if kind == "all" or vector else []
+            found += [name] if kind == "all" or vector or name in biases else []
     return found
 
 
