@@ -46,7 +46,7 @@ from onnx_utilrank.sites.follow_units import values_followed
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.order import with_order
 from onnx_utilrank.sites.site import Site, Skip
-from onnx_utilrank.statistics.divergence import rows_of, samples_in
+from onnx_utilrank.statistics.divergence import samples_in
 from onnx_utilrank.torch_graph.footprint import footprint
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.torch_graph.placement import device_beside, gradient_type
@@ -301,7 +301,7 @@ class Job:
         )
         taken = footprint(graph, single)
         shown = session.run(single, [loss.output for loss in losses])
-        decisions = sum(rows_of(shown[o.output], 1, o.axis).shape[1] for o in losses)
+        decisions = sum(o.rows(shown[o.output], 1).shape[1] for o in losses)
         room = self.room(config)
         if taken.kept > room:
             raise ModelError(

@@ -14,9 +14,11 @@ from onnx_utilrank import (
     FinetuneConfig,
     RankPlan,
     TargetMissedError,
+    ValidateConfig,
     compress,
     finetune,
     inspect,
+    validate,
 )
 from onnx_utilrank.calibration.survey import survey
 from onnx_utilrank.model.plain import plain_model
@@ -464,3 +466,50 @@ def test_layers_are_measured_alike_whatever_comes_first():
     one, other = ([(e.rank, e.predicted_error) for e in plan.entries] for plan in plans)
     assert [rank for rank, _ in one] == [rank for rank, _ in other]
     np.testing.assert_allclose([e for _, e in one], [e for _, e in other], rtol=1e-3)
+
+
+ENDS = {
+    "values": ("y = Identity(z)", "values"),
+    "classes": ("y = Softmax<axis=-1>(z)", "softmax"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_outputs_are_compared_alike_whatever_comes_first(end: str):
+    """What counts, what is predicted and what is measured, where samples are counted behind."""
+    weights = {"A": noise(1, 8, 24) / 3, "V": noise(2, 24, 6) / 2}
+    cast = {key: values.astype(np.float32) for key, values in weights.items()}
+    layers = "m = MatMul(x, A) r = Tanh(m) w = MatMul(r, V)"
+    data = {"x": noise(3, 96, 16, 8).astype(np.float32)}
+    last, weighting = ENDS[end]
+    found = []
+    for before in ("z = Identity(w)", "z = Transpose<perm=[1,0,2]>(w)"):
+        signature = "(float[n,16,8] x) => (float[a,b,6] y)"
+        proto = model(signature, f"{layers} {before} {last}", **cast)
+        config = CompressConfig(param_ratio=0.6, augment=False, refit=False, weighting=weighting)
+        found.append(compress(proto, data, config))
+    one, other = found
+    assert [e.rank for e in one.plan.entries] == [e.rank for e in other.plan.entries]
+    for figure in ("mean", "standard_error"):
+        ours, theirs = (getattr(each.quality.divergence, figure) for each in found)
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert one.plan.predicted_divergence == pytest.approx(other.plan.predicted_divergence, rel=0.3)
+    assert 0.3 < other.plan.predicted_divergence / other.quality.divergence.mean < 3
+
+
+def test_labels_are_of_samples_and_positions_whatever_comes_first():
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=(8, 6)).astype(np.float32)
+    proto = model(
+        "(float[n,16,8] x) => (float[p,n,6] y)",
+        "m = MatMul(x, A) y = Transpose<perm=[1,0,2]>(m)",
+        A=weight,
+    )
+    x = rng.normal(size=(64, 16, 8)).astype(np.float32)
+    labels = (x @ weight).argmax(-1)
+    labels[:, :4] = (labels[:, :4] + 1) % 6
+    config = ValidateConfig(labels="label")
+    (result,) = validate(proto, proto, {"x": x, "label": labels}, config).providers
+    assert result.accuracy is not None
+    assert result.accuracy.count == labels.size
+    assert result.accuracy.reference == pytest.approx(75)

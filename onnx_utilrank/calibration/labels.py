@@ -8,7 +8,7 @@ import numpy as np
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.model.store import TensorSpec
 from onnx_utilrank.runtime.sessions import Feed, Session
-from onnx_utilrank.statistics.divergence import OutputLoss, rows_of, samples_in
+from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 
 __all__ = ["IGNORED", "Answers", "Labels"]
 
@@ -101,7 +101,7 @@ class Labels:
         extents, fitting = {}, []
         for place, given in enumerate(meant):
             loss = self._along_channels(feeds[0], np.shape(made[given.output]), given)
-            scores = rows_of(made[loss.output], samples_in(feeds[0]), loss.axis)
+            scores = loss.rows(made[loss.output], samples_in(feeds[0]))
             extents[loss.output] = scores.shape
             fits = self._fit(feeds[0], np.shape(made[loss.output]), loss, scores.shape)
             if fits and scores.shape[-1] >= max(needed, 2):
@@ -146,6 +146,8 @@ class Labels:
             return False
         places = list(shape)
         del places[loss.axis]
+        if loss.positions_first:
+            places[:2] = places[1::-1]
         # As many of them in another order of axes are labels of other positions.
         return len(labels) != len(places) or len(labels) < 2 or labels == tuple(places)
 
@@ -190,7 +192,7 @@ class Labels:
         Raises:
             DataError: The output has no row of scores for each label.
         """
-        scores = rows_of(output, samples_in(feed), loss.axis)
+        scores = loss.rows(output, samples_in(feed))
         each = self.per_position(feed, scores.shape)
         scores = scores.reshape(-1, scores.shape[-1]) if each else scores.mean(1)
         labels = self.of(feed, loss)

@@ -56,8 +56,11 @@ class Draw:
         """
         z = z.detach()
         lined = z.movedim(self.axis, -1) if z.ndim > 1 else z
+        turned = self.loss.positions_first and z.ndim > 2
+        if turned:
+            lined = lined.transpose(0, 1)
         width = lined.shape[-1] if z.ndim else 1
-        first = samples if z.ndim > 1 and z.shape[0] % samples == 0 else 1
+        first = samples if z.ndim > 1 and lined.shape[0] % samples == 0 else 1
         rows = lined.reshape(first, -1, width)
         noise = self._noise(rows, generator)
         if self.loss.weighting == "softmax":
@@ -78,6 +81,8 @@ class Draw:
             weights = torch.from_numpy(kept).reshape(weights.shape).to(weights)
         share = weights / weights.sum(-1, keepdim=True).clamp(min=1)
         v = (v * share.sqrt()[..., None]).reshape(lined.shape)
+        if turned:
+            v = v.transpose(0, 1)
         return v.movedim(-1, self.axis) if z.ndim > 1 else v, int(weights.sum())
 
     def skip(

@@ -56,6 +56,7 @@ class OutputLoss:
             the output: its classes, if it has any.
         decides: The graph output that is the class of the highest score, where the scores
             themselves are none.
+        positions_first: Whether the first axis counts positions and the second one samples.
     """
 
     output: str
@@ -67,6 +68,11 @@ class OutputLoss:
     padding: Padding | None = None
     channels: int | None = None
     decides: str | None = None
+    positions_first: bool = False
+
+    def rows(self, values: np.ndarray, samples: int) -> np.ndarray:
+        """The output as [samples, positions, features]; see `rows_of`."""
+        return rows_of(values, samples, self.axis, positions_first=self.positions_first)
 
 
 def samples_in(feed: Mapping[str, np.ndarray]) -> int:
@@ -76,15 +82,20 @@ def samples_in(feed: Mapping[str, np.ndarray]) -> int:
     return max(extents.pop(), 1) if len(extents) == 1 else 1
 
 
-def rows_of(values: np.ndarray, samples: int, axis: int = -1) -> np.ndarray:
+def rows_of(
+    values: np.ndarray, samples: int, axis: int = -1, *, positions_first: bool = False
+) -> np.ndarray:
     """[samples, positions, features] float64, features from the axis that is named.
 
-    Where the first axis is not a multiple of `samples`, all is one sample.
+    Where the first axis, or behind positions the second, is no multiple of `samples`, all is one
+    sample.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0:
         return values.reshape(1, 1, 1)
     values = np.moveaxis(values, axis, -1)
+    if positions_first and values.ndim > 2:
+        values = values.swapaxes(0, 1)
     first = samples if values.ndim > 1 and values.shape[0] % samples == 0 else 1
     if values.ndim == 1 and values.shape[0] == samples:
         return values.reshape(samples, 1, 1)

@@ -1,7 +1,7 @@
 """What training makes small: the divergence from the original's outputs, and the user's labels."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Objective:
             kept = loss.padding.kept(feed) if loss.padding else None
             total.append(output_divergence(loss, target, y, n, kept))
             if loss.weighting == "values" and 1 < y.dim() < 4 and y.shape[-1] > 1:
-                total.append(_turned_away(target, y, n, kept))
+                total.append(_turned_away(replace(loss, axis=-1), target, y, n, kept))
         for name, variance in self.blocks.items():
             target = torch.from_numpy(np.array(wanted[name])).to(made[name])
             lost = (made[name] - target).square().mean() / variance
@@ -87,7 +87,7 @@ class Objective:
         assert self.classes is not None
         assert self.labels is not None
         labels = torch.from_numpy(self.labels.of(feed, self.classes)).to(y.device)
-        log_p = _log_probabilities(self.classes, _rows(y, samples_in(feed), self.classes.axis))
+        log_p = _log_probabilities(self.classes, _rows(y, samples_in(feed), self.classes))
         each = self.labels.per_position(feed, tuple(log_p.shape))
         log_p = log_p.flatten(0, 1) if each else log_p.mean(1)
         # Of nothing that counts the mean would be none.
@@ -112,7 +112,7 @@ def output_divergence(
         samples: Samples in the run.
         kept: Positions [samples, positions] that count; None where all do.
     """
-    y, z = (_rows(v, samples, loss.axis) for v in (expected, actual))
+    y, z = (_rows(v, samples, loss) for v in (expected, actual))
     if loss.weighting == "softmax":
         log_p, log_q = _log_probabilities(loss, y), _log_probabilities(loss, z)
         each = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -124,10 +124,14 @@ def output_divergence(
 
 
 def _turned_away(
-    expected: torch.Tensor, actual: torch.Tensor, samples: int, kept: np.ndarray | None
+    loss: OutputLoss,
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    samples: int,
+    kept: np.ndarray | None,
 ) -> torch.Tensor:
     """1 − cos of the angle between vectors such as embeddings, which are compared by that."""
-    y, z = (_rows(v, samples, -1) for v in (expected, actual))
+    y, z = (_rows(v, samples, loss) for v in (expected, actual))
     return _mean(1 - functional.cosine_similarity(y, z, dim=-1), kept)
 
 
@@ -139,13 +143,15 @@ def _mean(each: torch.Tensor, kept: np.ndarray | None) -> torch.Tensor:
     return ((each * weights).sum(1) / weights.sum(1).clamp_min(1)).mean()
 
 
-def _rows(values: torch.Tensor, samples: int, axis: int) -> torch.Tensor:
+def _rows(values: torch.Tensor, samples: int, loss: OutputLoss) -> torch.Tensor:
     """[samples, positions, features], as `statistics.divergence.rows_of` has them."""
     if values.dim() == 0:
         return values.reshape(1, 1, 1)
     if values.dim() == 1 and len(values) == samples:
         return values.reshape(samples, 1, 1)
-    moved = values.movedim(axis, -1)
+    moved = values.movedim(loss.axis, -1)
+    if loss.positions_first and moved.dim() > 2:
+        moved = moved.transpose(0, 1)
     first = samples if moved.dim() > 1 and len(moved) % samples == 0 else 1
     return moved.reshape(first, -1, moved.shape[-1])
 

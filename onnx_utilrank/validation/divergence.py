@@ -26,7 +26,6 @@ from onnx_utilrank.statistics.divergence import (
     divergence,
     output_sharpness,
     output_variance,
-    rows_of,
     samples_in,
 )
 from onnx_utilrank.statistics.padding import find_padding
@@ -144,18 +143,22 @@ def find_losses(
         if channels is not None and weighting in ("softmax", "logits"):
             # Maps of scores look like images; who says that they are none means their channels.
             axis = channels
+        shapes = [_with_last(y[name].shape, axis) for y in outputs]
+        turned = _positions_first(shapes, [samples_in(feed) for feed in feeds])
+        lined = shapes[0]
         loss = OutputLoss(
             output=name,
             weighting="values",
             probabilities=probabilities,
             axis=axis,
-            padding=find_padding(given, _with_last(shape, axis)),
+            positions_first=turned,
+            padding=find_padding(given, (lined[1], lined[0], *lined[2:]) if turned else lined),
             channels=channels,
             decides=next((o for o, (s, _) in decided.items() if s == name in hidden), None),
         )
         rows = []
         for feed, y in zip(feeds, outputs, strict=True):
-            values = rows_of(y[name], samples_in(feed), axis)
+            values = loss.rows(y[name], samples_in(feed))
             rows.append(values[_weights(loss, feed, values) > 0])
         # Features whose number varies are values, each by itself.
         ragged = len({values.shape[-1] for values in rows}) > 1
@@ -185,6 +188,13 @@ def find_losses(
             "last axis, and there is none"
         )
     return tuple(losses)
+
+
+def _positions_first(shapes: Sequence[tuple[int, ...]], samples: Sequence[int]) -> bool:
+    """Whether values, features last, count the samples of each run by their second axis."""
+    runs = list(zip(shapes, samples, strict=True))
+    second = all(len(shape) > 2 and shape[1] == n for shape, n in runs)
+    return second and any(shape[0] != n for shape, n in runs)
 
 
 def _with_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -254,7 +264,7 @@ def measure_divergence(
         n = samples_in(feed)
         total: np.ndarray | float = 0.0
         for loss in losses:
-            y, z = (rows_of(v[loss.output], n, loss.axis) for v in (reference, actual))
+            y, z = (loss.rows(v[loss.output], n) for v in (reference, actual))
             if y.shape != z.shape or not np.isfinite(z).all():
                 return Divergence(
                     mean=math.inf,
