@@ -230,10 +230,18 @@ class TestWhatLabelsAreNot:
         plain = validate(proto, proto, {"x": held["x"]})
         assert validate(proto, proto, held, config).reference == plain.reference
 
-    def test_positions_in_another_order_are_refused(self):
+    def test_positions_before_samples_are_told_by_their_number(self):
         signature = f"(float[n,p,{D}] x) => (float[p,n,{C}] y)"
         body = "a = MatMul(x, w) y = Transpose<perm = [1, 0, 2]>(a)"
         x = noise(5, N, self.P, D).astype(np.float32)
+        proto = model(signature, body, w=W)
+        found = measured(proto, proto, {"x": x, "label": (x @ W).argmax(-1)})
+        assert (found.reference, found.count) == (100, N * self.P)
+
+    def test_positions_in_another_order_are_refused(self):
+        signature = f"(float[n,p,q,{D}] x) => (float[n,q,p,{C}] y)"
+        body = "a = MatMul(x, w) y = Transpose<perm = [0, 2, 1, 3]>(a)"
+        x = noise(5, N, self.P, self.P + 3, D).astype(np.float32)
         proto = model(signature, body, w=W)
         with pytest.raises(DataError, match="fit no output"):
             measured(proto, proto, {"x": x, "label": (x @ W).argmax(-1)})

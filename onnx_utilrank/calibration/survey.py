@@ -8,7 +8,8 @@ import onnx
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex, attributes, node_label
-from onnx_utilrank.model.plain import plain_model
+from onnx_utilrank.model.plain import index_model
+from onnx_utilrank.model.plain_recurrent import is_recurrent
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, InferenceError, open_session
@@ -97,7 +98,8 @@ def _is_float(value: object) -> bool:
 def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
     """Floating-point operations of MatMul, Gemm, Conv and ConvTranspose on one feed.
 
-    Nodes that fuse such a product with others count as the product.
+    Nodes that fuse such a product with others count as the product, and recurrent layers as their
+    two products.
 
     Two a multiply-accumulate; counted from the shapes that really occur. Subgraphs, and what other
     operators do, are not counted.
@@ -105,20 +107,29 @@ def linear_flops(store: ModelStore, feed: Feed, provider: Provider) -> int:
     Raises:
         ModelError: The model does not load or run.
     """
-    store = plain_model(store)
+    index = index_model(store)
+    store = index.store
     nodes = [
         node
         for node in store.proto.graph.node
         if node.op_type in LINEAR_OPS and node.domain in ("", "ai.onnx")
     ]
+    steps = [(k, node) for k, node in enumerate(store.proto.graph.node) if is_recurrent(node)]
     made = {name for node in store.proto.graph.node for name in node.output}
     graph = store.proto.graph
     constants = {t.name: tuple(t.dims) for t in graph.initializer}
     constants |= {t.values.name: tuple(t.dims) for t in graph.sparse_initializer}
     names = {name for node in nodes for name in (*node.input[:2], node.output[0])}
+    names |= {name for _, node in steps for name in node.input[:3]}
     values = survey(store, [n for n in names if n in made or n in feed], feed, provider)
     shapes = constants | {name: value.shape for name, value in values.items()}
-    return sum(_flops(node, shapes) for node in nodes)
+    found = sum(_flops(node, shapes) for node in nodes)
+    for k, node in steps:
+        x, w, r = (shapes[name] for name in node.input[:3])
+        # The product with the input is seen by itself where the layer was taken apart.
+        own = math.prod(w) if index.origin(k) == node else 0
+        found += 2 * math.prod(x[:2]) * (own + math.prod(r))
+    return found
 
 
 def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:

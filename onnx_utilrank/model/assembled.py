@@ -9,7 +9,7 @@ from onnx_utilrank.model.graph import LAYOUT_OPS, GraphIndex
 
 __all__ = ["Assembled", "assembled"]
 
-PUTTING_TOGETHER = LAYOUT_OPS | {"Concat", "Slice"}
+PUTTING_TOGETHER = LAYOUT_OPS | {"Concat", "Slice", "Split"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Assembled:
 
 
 def assembled(index: GraphIndex, name: str) -> Assembled | None:
-    """A value that is constant, or made of constants by layout, Slice and Concat; else None.
+    """A value that is constant, or made of constants by layout, Slice, Split and Concat; else None.
 
     Raises:
         ModelError: Data cannot be read.
@@ -55,7 +55,7 @@ def assembled(index: GraphIndex, name: str) -> Assembled | None:
         assert k is not None
         nodes.add(k)
         ways += [given for given in node.input if given and given not in names]
-        names.update(filter(None, node.input))
+        names.update(filter(None, (*node.input, *node.output)))
     held = {leaf: np.asarray(index.constant(leaf)) for leaf in leaves}
     # Where to cut is not the data.
     data = {n for n in names if n not in held or not np.issubdtype(held[n].dtype, np.integer)}

@@ -18,7 +18,7 @@ from onnx_utilrank.model.einsum import BatchProduct, batch_product, matrix_produ
 from onnx_utilrank.model.graph import GraphIndex, all_names, attributes, qualified
 from onnx_utilrank.model.parts import MICROSOFT, Parts, text, with_parts
 from onnx_utilrank.model.plain_attention import attention, multi_head
-from onnx_utilrank.model.plain_recurrent import RECURRENT, recurrent
+from onnx_utilrank.model.plain_recurrent import RECURRENT, gates_put_together, recurrent
 from onnx_utilrank.model.store import ModelStore
 
 __all__ = ["MOST_GROUPS", "index_model", "is_fused", "plain_model"]
@@ -40,6 +40,7 @@ def index_model(store: ModelStore) -> GraphIndex:
     """
     index = GraphIndex.build(store)
     plain = {}
+    gates = gates_put_together(index)
     taken: set[str] | None = None
     local = {(function.domain, function.name) for function in store.proto.functions}
     for k, node in enumerate(store.proto.graph.node):
@@ -51,6 +52,8 @@ def index_model(store: ModelStore) -> GraphIndex:
         made = any(node.output) if take_apart is recurrent else all(node.output[:1])
         if not all(node.input[:2]) or not made or not (node.input and node.output):
             continue
+        if k in gates:
+            continue  # what it makes is seen where it is put together
         weightless = take_apart in (_matmul, _einsum, recurrent) or operator in _BETWEEN
         if index.constants.isdisjoint(node.input[:2]) and not weightless:
             continue

@@ -12,19 +12,29 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_utilrank.model.assembled import assembled
-from onnx_utilrank.model.graph import attributes, qualified
+from onnx_utilrank.model.graph import GraphIndex, attributes, qualified
 from onnx_utilrank.model.parts import Parts
 
-__all__ = ["RECURRENT", "is_recurrent", "recurrent"]
+__all__ = ["RECURRENT", "gates_put_together", "is_recurrent", "recurrent"]
 
 RECURRENT = ("GRU", "LSTM", "RNN")
 # Since when there is one.
 EYE_LIKE = 9
+# Elements of S beyond which a layer is left as it is: whoever runs the plain form holds S, and a
+# copy that is packed for products. Bidirectional LSTMs reach it at 724 units, plain ones at 1448.
+LARGEST = 2**25
 
 
 def is_recurrent(node: onnx.NodeProto) -> bool:
     """Whether a node is one of ONNX's recurrent layers."""
     return qualified(node) in {("", op) for op in RECURRENT}
+
+
+def gates_put_together(index: GraphIndex) -> frozenset[int]:
+    """The nodes that put weights of recurrent layers together from pieces of others."""
+    layers = [node for node in index.store.proto.graph.node if is_recurrent(node)]
+    found = (assembled(index, name) for node in layers for name in filter(None, node.input[1:4]))
+    return frozenset(k for each in found if each is not None for k in each.nodes)
 
 
 def recurrent(parts: Parts) -> bool:
@@ -41,11 +51,13 @@ def recurrent(parts: Parts) -> bool:
         return False  # pieces would come on top of the whole, which is read elsewhere too
     weight = found.values
     directions, width, d = weight.shape
+    every = directions * width
+    if every * every > LARGEST:
+        return False
     biases = assembled(index, b) if b else None
     if b and (biases is None or biases.values.shape != (directions, 2 * width)):
         return False
     held = np.zeros((directions, 2 * width), weight.dtype) if biases is None else biases.values
-    every = directions * width
     behind = np.concatenate([np.zeros_like(held[:, :width]), held[:, width:]], axis=1)
     turned = parts.constant(weight.reshape(every, d).T, f"{w}/turned")
     product = parts.add("MatMul", [x, turned], [parts.value("product")])

@@ -12,7 +12,7 @@ QUANTIZED = f"its weight is quantized: {FIRST}"
 STEPS = "its recurrent weight works within the operator"
 WHOLE = (
     f"{STEPS}, and its input weight is not split off: it is computed or read elsewhere too, its "
-    "bias is computed, or the opset is older than 9"
+    "bias is computed, the opset is older than 9, or the layer has too many units"
 )
 PROCESSOR = "its weight lies as one processor wants it: compress the model before it is optimized"
 EXPERTS = "its weights are a stack of experts, of which each sees rows of its own"
