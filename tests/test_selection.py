@@ -14,7 +14,7 @@ from test_units import IN, OUT, D, M, N, T, held
 
 from onnx_utilrank.moves.shrink import Basis
 from onnx_utilrank.ranking.inner import Units
-from onnx_utilrank.ranking.two_sided import reads, two_sided_site
+from onnx_utilrank.ranking.two_sided import reading, two_sided_site
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import site_matrix
@@ -287,7 +287,7 @@ def test_predicted_loss_of_a_linear_model_is_the_measured_one(name: str):
     )
     assert reader.wide == (name != "tall")
     site = two_sided_site(reader, weight, seen, 0)
-    (ranked,) = Units.of([reads(site, weight, SecondMoment.of(rows), None)])
+    (ranked,) = Units.of([reading(site, weight, SecondMoment.of(rows), None)])
     site = replace(site, units=ranked)
     for kept in range(1, N):
         expand, choice = site.units.selection.basis(kept)

@@ -17,7 +17,7 @@ from onnx_utilrank.statistics.moments import SecondMoment, shrinkage
 from onnx_utilrank.statistics.selection import Selection, select_together
 from onnx_utilrank.statistics.sensitivity import Sensitivity
 
-__all__ = ["Heads", "InnerFeatures", "Read", "Units", "forgiven"]
+__all__ = ["Heads", "InnerFeatures", "Reading", "Units", "forgiven"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +131,12 @@ class Units:
     mean: np.ndarray
 
     @classmethod
-    def of(cls, read: Sequence["Read"]) -> list["Units"]:
+    def of(cls, readings: Sequence["Reading"]) -> list["Units"]:
         """Rank units for all who read them: the same are kept for each."""
-        views = [(each.root, each.second) for each in read]
+        views = [(each.root, each.second) for each in readings]
         return [
             cls(selection=selection, errors=selection.errors / 2, mean=each.mean)
-            for each, selection in zip(read, select_together(views), strict=True)
+            for each, selection in zip(readings, select_together(views), strict=True)
         ]
 
     def lost(self, weight: np.ndarray, kept: int) -> np.ndarray:
@@ -146,7 +146,7 @@ class Units:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
+class Reading:
     """Hidden units as a site reads them.
 
     Attributes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_utilrank.ranking.budget import allocate
-from onnx_utilrank.ranking.inner import Heads, InnerFeatures, Read, Units
+from onnx_utilrank.ranking.inner import Heads, InnerFeatures, Reading, Units
 from onnx_utilrank.ranking.method import Choice, Move
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Side, Site
@@ -24,7 +24,7 @@ __all__ = [
     "TWO_SIDED",
     "TwoSided",
     "TwoSidedSite",
-    "reads",
+    "reading",
     "two_sided_site",
     "with_heads",
     "with_inner",
@@ -262,9 +262,9 @@ def with_inner(site: TwoSidedSite, move: str, found: Sensitivity) -> TwoSidedSit
     return replace(site, inner=(*site.inner, inner))
 
 
-def reads(
+def reading(
     site: TwoSidedSite, weight: np.ndarray, moment: SecondMoment, of_inputs: Sensitivity | None
-) -> Read:
+) -> Reading:
     """The hidden units that a site reads, as it does.
 
     Args:
@@ -281,7 +281,7 @@ def reads(
     else:
         root = Metric.of(site.gamma).root_t
         root = root @ weight if site.site.wide else root
-    return Read(root=root, moment=moment, centred=centred)
+    return Reading(root=root, moment=moment, centred=centred)
 
 
 def _padded(site: Site) -> bool:

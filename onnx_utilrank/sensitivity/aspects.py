@@ -9,10 +9,10 @@ from onnx_utilrank.calibration.taps import ROWS_KEPT, ROWS_PER_FEATURE_KEPT
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.two_convs import CHANNELS, TWO_CONVS
 from onnx_utilrank.ranking.cost import bias_cost
-from onnx_utilrank.ranking.inner import Read, Units, forgiven
+from onnx_utilrank.ranking.inner import Reading, Units, forgiven
 from onnx_utilrank.ranking.two_sided import (
     TwoSidedSite,
-    reads,
+    reading,
     two_sided_site,
     with_heads,
     with_inner,
@@ -197,18 +197,18 @@ class Aspects:
         found = {site.key: self._decomposed(site, of_site) for site, of_site in seen}
         readers = self.readers_of_units
         for keys in dict.fromkeys(readers[key] for key in found if key in readers):
-            reading = [(s, of_site) for s, of_site in seen if s.key in keys]
-            ranked = Units.of([self._read(found[s.key], of_site) for s, of_site in reading])
-            for (site, _), units in zip(reading, ranked, strict=True):
+            together = [(s, of_site) for s, of_site in seen if s.key in keys]
+            ranked = Units.of([self._reading(found[s.key], of_site) for s, of_site in together])
+            for (site, _), units in zip(together, ranked, strict=True):
                 found[site.key] = replace(found[site.key], units=units)
         return list(found.values())
 
-    def _read(self, site: TwoSidedSite, seen: Seen) -> Read:
+    def _reading(self, site: TwoSidedSite, seen: Seen) -> Reading:
         """The hidden units that a site reads."""
         channels = seen.inner.get(CHANNELS.key)
         moment = seen.inputs if channels is None else channels.moment
         assert moment is not None
-        return reads(site, self._weight(site.site).astype(np.float64), moment, channels)
+        return reading(site, self._weight(site.site).astype(np.float64), moment, channels)
 
     def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
         weight = self._weight(site).astype(np.float64)

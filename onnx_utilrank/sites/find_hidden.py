@@ -130,6 +130,7 @@ class _Assembly:
                 continue
             groups = [Group(made=first, met=_columns(meetings[j])) for j in reading]
             groups += [Group(made=part, met=first) for part in made[1:] if part is not None]
+            # Not where rows lie apart, a weight reads them twice, or what makes them reads them.
             readers = {_columns(meetings[j]).site for j in reading}
             distinct = len(readers) == len(reading) and len(groups) == len(reading) + len(made) - 1
             if not distinct or not readers.isdisjoint(g.made.site for g in groups):
