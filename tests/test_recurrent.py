@@ -30,9 +30,11 @@ from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.sites.left import STEPS, WHOLE
 from onnx_utilrank.sites.order import with_order
 from onnx_utilrank.sites.site import RowView
+from onnx_utilrank.statistics.divergence import OutputLoss
 from onnx_utilrank.statistics.factorize import Factors
 from onnx_utilrank.surgery.rewrite import Replacement, check_contract, rewrite
 from onnx_utilrank.torch_graph.graph import TorchGraph
+from onnx_utilrank.training.objective import output_divergence
 from onnx_utilrank.training.weights import trainable_names
 
 D, H, T = 9, 4, 5  # inputs, units, steps
@@ -534,3 +536,36 @@ def test_labels_are_of_samples_and_positions_whatever_comes_first():
     assert result.accuracy is not None
     assert result.accuracy.count == labels.size
     assert result.accuracy.reference == pytest.approx(75)
+
+
+def test_training_compares_alike_whatever_comes_first():
+    """Also where positions of padding, told by sample, do not count."""
+    y, z = (torch.from_numpy(noise(k, 3, 5, 4)) for k in (1, 2))
+    kept = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=bool)
+    for weighting in ("softmax", "logits", "values"):
+        loss = OutputLoss(output="y", weighting=weighting)
+        expected = output_divergence(loss, y, z, 3, kept)
+        turned = replace(loss, positions_first=True)
+        made = output_divergence(turned, y.transpose(0, 1), z.transpose(0, 1), 3, kept)
+        assert float(made) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_tokens_are_counted_alike_whatever_comes_first():
+    """Of the first positions alone, which are all that the output depends on."""
+    held = {"S": noise(1, 40, 8).astype(np.float32), "V": noise(2, 8, 5).astype(np.float32)}
+    held |= {"zero": np.array([0]), "three": np.array([3]), "one": np.array([1])}
+    ids = np.random.default_rng(3).integers(0, 40, (96, 7))
+    ids[:, 3:] = 39  # which never counts
+    rest = "s = Slice(e, zero, three, one) m = MatMul(s, V) y = ReduceMean<axes=[1], keepdims=0>(m)"
+    found = []
+    for before in (
+        "e = Gather(S, ids)",
+        "t = Transpose<perm=[1,0]>(ids) g = Gather(S, t) e = Transpose<perm=[1,0,2]>(g)",
+    ):
+        proto = model("(int64[n,7] ids) => (float[n,5] y)", f"{before} {rest}", **held)
+        config = CompressConfig(param_ratio=0.6, augment=False)
+        plan = compress(proto, {"ids": ids}, config, dry_run=True).plan
+        found.append([(e.site, e.rank, e.rows, e.predicted_error) for e in plan.entries])
+    for one, other in zip(*found, strict=True):
+        assert one[:3] == other[:3]
+        assert one[3] == pytest.approx(other[3], rel=1e-4)

@@ -462,6 +462,20 @@ def test_of_sets_that_share_a_weight_those_shrink_that_are_worth_most(widths, sh
     assert [set(hidden.sites) for hidden in found] == shrinking
 
 
+def test_units_and_their_gates_are_worth_what_goes_with_them_once():
+    """24 of them, which two weights make, beside 40 behind; as 48 they would be worth more."""
+    sizes = {"w0": (8, 24), "wg": (8, 24), "w1": (24, 40), "w2": (40, 6)}
+    held = {key: noise(60 + k, *size) for k, (key, size) in enumerate(sizes.items())}
+    proto = model(
+        "(float[n,8] x) => (float[n,6] y)",
+        "u = MatMul(x, w0) g = MatMul(x, wg) s = Sigmoid(g) a = Mul(u, s) h = MatMul(a, w1) "
+        "r = Relu(h) y = MatMul(r, w2)",
+        **{key: values.astype(np.float32) for key, values in held.items()},
+    )
+    _, _, found = hidden_of(proto, {"x": noise(1, 2, 8).astype(np.float32)})
+    assert [set(hidden.sites) for hidden in found] == [{"w1", "w2"}]
+
+
 @given(
     st.lists(
         st.tuples(st.frozensets(st.integers(0, 6), min_size=1, max_size=3), st.integers(1, 9)),
