@@ -13,7 +13,7 @@ from onnx_utilrank import CompressConfig, ModelError, TargetMissedError, analyze
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
-from onnx_utilrank.statistics.divergence import rows_of, samples_in
+from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 from onnx_utilrank.validation.divergence import OutputRecorder, find_losses
 
 EXACT = CompressConfig(energy=1.0, force=True)
@@ -136,7 +136,7 @@ def test_nothing_but_empty_values():
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3), (2, 3, 0)])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_rows_of_empty_outputs(shape: tuple[int, ...], samples: int):
-    rows = rows_of(np.zeros(shape), samples)
+    rows = OutputLoss(output="y", weighting="values").rows(np.zeros(shape), samples)
     assert rows.ndim == 3
     assert rows.shape[-1] == (1 if shape == (samples,) else shape[-1])
     assert rows.size == 0

@@ -27,7 +27,7 @@ from onnx_utilrank.sensitivity.quadratic import Probe, Quadratics
 from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sensitivity.sums import RowSums
 from onnx_utilrank.sites.find import find_sites, site_matrix
-from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
+from onnx_utilrank.statistics.divergence import OutputLoss, divergence
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.statistics.sensitivity import Sensitivity
@@ -209,7 +209,7 @@ def test_padded_positions_do_not_count():
         assert bare[name].moment.rows == bare[name].decisions == mask.size
         np.testing.assert_array_equal(first[name].gamma, second[name].gamma)
         np.testing.assert_array_equal(first[name].moment.outer, second[name].moment.outer)
-    y = rows_of(noise(1, 3, P, C), 3)
+    y = OutputLoss(output="y", weighting="values").rows(noise(1, 3, P, C), 3)
     z = y + noise(2, 3, P, C)
     each = divergence(loss, y, z, mask.astype(np.float64))
     for k, kept in enumerate(mask.sum(1)):

@@ -36,7 +36,7 @@ from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.sites.find import find_sites
-from onnx_utilrank.statistics.divergence import OutputLoss, divergence, rows_of
+from onnx_utilrank.statistics.divergence import OutputLoss, divergence
 from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.torch_graph.graph import TorchGraph
 from onnx_utilrank.training.adaptive import dense_subspace, factor_pairs, pair_subspace
@@ -288,7 +288,7 @@ def test_divergence_in_torch_is_that_of_numpy(seed, weighting, probabilities, ma
     )
     positions = 3 if axis == -1 else 5
     mask = (rng.random((4, positions)) < 0.7) if masked else None
-    one, other = (rows_of(v, 4, axis) for v in (y, z))
+    one, other = (loss.rows(v, 4) for v in (y, z))
     weights = None if mask is None else mask.astype(np.float64)
     expected = divergence(loss, one, other, weights).mean()
     made = output_divergence(loss, torch.from_numpy(y), torch.from_numpy(z), 4, mask)

@@ -856,8 +856,10 @@ def test_what_several_readers_lose_is_predicted_where_it_adds_up(sign: int):
     (entry,) = result.plan.shrunk
     assert len(entry.sites) == 5
     predicted = result.plan.predicted_divergence / result.quality.divergence.mean
-    # Where they cancel out the sum of what each loses is kept to: it is the larger one.
-    assert 0.5 < predicted < (2 if sign == 1 else 500)
+    if sign == 1:
+        assert 0.5 < predicted < 2
+    else:  # what each loses by itself is kept to where it cancels out: it is the larger one
+        assert predicted > 10
 
 
 @pytest.mark.parametrize(("key", "figure"), [("size_ratio", "file_bytes"), ("flop_ratio", "flops")])

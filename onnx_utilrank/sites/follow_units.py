@@ -32,6 +32,7 @@ _NARY = frozenset({
     "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
 })
 # fmt: on
+# Of these the ones that make sums.
 _ADDING = frozenset({"Add", "Mean", "Sub", "Sum"})
 # Of a channel, axis 1, and of constants [C].
 _PER_CHANNEL = frozenset({"BatchNormalization", "InstanceNormalization"})

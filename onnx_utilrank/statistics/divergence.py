@@ -17,7 +17,6 @@ __all__ = [
     "divergence",
     "output_sharpness",
     "output_variance",
-    "rows_of",
     "samples_in",
 ]
 
@@ -71,8 +70,21 @@ class OutputLoss:
     positions_first: bool = False
 
     def rows(self, values: np.ndarray, samples: int) -> np.ndarray:
-        """The output as [samples, positions, features]; see `rows_of`."""
-        return rows_of(values, samples, self.axis, positions_first=self.positions_first)
+        """The output as [samples, positions, features] float64.
+
+        Where the axis that should does not count samples, all is one sample.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim == 0:
+            return values.reshape(1, 1, 1)
+        values = np.moveaxis(values, self.axis, -1)
+        if self.positions_first and values.ndim > 2:
+            values = values.swapaxes(0, 1)
+        first = samples if values.ndim > 1 and values.shape[0] % samples == 0 else 1
+        if values.ndim == 1 and values.shape[0] == samples:
+            return values.reshape(samples, 1, 1)
+        # Spelled out, for -1 says nothing of an output without elements.
+        return values.reshape(first, math.prod(values.shape[:-1]) // first, values.shape[-1])
 
 
 def samples_in(feed: Mapping[str, np.ndarray]) -> int:
@@ -80,27 +92,6 @@ def samples_in(feed: Mapping[str, np.ndarray]) -> int:
     arrays = [v for v in feed.values() if isinstance(v, np.ndarray)]  # no lists, for sequences
     extents = {value.shape[0] for value in arrays if value.ndim}
     return max(extents.pop(), 1) if len(extents) == 1 else 1
-
-
-def rows_of(
-    values: np.ndarray, samples: int, axis: int = -1, *, positions_first: bool = False
-) -> np.ndarray:
-    """[samples, positions, features] float64, features from the axis that is named.
-
-    Where the first axis, or behind positions the second, is no multiple of `samples`, all is one
-    sample.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim == 0:
-        return values.reshape(1, 1, 1)
-    values = np.moveaxis(values, axis, -1)
-    if positions_first and values.ndim > 2:
-        values = values.swapaxes(0, 1)
-    first = samples if values.ndim > 1 and values.shape[0] % samples == 0 else 1
-    if values.ndim == 1 and values.shape[0] == samples:
-        return values.reshape(samples, 1, 1)
-    # Spelled out, for -1 says nothing of an output without elements.
-    return values.reshape(first, math.prod(values.shape[:-1]) // first, values.shape[-1])
 
 
 def _log_softmax(z: np.ndarray) -> np.ndarray:

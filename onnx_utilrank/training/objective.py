@@ -144,7 +144,7 @@ def _mean(each: torch.Tensor, kept: np.ndarray | None) -> torch.Tensor:
 
 
 def _rows(values: torch.Tensor, samples: int, loss: OutputLoss) -> torch.Tensor:
-    """[samples, positions, features], as `statistics.divergence.rows_of` has them."""
+    """[samples, positions, features], as `OutputLoss.rows` has them."""
     if values.dim() == 0:
         return values.reshape(1, 1, 1)
     if values.dim() == 1 and len(values) == samples:
