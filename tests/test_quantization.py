@@ -597,6 +597,28 @@ def test_inputs_and_outputs_stay_float32():
     assert [v.dtype for v in (*made.inputs, *made.outputs)] == [np.float32] * 2
 
 
+# Where all of it is of float16, all but the last of these end the process that loads them.
+@pytest.mark.parametrize("between", ["Identity", "Dropout"])
+@pytest.mark.parametrize("perm", [(1, 0, 2), (1, 2, 0), (1, 2, 0, 3), (1, 2, 3, 0), (0, 2, 1)])
+def test_products_behind_transposes_of_the_batch_axis_load(perm: tuple[int, ...], between: str):
+    rank = len(perm)
+    shape = [5, 6, 7, 8][:rank]
+    held = noise(1, shape[perm[-1]], 64).astype(np.float32)
+    proto = model(
+        f"(float[{','.join(map(str, shape))}] x) => (float[{','.join('abcd'[:rank])}] y)",
+        f"t = Transpose<perm={list(perm)}>(x) s = {between}(t) y = MatMul(s, W)",
+        W=held,
+    )
+    feed = {"x": noise(2, *shape).astype(np.float32)}
+    made = quantized(FP16, proto, {"x": np.stack([feed["x"]] * 2)})
+    assert not made.in_float  # no replay has to be told
+    turns = perm != (0, 2, 1)
+    assert [skip.op_type for skip in made.left] == ["Transpose"] * turns
+    first = ["Transpose", "Cast"] if turns else ["Cast", "Transpose"]
+    assert ops(made.store.proto)[:2] == first  # of float32 where it moves the batch axis
+    assert relative(outputs(proto, feed)["y"], outputs(made.store, feed)["y"]) < ERRORS["fp16"]
+
+
 @pytest.mark.parametrize(
     ("body", "arrays", "stays"),
     [

@@ -252,6 +252,20 @@ def test_a_weight_that_is_the_recurrent_one_too_stays():
     assert skip.reason == WHOLE
 
 
+@pytest.mark.parametrize("perm", [[1, 0, 2], [0, 1, 2]])
+def test_no_product_is_made_of_a_layer_that_onnx_runtime_would_die_of(perm: list[int]):
+    held = {k: v.astype(np.float16) for k, v in constants(Style().proto()).items()}
+    body = f"t = Transpose<perm={perm}>(x) y, h = LSTM<hidden_size=4>(t, W, R, B)"
+    proto = model(f"(float16[{T},{T},{D}] x) => (float16[a,b,c,d] y)", body, **held)
+    sites, skips = find_sites(index(proto))
+    if perm[0]:
+        assert not sites
+        assert [skip.reason for skip in skips] == [WHOLE]
+    else:
+        assert len(sites) == 1
+        assert [skip.reason for skip in skips] == [STEPS]
+
+
 def test_very_large_layers_stay(monkeypatch):
     monkeypatch.setattr("onnx_utilrank.model.plain_recurrent.LARGEST", (4 * H) ** 2)
     assert len(find_sites(index(Style().proto()))[0]) == 1

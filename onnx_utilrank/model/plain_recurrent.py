@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from onnx_utilrank.model.assembled import assembled
 from onnx_utilrank.model.graph import GraphIndex, attributes, qualified
 from onnx_utilrank.model.parts import Parts
+from onnx_utilrank.model.rotated import rotating
 
 __all__ = ["RECURRENT", "gates_put_together", "is_recurrent", "recurrent"]
 
@@ -54,6 +55,8 @@ def recurrent(parts: Parts) -> bool:
     every = directions * width
     if every * every > LARGEST:
         return False
+    if weight.dtype == np.float16 and rotating(index, x) is not None:
+        return False  # the layer loads, the product would not
     biases = assembled(index, b) if b else None
     if b and (biases is None or biases.values.shape != (directions, 2 * width)):
         return False

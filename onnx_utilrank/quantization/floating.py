@@ -13,6 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 from onnx_utilrank.errors import ModelError, ProviderUnavailableError
 from onnx_utilrank.model.graph import GraphIndex, all_names, new_name, node_label, qualified
+from onnx_utilrank.model.rotated import rotating
 from onnx_utilrank.model.scopes import captured_names, subgraphs
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.model.surgeon import FIRST_IR_WITH_FREE_INITIALIZERS
@@ -36,6 +37,7 @@ _AS_THEY_ARE = frozenset(
 TOO_LARGE = "its values pass the range of {}"
 VANISHES = "its constant is too small for {}"
 NO_KIND = "its operator has no form for {}"
+DIES = "ONNX Runtime would die of the product behind it in {} on the CPU"
 
 
 class Floating:
@@ -86,6 +88,8 @@ class Floating:
                 floats = any(types.get(n) == FLOAT for n in (*node.input, *node.output))
                 if floats and node.op_type not in _AS_THEY_ARE:
                     reasons[k] = NO_KIND.format(name)
+        for k in _deadly(index, nodes) if calibration.provider.name == CPU.name else ():
+            reasons[k] = DIES.format(name)
         if in_float is None:
             for k, why in self._out_of_range(index, nodes, slots, calibration):
                 reasons.setdefault(k, why.format(name))
@@ -108,7 +112,7 @@ class Floating:
             in_float=tuple(
                 next(filter(None, nodes[k].output))
                 for k, why in sorted(reasons.items())
-                if why != NO_KIND.format(name)
+                if why not in (NO_KIND.format(name), DIES.format(name))
             ),
         )
 
@@ -141,6 +145,15 @@ class Floating:
                 yield k, TOO_LARGE
             elif small.intersection(seen):
                 yield k, VANISHES
+
+
+def _deadly(index: GraphIndex, nodes: Sequence[onnx.NodeProto]) -> Iterator[int]:
+    """Places of Transposes that no product of two bytes may read; see `model.rotated`."""
+    for node in nodes:
+        if qualified(node) == ("", "MatMul"):
+            found = rotating(index, node.input[0])
+            if found is not None:
+                yield found
 
 
 def _slots(

@@ -12,7 +12,8 @@ QUANTIZED = f"its weight is quantized: {FIRST}"
 STEPS = "its recurrent weight works within the operator"
 WHOLE = (
     f"{STEPS}, and its input weight is not split off: it is computed or read elsewhere too, its "
-    "bias is computed, the opset is older than 9, or the layer has too many units"
+    "bias is computed, the opset is older than 9, the layer has too many units, or it is of "
+    "float16 and ONNX Runtime would die of the product"
 )
 PROCESSOR = "its weight lies as one processor wants it: compress the model before it is optimized"
 EXPERTS = "its weights are a stack of experts, of which each sees rows of its own"
