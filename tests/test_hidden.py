@@ -984,6 +984,7 @@ def measured(site: Site, errors: np.ndarray) -> TwoSidedSite:
         gammas=(),
         found=None,  # type: ignore[arg-type]
         errors=errors,
+        seen=errors,
         mean=np.zeros(site.m),
         behind=np.zeros(site.m),
     )
@@ -993,6 +994,7 @@ def measured(site: Site, errors: np.ndarray) -> TwoSidedSite:
         found=None,  # type: ignore[arg-type]
         gamma=np.eye(1),
         errors=errors,
+        seen=errors,
         bias_cost=0,
         heads=heads,
     )

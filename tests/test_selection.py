@@ -287,7 +287,7 @@ def test_predicted_loss_of_a_linear_model_is_the_measured_one(name: str):
     )
     assert reader.wide == (name != "tall")
     site = two_sided_site(reader, weight, seen, 0)
-    (ranked,) = Units.of([reading(site, weight, SecondMoment.of(rows), None)])
+    (ranked,) = Units.of([reading(site, weight, seen, SecondMoment.of(rows), None)])
     site = replace(site, units=ranked)
     for kept in range(1, N):
         expand, choice = site.units.selection.basis(kept)

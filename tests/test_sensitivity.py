@@ -321,6 +321,43 @@ def test_gamma_of_few_decisions_is_shrunk_towards_its_mean():
 # --- the predicted loss -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_was_seen_is_told_beside_what_is_made_of_it(wide: bool):
+    out, width, rows = (6, 20, 15) if wide else (20, 6, 9)
+    weight = noise(1, out, width)
+    body = {"W": weight.astype(np.float32)}
+    proto = model(f"(float[n,{width}] x) => (float[n,m] y)", "y = Gemm<transB=1>(x, W)", **body)
+    (site,) = find_sites(index(proto))[0]
+    weight = site_matrix(index(proto), site)
+    z = noise(2, rows, 6) @ noise(3, 6, 6) + 1.0
+    g = noise(4, rows, 6)
+    few = Sensitivity(moment=SecondMoment.of(z), gamma=g.T @ g, samples=rows, decisions=rows)
+    found = two_sided_site(site, weight, few, 0)
+    assert found.centred
+    for rank in range(7):
+        gone = np.eye(6) - found.found.kept(rank)
+        lost = np.square((g @ gone) @ (z - z.mean(0)).T).sum() / rows**2 / 2
+        assert found.seen[rank] == pytest.approx(lost, rel=1e-9, abs=1e-12 * found.seen[0])
+    assert found.errors[4] > 1.1 * found.seen[4]  # as few rows are made out to be worse
+
+
+def test_losses_of_layers_that_see_one_row_a_sample_are_about_the_measured_ones():
+    # 160 of 200 rows are calibrated with, 80 in each half: fewer than four a feature of 48.
+    rows, d = 200, 48
+    x = noise(1, rows, d) * np.geomspace(1, 1e-3, d) @ np.linalg.qr(noise(2, d, d))[0]
+    held = {"U": noise(3, d, 64) / np.sqrt(d), "V": noise(4, 64, d) / 8.0}
+    proto = model(
+        f"(float[n,{d}] x) => (float[n,k] y)",
+        "a = MatMul(x, U) t = Tanh(a) y = MatMul(t, V)",
+        **{name: values.astype(np.float32) for name, values in held.items()},
+    )
+    config = CompressConfig(param_ratio=0.6, moves=("low-rank",), refit=False, augment=False)
+    result = compress(proto, {"x": x.astype(np.float32)}, config)
+    measured = result.quality.divergence
+    assert measured.mean > 1e-8
+    assert 0.4 < result.plan.predicted_divergence / measured.mean < 2.5
+
+
 def measured_site(proto: onnx.ModelProto, runs: list[Feed], pulled: np.ndarray) -> TwoSidedSite:
     """The first site, decomposed for an exact Γ."""
     graph = index(proto)
@@ -422,7 +459,7 @@ def test_errors_that_agree_over_positions_are_seen(spread: float):
         error = math.sqrt(2 * size / (draws * samples))
         assert abs(quadratic[rank] - lost.mean) < 5 * error
         assert 5 * error < lost.mean / 2
-        corrected = found.corrected([quadratic]).errors[rank]
+        corrected = found.corrected([quadratic], apart=False).errors[rank]
         assert corrected >= lost.mean - 5 * error
         # Blind to it, the product alone would see a part only: 1 / P where all rows agree.
         share = (1 + spread**2) / (P * (1 + spread**2 / P))
@@ -495,9 +532,13 @@ def test_larger_prediction_counts_and_never_rises_with_rank(errors, seed):
         found=None,  # type: ignore[arg-type]
         gamma=np.eye(1),
         errors=falling,
+        seen=falling / 3,
         bias_cost=0,
     )
-    made = site.corrected([quadratic]).errors
+    apart = site.corrected([quadratic], apart=True).errors
+    alone = replace(site, errors=falling / 3).corrected([quadratic], apart=False).errors
+    np.testing.assert_array_equal(apart, alone)  # what was seen, and nothing that was added
+    made = site.corrected([quadratic], apart=False).errors
     assert (np.diff(made) <= 0).all()
     larger = np.maximum(falling, quadratic)
     assert (made >= larger).all()

@@ -98,7 +98,11 @@ def decomposed(seed: int, channels: int = C) -> InnerFeatures:
         expand=np.linalg.inv(reduce), reduce=reduce, errors=np.zeros(channels + 1), energy=1.0
     )
     return InnerFeatures(
-        move=CHANNELS.key, found=found, errors=found.errors, mean=activations(seed, channels)
+        move=CHANNELS.key,
+        found=found,
+        errors=found.errors,
+        seen=found.errors,
+        mean=activations(seed, channels),
     )
 
 
@@ -299,6 +303,7 @@ def test_channels_are_the_optimum_of_their_rows_and_gradients(centred: bool):
         found=optimal(np.eye(C), Metric.of(seen.fisher()), outputs=moment, centred=centred),
         gamma=seen.fisher(),
         errors=np.zeros(C + 1),
+        seen=np.zeros(C + 1),
         bias_cost=0,
     )
     (channels,) = with_inner(plain, CHANNELS.key, seen).inner
@@ -515,6 +520,7 @@ def test_refit_walks_on_with_what_the_model_gives(data, move: str, bias: str):
         found=inner.found,
         gamma=np.eye(12),
         errors=np.zeros(13),
+        seen=np.zeros(13),
         bias_cost=0,
         inner=(inner,),
     )

@@ -30,6 +30,7 @@ class Heads:
         gammas: Γ [n, n] of each group.
         found: The decomposition, see `statistics.factorize.grouped`.
         errors: Predicted loss of the model at each rank of it.
+        seen: The same with Γ as it was seen.
         mean: E[W x + b], [m].
         behind: What of b an Add behind the node adds, [m].
     """
@@ -38,6 +39,7 @@ class Heads:
     gammas: tuple[np.ndarray, ...]
     found: Decomposition
     errors: np.ndarray
+    seen: np.ndarray
     mean: np.ndarray
     behind: np.ndarray
 
@@ -46,18 +48,27 @@ class Heads:
         cls,
         groups: Sequence[tuple[slice, bool]],
         gammas: Sequence[np.ndarray],
+        observed: Sequence[np.ndarray],
         mean: np.ndarray,
         covariance: np.ndarray,
         behind: np.ndarray,
     ) -> "Heads":
-        """Decompose features of this mean [m] and covariance [m, m]; the rest as above."""
+        """Decompose features of this mean [m] and covariance [m, m]; the rest as above.
+
+        `observed` are the Γ as they were seen, where `gammas` are sure of no more than that.
+        """
         rest = mean - forgiven(groups, mean)
-        found = grouped(gammas, covariance + np.outer(rest, rest), [rows for rows, _ in groups])
+        second = covariance + np.outer(rest, rest)
+        found = grouped(gammas, second, [rows for rows, _ in groups])
+        whole = np.zeros(second.shape)
+        for (rows, _), gamma in zip(groups, observed, strict=True):
+            whole[rows, rows] = gamma
         return cls(
             groups=tuple(groups),
             gammas=tuple(gammas),
             found=found,
             errors=found.errors / 2,
+            seen=found.errors_under(whole, second) / 2,
             mean=mean,
             behind=behind,
         )
@@ -79,27 +90,30 @@ class InnerFeatures:
         move: Key of the move that makes them: `Split.features` says which they are.
         found: L and K.
         errors: Predicted loss of the model at each rank.
+        seen: The same of rows and gradients as they were seen.
         mean: μ where the bias makes up for what is lost of it, else 0, [features].
     """
 
     move: str
     found: Decomposition
     errors: np.ndarray
+    seen: np.ndarray
     mean: np.ndarray
 
     @classmethod
-    def of(cls, move: str, seen: Sensitivity, *, centred: bool) -> "InnerFeatures":
+    def of(cls, move: str, known: Sensitivity, *, centred: bool) -> "InnerFeatures":
         """Decompose features of which rows and gradients were seen.
 
         A change of the input is worth what its gradient there says, as a change of the output is:
         the optimum is that of a weight which is the identity, in the metric of the input's
         gradients.
         """
-        moment = seen.moment
-        eye, metric = np.eye(moment.width), Metric.of(seen.fisher())
+        moment = known.moment
+        eye, metric = np.eye(moment.width), Metric.of(known.fisher())
         found = optimal(eye, metric, outputs=moment, centred=centred)
         mean = moment.mean if centred else np.zeros(moment.width)
-        return cls(move=move, found=found, errors=found.errors / 2, mean=mean)
+        seen = found.errors_under(known.observed, moment.second(centred=centred))
+        return cls(move=move, found=found, errors=found.errors / 2, seen=seen / 2, mean=mean)
 
     def factors(self, weight: np.ndarray, rank: int) -> Factors:
         """W' [m, r taps] and K [r, features], balanced."""
@@ -123,19 +137,26 @@ class Units:
     Attributes:
         selection: Which, and how the others follow from them.
         errors: Predicted loss of the model for each number that is kept.
+        seen: The same of rows and gradients as they were seen.
         mean: Their mean where the bias makes up for what is lost of it, else 0, [n].
     """
 
     selection: Selection
     errors: np.ndarray
+    seen: np.ndarray
     mean: np.ndarray
 
     @classmethod
     def of(cls, readings: Sequence["Reading"]) -> list["Units"]:
         """Rank units for all who read them: the same are kept for each."""
-        views = [(each.root, each.second) for each in readings]
+        views = [(each.root, each.shrunk) for each in readings]
         return [
-            cls(selection=selection, errors=selection.errors / 2, mean=each.mean)
+            cls(
+                selection=selection,
+                errors=selection.errors / 2,
+                seen=selection.found.errors_under(each.observed, each.second) / 2,
+                mean=each.mean,
+            )
             for each, selection in zip(readings, select_together(views), strict=True)
         ]
 
@@ -151,18 +172,25 @@ class Reading:
 
     Attributes:
         root: B [q, n]: a change δ of theirs counts ‖B δ‖².
+        observed: What it counts as it was seen: ‖B δ‖² without what is added to that, [n, n].
         moment: Of their values.
         centred: Whether the bias makes up for what is lost of their mean.
     """
 
     root: np.ndarray
+    observed: np.ndarray
     moment: SecondMoment
     centred: bool
 
     @property
     def second(self) -> np.ndarray:
-        """Their second moment [n, n], shrunk where few rows were seen."""
-        second = self.moment.covariance if self.centred else self.moment.uncentred
+        """Their second moment [n, n]."""
+        return self.moment.second(centred=self.centred)
+
+    @property
+    def shrunk(self) -> np.ndarray:
+        """The same, shrunk where few rows were seen."""
+        second = self.second
         if self.moment.enough_rows:
             return second
         mixed = shrinkage(second, self.moment.rows)

@@ -55,12 +55,14 @@ def tie(table: TwoSidedSite, head: TwoSidedSite) -> tuple[TwoSidedSite, TwoSided
             site=replace(table.site, tied=head.site.key, freed=True),
             found=of_table,
             errors=of_table.errors / 2,
+            seen=of_table.errors / 2,
         ),
         replace(
             head,
             site=replace(head.site, tied=table.site.key),
             found=of_head,
             errors=of_head.errors / 2,
+            seen=of_head.errors / 2,
         ),
     )
 
@@ -75,9 +77,6 @@ def _basis(
     expand: np.ndarray, reduce: np.ndarray, gamma: np.ndarray, covariance: np.ndarray
 ) -> Decomposition:
     """A given L and K of full rank, with tr Γ Q_r C Q_r^T, Q_r = I − L_r K_r, for every rank r."""
-    both = (expand.T @ gamma @ expand) * (reduce @ covariance @ reduce.T)
-    tails = both[::-1, ::-1].cumsum(0).cumsum(1).diagonal()[::-1]
-    errors = np.maximum.accumulate(np.append(np.maximum(tails, 0.0), 0.0)[::-1])[::-1]
-    return Decomposition(
-        expand=expand, reduce=reduce, errors=errors, energy=float(np.sum(gamma * covariance))
-    )
+    energy = float(np.sum(gamma * covariance))
+    basis = Decomposition(expand=expand, reduce=reduce, errors=np.zeros(0), energy=energy)
+    return replace(basis, errors=basis.errors_under(gamma, covariance))

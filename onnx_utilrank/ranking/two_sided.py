@@ -47,6 +47,7 @@ class TwoSidedSite:
             W L K; centred where the bias can take the lost mean.
         gamma: Γ [p, p], what a change of z counts.
         errors: Predicted loss of the model at each rank, in nats or relative squared error.
+        seen: The same of rows and gradients as they were seen, however few.
         bias_cost: Elements that correcting the bias adds.
         inner: Of a Conv that looks at its neighbours too: what it reads, for each way to make two
             Convs of it.
@@ -61,6 +62,7 @@ class TwoSidedSite:
     found: Decomposition
     gamma: np.ndarray
     errors: np.ndarray
+    seen: np.ndarray
     bias_cost: int
     heads: Heads | None = None
     inner: tuple[InnerFeatures, ...] = ()
@@ -88,23 +90,32 @@ class TwoSidedSite:
         lost = self.found.lost(self.moment.mean, rank)
         return lost if self.site.wide else np.asarray(weight @ lost)
 
-    def corrected(self, quadratics: Sequence[np.ndarray]) -> "TwoSidedSite":
+    def corrected(self, quadratics: Sequence[np.ndarray], *, apart: bool) -> "TwoSidedSite":
         """The same with the larger of two predictions of the loss at each rank.
 
         The product of Cov(x) and Γ is blind to errors that agree over positions; the sum over
         whole samples sees those, but rests on few of them.
 
+        On samples of its own a decomposition of few rows looks better than it is, and the product
+        is that of Cov(x) and Γ as they were shrunk. Other samples tell what it loses, and shrunk
+        ones would say several times as much.
+
         Args:
             quadratics: Of `found`, then of `heads`, all of `inner` and `units` if there are any.
+            apart: Whether they are of other samples than the decomposition.
         """
-        first, *rest = quadratics
+
+        def larger(each: "TwoSidedSite | Heads | InnerFeatures | Units") -> np.ndarray:
+            return _larger(each.seen if apart else each.errors, next(rest))
+
+        rest = iter(quadratics)
+        errors = larger(self)
         heads, units = self.heads, self.units
         if heads is not None:
-            heads = replace(heads, errors=_larger(heads.errors, rest.pop(0)))
-        inner = tuple(replace(i, errors=_larger(i.errors, rest.pop(0))) for i in self.inner)
+            heads = replace(heads, errors=larger(heads))
+        inner = tuple(replace(i, errors=larger(i)) for i in self.inner)
         if units is not None:
-            units = replace(units, errors=_larger(units.errors, rest.pop(0)))
-        errors = _larger(self.errors, first)
+            units = replace(units, errors=larger(units))
         return replace(self, errors=errors, heads=heads, inner=inner, units=units)
 
     def expecting(self, others: Sequence["TwoSidedSite"]) -> "TwoSidedSite":
@@ -217,6 +228,10 @@ def two_sided_site(
         found=decomposition,
         gamma=gamma,
         errors=decomposition.errors / 2,
+        seen=decomposition.errors_under(
+            found.observed, found.moment.second(centred=site.bias != "none")
+        )
+        / 2,
         bias_cost=bias_cost,
         input_mean=input_mean,
     )
@@ -226,7 +241,7 @@ def with_heads(
     site: TwoSidedSite,
     weight: np.ndarray,
     groups: Sequence[tuple[slice, bool]],
-    gammas: Sequence[np.ndarray],
+    found: Sensitivity,
     own: np.ndarray,
     behind: np.ndarray,
 ) -> TwoSidedSite:
@@ -236,7 +251,7 @@ def with_heads(
         site: The site.
         weight: W [m, d].
         groups: Rows of each group, and whether their lost mean is made up for.
-        gammas: Γ [n, n] of each group.
+        found: The gradients there, of each group.
         own: What the node itself adds to W x, [m].
         behind: What an Add behind it adds, [m].
     """
@@ -244,7 +259,8 @@ def with_heads(
     if not site.site.wide:
         covariance = weight @ covariance @ weight.T
     mean = site.mean_output(weight) + own + behind
-    return replace(site, heads=Heads.of(groups, gammas, mean, covariance, behind))
+    gammas, observed = found.block_fishers(), found.observed_blocks
+    return replace(site, heads=Heads.of(groups, gammas, observed, mean, covariance, behind))
 
 
 def with_inner(site: TwoSidedSite, move: str, found: Sensitivity) -> TwoSidedSite:
@@ -263,25 +279,31 @@ def with_inner(site: TwoSidedSite, move: str, found: Sensitivity) -> TwoSidedSit
 
 
 def reading(
-    site: TwoSidedSite, weight: np.ndarray, moment: SecondMoment, of_inputs: Sensitivity | None
+    site: TwoSidedSite,
+    weight: np.ndarray,
+    found: Sensitivity,
+    moment: SecondMoment,
+    of_inputs: Sensitivity | None,
 ) -> Reading:
     """The hidden units that a site reads, as it does.
 
     Args:
         site: The site.
         weight: W [m, d].
+        found: The gradients of its smaller side.
         moment: Of the units [n].
         of_inputs: The gradients there, of a Conv of several taps; else they follow from those of
-            the outputs.
+            the smaller side.
     """
     # A weight that gets no new bias cannot make up for a mean.
     centred = site.site.bias in ("input", "add") and not _padded(site.site)
     if of_inputs is not None:
-        root = Metric.of(of_inputs.fisher()).root_t
+        root, observed = Metric.of(of_inputs.fisher()).root_t, of_inputs.observed
     else:
-        root = Metric.of(site.gamma).root_t
-        root = root @ weight if site.site.wide else root
-    return Reading(root=root, moment=moment, centred=centred)
+        root, observed = Metric.of(site.gamma).root_t, found.observed
+        if site.site.wide:
+            root, observed = root @ weight, weight.T @ observed @ weight
+    return Reading(root=root, observed=observed, moment=moment, centred=centred)
 
 
 def _padded(site: Site) -> bool:

@@ -208,7 +208,8 @@ class Aspects:
         channels = seen.inner.get(CHANNELS.key)
         moment = seen.inputs if channels is None else channels.moment
         assert moment is not None
-        return reading(site, self._weight(site.site).astype(np.float64), moment, channels)
+        weight = self._weight(site.site).astype(np.float64)
+        return reading(site, weight, seen.side, moment, channels)
 
     def _decomposed(self, site: Site, seen: Seen) -> TwoSidedSite:
         weight = self._weight(site).astype(np.float64)
@@ -218,9 +219,8 @@ class Aspects:
             side = replace(side, moment=seen.tokens.moment(weight))
         found = two_sided_site(site, weight, side, cost, seen.input_mean)
         if site.key in self.heads:
-            own, gammas = self.biases[site.uses[0].node], seen.side.block_fishers()
-            groups, added = self.heads[site.key], self.added[site.key]
-            found = with_heads(found, weight, groups, gammas, own, added)
+            own, added = self.biases[site.uses[0].node], self.added[site.key]
+            found = with_heads(found, weight, self.heads[site.key], seen.side, own, added)
         for move, of_inner in seen.inner.items():
             if of_inner.moment.rows:
                 found = with_inner(found, move, of_inner)

@@ -242,9 +242,9 @@ class _Measuring:
             losses = ({f"{k}": lost for k, lost in enumerate(quadratics.of(s))} for s in sites)
             state = numbered(losses)
             self.cache.save(state, *what)
-        parts = of_each(state)
+        parts, apart = of_each(state), set(fitted).isdisjoint(samples)
         return [
-            f.corrected([parts[k][f"{which}"] for which in range(len(parts[k]))])
+            f.corrected([parts[k][f"{n}"] for n in range(len(parts[k]))], apart=apart)
             for k, f in enumerate(found)
         ]
 

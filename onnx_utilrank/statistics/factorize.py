@@ -85,6 +85,21 @@ class Decomposition:
         """L_r K_r [m, m]: Ŵ_r = L_r K_r W."""
         return np.asarray(self.expand[:, :rank] @ self.reduce[:rank])
 
+    def errors_under(self, gamma: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """tr Γ Q_r C Q_r^T with Q_r = I − L_r K_r for every rank r, of another Γ and C.
+
+        Args:
+            gamma: Γ [m, m].
+            second: C [m, m].
+
+        Returns:
+            float64 [k + 1], non-increasing.
+        """
+        both = (self.expand.T @ gamma @ self.expand) * (self.reduce @ second @ self.reduce.T)
+        tails = both[::-1, ::-1].cumsum(0).cumsum(1).diagonal()[::-1]
+        rising = np.maximum.accumulate(np.append(np.maximum(tails, 0.0), 0.0)[::-1])
+        return np.asarray(rising[::-1])
+
     def lost(self, output: np.ndarray, rank: int) -> np.ndarray:
         """What rank r loses of an output W x [m]: (W − Ŵ_r) x."""
         return np.asarray(output - self.expand[:, :rank] @ (self.reduce[:rank] @ output))
@@ -187,7 +202,7 @@ def optimal(
     """
     moment = inputs if inputs is not None else outputs
     assert moment is not None
-    second = moment.covariance if centred else moment.uncentred
+    second = moment.second(centred=centred)
     if outputs is not None:
         second = metric.root_t @ second @ metric.root_t.T
     mixed = 0.0 if moment.enough_rows else shrinkage(second, moment.rows)

@@ -102,6 +102,10 @@ class SecondMoment:
         """C = M − E[x] E[x]^T, float64 [d, d]."""
         return self.uncentred - np.outer(self.mean, self.mean)
 
+    def second(self, *, centred: bool) -> np.ndarray:
+        """C where a mean that is lost is made up for, else M."""
+        return self.covariance if centred else self.uncentred
+
     @property
     def enough_rows(self) -> bool:
         """Whether there are rows enough to trust the spectrum."""

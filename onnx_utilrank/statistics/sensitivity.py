@@ -55,6 +55,16 @@ class Sensitivity:
         """
         return self._shrunk(self.gamma, target)
 
+    @property
+    def observed(self) -> np.ndarray:
+        """Γ as it was seen, however few decisions there were, [p, p]."""
+        return np.asarray(self.gamma / max(self.samples, 1))
+
+    @property
+    def observed_blocks(self) -> list[np.ndarray]:
+        """The same of every group of hidden features, [n, n] each."""
+        return [block / max(self.samples, 1) for block in self.blocks]
+
     def block_fishers(self) -> list[np.ndarray]:
         """Γ of every group of hidden features, [n, n] each."""
         return [self._shrunk(block) for block in self.blocks]
