@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_utilrank import CompressConfig, compress
+from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.runtime.providers import CPU
+from onnx_utilrank.runtime.sessions import open_session
 from onnx_utilrank.statistics.padding import Padding, find_padding
+from onnx_utilrank.validation.divergence import find_losses
 
 LENGTH, D, H, C = 10, 12, 32, 4
 
@@ -74,6 +78,57 @@ def test_holes_are_padding_where_the_ends_are_real():
 def test_the_usual_name_means_the_usual():
     """An attention mask is 1 at real positions, also where it is padded on both sides."""
     assert find([[0, 1, 1, 0], [1, 1, 0, 0]], "attention_mask") == Padding("attention_mask")
+
+
+KEPT = np.arange(LENGTH) < np.array([3, LENGTH, 5, 6])[:, None]
+IDS = np.random.default_rng(1).integers(1, 90, KEPT.shape)
+OTHER = np.random.default_rng(2).integers(1, 90, KEPT.shape)
+PLACES = np.broadcast_to(np.arange(LENGTH), KEPT.shape)
+
+
+@pytest.mark.parametrize("batch", [4, 1])
+@pytest.mark.parametrize(
+    ("others", "found"),
+    [
+        ({"ids": IDS * KEPT}, True),
+        ({"ids": IDS}, True),  # whatever the filler is
+        ({"ids": IDS * KEPT, "types": 0 * IDS, "places": PLACES}, True),
+        ({"ids": IDS, "types": 0 * IDS}, True),
+        ({"ids": IDS * KEPT, "decoder": OTHER}, False),
+        ({"decoder": OTHER, "ids": IDS * KEPT + 7}, False),
+        ({"ids": IDS * KEPT, "decoder": np.stack([OTHER, IDS], axis=2) / 7}, False),
+        ({"ids": IDS * KEPT, "states": OTHER[:, :-1]}, True),
+        ({"ids": IDS * KEPT, "images": OTHER[0]}, True),
+        ({"ids": IDS * KEPT, "token_mask": OTHER}, True),
+    ],
+)
+def test_the_mask_of_an_encoder_is_not_that_of_a_decoder_of_as_many_positions(
+    others: dict[str, np.ndarray], found: bool, batch: int
+):
+    feed = {**others, "attention_mask": KEPT.astype(np.int64)}
+    feeds = [{k: v[at : at + batch] for k, v in feed.items()} for at in range(0, 4, batch)]
+    padding = find_padding(feeds, (batch, LENGTH, 7))
+    assert padding == (Padding("attention_mask") if found else None)
+
+
+def test_inputs_with_positions_of_their_own_are_not_asked():
+    feeds = [{"attention_mask": KEPT.astype(np.int64)}]
+    assert find_padding(feeds, (4, LENGTH, 7)) == Padding("attention_mask")
+    assert find_padding(feeds, (4, LENGTH, 7), {"attention_mask"}) is None
+
+
+@pytest.mark.parametrize(
+    ("positions", "declared", "found"),
+    [("t", "t", False), ("p", "p", True), ("t", "made_up", True), ("t", "10", True)],
+)
+def test_declared_positions_tell_whose_the_mask_is(positions: str, declared: str, found: bool):
+    inputs = f"float[n,p,3] x, int64[n,p] attention_mask, float[n,{positions},3] z"
+    proto = model(f"({inputs}) => (float[n,{declared},k] y)", "a = Add(x, z) y = Softmax(a)")
+    feed = {"attention_mask": KEPT.astype(np.int64)}
+    feed |= {name: noise(3, 4, LENGTH, 3).astype(np.float32) for name in ("x", "z")}
+    store = ModelStore.load(proto)
+    (loss,) = find_losses(store, open_session(store, CPU), [feed])
+    assert (loss.padding is not None) == found
 
 
 def test_values_of_another_shape_have_no_padding():

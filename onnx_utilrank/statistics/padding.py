@@ -1,6 +1,6 @@
 """Which positions of samples are padding, as an input of the model says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,9 @@ class Padding:
 
 
 def find_padding(
-    feeds: Sequence[Mapping[str, np.ndarray]], shape: tuple[int, ...]
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    shape: tuple[int, ...],
+    elsewhere: Collection[str] = (),
 ) -> Padding | None:
     """What says which positions of a value [rows, positions, …] are padding, if anything does.
 
@@ -45,21 +47,52 @@ def find_padding(
     all samples are padded on the same side, and the name tells; where neither end has, it is no
     padding.
 
+    An encoder's mask says nothing of a decoder's positions, though they be as many: where one input
+    holds a filler where it is masked, and another one values that differ, the mask is not of all
+    that has positions, and none of them is taken for padding.
+
     Args:
         feeds: Some runs to look at.
         shape: Of the value on the first of them.
+        elsewhere: Inputs that are known to have positions of their own.
     """
     if len(shape) < 3:
         return None
     for name, value in feeds[0].items():
-        if not isinstance(value, np.ndarray):  # a list, for a sequence
+        if name in elsewhere or not isinstance(value, np.ndarray):  # a list, for a sequence
             continue
         if "mask" in name.lower() and _by_position(value).shape == shape[:2]:
             masks = [_by_position(np.asarray(feed[name])) for feed in feeds]
             real = _real(masks, name.lower())
-            if real is not None:
-                return Padding(name, real)
+            padding = None if real is None else Padding(name, real)
+            if padding and not _of_one_side(feeds, padding):
+                return padding
     return None
+
+
+def _of_one_side(feeds: Sequence[Mapping[str, np.ndarray]], padding: Padding) -> bool:
+    """Whether some inputs have fillers where others of as many positions have values."""
+    filled = valued = False
+    for name, first in feeds[0].items():
+        if "mask" in name.lower() or not isinstance(first, np.ndarray) or not first.size:
+            continue
+        real: list[np.ndarray] = []
+        masked: dict[int, list[np.ndarray]] = {}  # by position
+        for feed in feeds:
+            kept, values = padding.kept(feed), feed[name]
+            if kept is None or values.shape[:2] != kept.shape:
+                break
+            lines = values.reshape(*kept.shape, -1)
+            real.append(lines[kept])
+            for at in np.flatnonzero(~kept.all(0)):
+                masked.setdefault(int(at), []).append(lines[~kept[:, at], at])
+        else:
+            hidden = [np.concatenate(found) for found in masked.values()]
+            if hidden and all((lines == hidden[0][0]).all() for lines in hidden):
+                filled |= bool((np.concatenate(real) != hidden[0][0]).any())
+            else:  # numbers of positions are alike in all samples
+                valued |= any((lines != lines[0]).any() for lines in hidden)
+    return filled and valued
 
 
 def _by_position(mask: np.ndarray) -> np.ndarray:

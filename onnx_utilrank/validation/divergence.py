@@ -152,7 +152,11 @@ def find_losses(
             probabilities=probabilities,
             axis=axis,
             positions_first=turned,
-            padding=find_padding(given, (lined[1], lined[0], *lined[2:]) if turned else lined),
+            padding=find_padding(
+                given,
+                (lined[1], lined[0], *lined[2:]) if turned else lined,
+                _elsewhere(store, name),
+            ),
             channels=channels,
             decides=next((o for o, (s, _) in decided.items() if s == name in hidden), None),
         )
@@ -195,6 +199,19 @@ def _positions_first(shapes: Sequence[tuple[int, ...]], samples: Sequence[int]) 
     runs = list(zip(shapes, samples, strict=True))
     second = all(len(shape) > 2 and shape[1] == n for shape, n in runs)
     return second and any(shape[0] != n for shape, n in runs)
+
+
+def _elsewhere(store: ModelStore, output: str) -> set[str]:
+    """Inputs whose positions are declared to be others than those of an output.
+
+    Only where another input has the positions of the output: exporters make up symbols of outputs.
+    """
+    places = {v.name: v.shape[1] for v in store.inputs if v.shape is not None and len(v.shape) > 1}
+    known = {o.name: o.shape[1] for o in store.outputs if o.shape is not None and len(o.shape) > 1}
+    own = known.get(output)
+    if not isinstance(own, str) or own not in places.values():
+        return set()
+    return {name for name, place in places.items() if isinstance(place, str) and place != own}
 
 
 def _with_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
