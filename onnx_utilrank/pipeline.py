@@ -19,7 +19,7 @@ from onnx_utilrank.quality import Judge, Quality, with_metric
 from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.plan import RankPlan
-from onnx_utilrank.ranking.replay import check_hidden, check_plan, planned_moves
+from onnx_utilrank.ranking.replay import as_measured, check_hidden, check_plan, planned_moves
 from onnx_utilrank.ranking.skipped import skipped_nodes
 from onnx_utilrank.ranking.spectrum import layer_spectra
 from onnx_utilrank.ranking.stamp import stamp, stamped
@@ -139,8 +139,10 @@ def compress(
         else:
             plan, store = fit(job, found, offers, calibration, config, quantizing)
         notes = (*notes, *fullness(offers, plan), *refit_note(plan, config, found))
-    elif not dry_run:
-        plan, store = build(job, plan, found, config, settled=True)
+    else:
+        plan = as_measured(plan, job.index, found.sites, hidden or ())
+        if not dry_run:
+            plan, store = build(job, plan, found, config, settled=True)
     result = CompressResult(
         plan=plan,
         store=None,

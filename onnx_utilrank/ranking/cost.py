@@ -14,7 +14,15 @@ from onnx_utilrank.moves.move import MoveKind
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["Ledger", "Storage", "Unit", "bias_cost", "count_parameters", "hidden_cost"]
+__all__ = [
+    "Ledger",
+    "Storage",
+    "Unit",
+    "bias_cost",
+    "count_parameters",
+    "hidden_cost",
+    "shrunk_parameters",
+]
 
 Unit = Literal["parameters", "bytes", "operations", "latency"]
 
@@ -153,6 +161,25 @@ class Ledger:
 def count_parameters(store: ModelStore) -> int:
     """Elements of every initializer and every constant tensor of the model, in all its graphs."""
     return sum(math.prod(tensor.dims) for tensor in store.tensors())
+
+
+def shrunk_parameters(
+    index: GraphIndex,
+    hidden: Hidden,
+    sites: Mapping[str, Site],
+    site: Site,
+    kept: int,
+    rank: int | None,
+) -> int:
+    """Elements of a weight whose hidden features shrink, and of what is left some rank.
+
+    What comes with the features is put down to the first of their weights.
+    """
+    rows, columns = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
+    extra = hidden_cost(index, hidden, sites, kept) if site.key == hidden.sites[0] else 0
+    if rank is None:
+        return rows * columns + extra
+    return rank * (rows + columns) + extra + (rows if site.bias == "new" else 0)
 
 
 def hidden_cost(index: GraphIndex, hidden: Hidden, sites: Mapping[str, Site], kept: int) -> int:

@@ -12,7 +12,7 @@ from onnx_utilrank.moves.moves import MOVES, find_move
 from onnx_utilrank.moves.shrink import FAST_CHANNELS, SHRINK, can_be_both
 from onnx_utilrank.moves.two_convs import TwoConvs
 from onnx_utilrank.ranking.budget import allocate, spend
-from onnx_utilrank.ranking.cost import Ledger, count_parameters, hidden_cost
+from onnx_utilrank.ranking.cost import Ledger, count_parameters, shrunk_parameters
 from onnx_utilrank.ranking.entries import dense_parameters, hidden_entry, site_entry
 from onnx_utilrank.ranking.joint import Bundle, Option, bundled
 from onnx_utilrank.ranking.method import (
@@ -334,13 +334,12 @@ def _shrunk(
     """A site whose hidden features shrink: fewer rows or columns, and of what is left some rank."""
     site = choice.measured.site
     rows, columns = hidden.rows(site.key, site.m, kept), hidden.columns(site.key, site.d, kept)
-    # What comes with the features is put down to the first of their weights.
-    first = site.key == hidden.sites[0]
-    extra = hidden_cost(index, hidden, sites, kept) if first else 0
+    whole = shrunk_parameters(index, hidden, sites, site, kept, None)
+    extra = whole - rows * columns
     alone = Move(
         rank=None,
         bias=False,
-        parameters=rows * columns + extra,
+        parameters=whole,
         error=0.0,
         kind=SHRINK,
         cost=ledger.shrunk(site, rows, columns, extra),
@@ -354,7 +353,7 @@ def _shrunk(
             replace(
                 move,
                 kind=SHRINK,
-                parameters=move.rank * (rows + columns) + extra,
+                parameters=shrunk_parameters(index, hidden, sites, site, kept, move.rank),
                 cost=ledger.shrunk(site, rows, columns, extra, move.rank),
             )
             for move in choice.moves

@@ -8,9 +8,10 @@ from onnx_utilrank.ranking.joint import Bundle, Option
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry
 from onnx_utilrank.sites.find import site_matrix
+from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["dense_parameters", "hidden_entry", "site_entry"]
+__all__ = ["dense_parameters", "hidden_entry", "kept_of", "site_entry"]
 
 
 def dense_parameters(site: Site) -> int:
@@ -26,9 +27,7 @@ def hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
     n, kept = hidden.size, None if option is None else option.kept
     reason = "its weights do as well by themselves at this target"
     if kept is not None:
-        reason = f"{kept} of {n} features in each of {len(hidden.made)} groups"
-        if hidden.units:
-            reason = f"{kept} of {n} hidden units"
+        reason = kept_of(hidden, kept)
     return HiddenEntry(
         hidden=hidden.key,
         sites=hidden.sites,
@@ -43,8 +42,17 @@ def hidden_entry(bundle: Bundle, option: Option | None) -> HiddenEntry:
     )
 
 
-def site_entry(index: GraphIndex, measured: Measured, move: Move, ledger: Ledger) -> PlanEntry:
-    """What becomes of a site, and why."""
+def kept_of(hidden: Hidden, kept: int) -> str:
+    """What is kept of hidden features, in words."""
+    if hidden.units:
+        return f"{kept} of {hidden.size} hidden units"
+    return f"{kept} of {hidden.size} features in each of {len(hidden.made)} groups"
+
+
+def site_entry(
+    index: GraphIndex, measured: Measured, move: Move, ledger: Ledger | None = None
+) -> PlanEntry:
+    """What becomes of a site, and why: of one that stays dense the ledger may know."""
     site, moment = measured.site, measured.moment
     error = 0.0
     if move.rank is not None:
@@ -68,7 +76,7 @@ def site_entry(index: GraphIndex, measured: Measured, move: Move, ledger: Ledger
     )
 
 
-def _reason(index: GraphIndex, site: Site, move: Move, ledger: Ledger) -> str:
+def _reason(index: GraphIndex, site: Site, move: Move, ledger: Ledger | None) -> str:
     if move.kind == SHRINK:
         shrinks = "it shrinks with the features it makes or reads: see hidden"
         return shrinks if move.rank is None else f"{shrinks}; rank {move.rank} of what is left"
@@ -85,7 +93,8 @@ def _reason(index: GraphIndex, site: Site, move: Move, ledger: Ledger) -> str:
         )
     if site.break_even_rank < 1:
         return "no rank saves parameters on so narrow a weight"
-    slower = None if ledger.latency is None else ledger.latency.refused(site)
+    latency = None if ledger is None else ledger.latency
+    slower = None if latency is None else latency.refused(site)
     if slower is not None:
         return slower
     return "at this target it is worth more dense than at any rank that saves parameters"

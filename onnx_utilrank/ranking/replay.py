@@ -1,21 +1,25 @@
 """Follow a plan that was made before: check that it is for the model, and read its decisions."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from onnx_utilrank.errors import ModelError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.moves.low_rank import LOW_RANK
 from onnx_utilrank.moves.moves import find_move
-from onnx_utilrank.moves.shrink import can_be_both
+from onnx_utilrank.moves.shrink import SHRINK, can_be_both
 from onnx_utilrank.moves.two_convs import TwoConvs
-from onnx_utilrank.ranking.method import Move
+from onnx_utilrank.ranking.cost import bias_cost, shrunk_parameters
+from onnx_utilrank.ranking.entries import kept_of, site_entry
+from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.methods import find_method
 from onnx_utilrank.ranking.plan import PlanEntry, RankPlan
-from onnx_utilrank.ranking.two_sided import TWO_SIDED
+from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 
-__all__ = ["check_hidden", "check_plan", "planned_moves"]
+__all__ = ["as_measured", "check_hidden", "check_plan", "planned_moves"]
 
 
 def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None:
@@ -112,3 +116,88 @@ def planned_moves(plan: RankPlan) -> Mapping[str, Move]:
         )
         for entry in plan.factored
     }
+
+
+def as_measured(
+    plan: RankPlan, index: GraphIndex, measured: Sequence[Measured], hidden: Sequence[Hidden]
+) -> RankPlan:
+    """A plan with what its decisions save and are expected to lose: it may have been edited.
+
+    Args:
+        plan: The plan, which fits the model.
+        index: The model.
+        measured: What is known of the sites that it changes.
+        hidden: The features that it shrinks.
+    """
+    by_key = {each.site.key: each for each in measured}
+    sites = {key: each.site for key, each in by_key.items()}
+    kept = {h.hidden: h.kept for h in plan.shrunk if h.kept is not None}
+    of_site = {key: (each, kept[each.key]) for each in hidden for key in each.sites}
+    moves = planned_moves(plan)
+    entries = []
+    for entry in plan.entries:
+        key, known = entry.site, by_key.get(entry.site)
+        if known is None or not (entry.rank or key in of_site):
+            entries.append(entry)
+            continue
+        move = moves.get(key) or Move(rank=None, bias=False, parameters=0, error=0.0)
+        if entry.rank:
+            move = replace(move, error=_loss(known, move))
+        if key in of_site:
+            parameters = shrunk_parameters(
+                index, of_site[key][0], sites, known.site, of_site[key][1], entry.rank
+            )
+            move = replace(move, kind=SHRINK, parameters=parameters)
+        else:
+            move = replace(move, parameters=_parameters(index, known.site, move))
+        made = site_entry(index, known, move)
+        unknown = made.predicted_error is not None and math.isnan(made.predicted_error)
+        entries.append(replace(made, predicted_error=None) if unknown else made)
+    lost = {
+        each.key: sum(
+            one.shrunk_error(each, kept[each.key])
+            for key in each.sites
+            if isinstance(one := by_key[key], TwoSidedSite)
+        )
+        for each in hidden
+    }
+    of_hidden = {each.key: each for each in hidden}
+    features = tuple(
+        replace(
+            h,
+            predicted_error=lost[h.hidden],
+            reason=kept_of(of_hidden[h.hidden], kept[h.hidden]),
+        )
+        if h.hidden in kept
+        else h
+        for h in plan.hidden
+    )
+    saved = sum(e.parameters_before - e.parameters_after for e in entries)
+    errors = [e.predicted_error for e in entries] + [h.predicted_error for h in features]
+    known_errors = [error for error in errors if error is not None]
+    told = plan.predicted_divergence is not None and len(known_errors) == len(errors)
+    return replace(
+        plan,
+        parameters_after=plan.parameters_before - saved,
+        predicted_divergence=sum(known_errors) if told else None,
+        entries=tuple(entries),
+        hidden=features,
+    )
+
+
+def _loss(measured: Measured, move: Move) -> float:
+    """What a move loses; NaN where it was not measured, as for a bias that was left alone."""
+    assert move.rank is not None
+    if isinstance(measured, TwoSidedSite) and isinstance(find_move(move.kind), TwoConvs):
+        offered = measured.inner_moves(move.kind, [move.rank])
+    else:
+        offered = measured.moves([move.rank])
+    return next((one.error for one in offered if one.bias == move.bias), math.nan)
+
+
+def _parameters(index: GraphIndex, site: Site, move: Move) -> int:
+    assert move.rank is not None
+    total = find_move(move.kind).parameters(site, move.rank)
+    if site.tied is not None and not site.freed:  # its factors are those of the other
+        total -= LOW_RANK.parameters(site, move.rank)
+    return total + (bias_cost(index, site) if move.bias else 0)

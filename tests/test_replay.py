@@ -1,0 +1,121 @@
+"""Plans that are replayed: what they say of losses and sizes is what they do, edited or not."""
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from builders import Feed, constants, model, noise
+
+from onnx_utilrank import CompressConfig, RankPlan, compress
+
+D, H, K = 24, 64, 20
+
+
+def network() -> onnx.ModelProto:
+    """Units between two weights, a weight without neighbours that could shrink, and a Conv."""
+    weights = {
+        "U": noise(1, D, H) / math.sqrt(D),
+        "V": noise(2, H, K) / math.sqrt(H),
+        "b": noise(3, K),
+        "C": noise(4, 18, 1, 3, 3),
+        "shape": np.array([-1, 1, 4, 5]),
+        "flat": np.array([-1, 18 * 6]),
+        "E": noise(5, 18 * 6, 30) / 10.0,
+    }
+    body = """h = MatMul(x, U) a = Relu(h) v = Gemm(a, V, b) t = Tanh(v)
+        m = Reshape(t, shape) c = Conv(m, C) s = Softplus(c) f = Reshape(s, flat)
+        y = MatMul(f, E)"""
+    held = {k: v.astype(np.float32) if v.dtype == float else v for k, v in weights.items()}
+    return model(f"(float[n,{D}] x) => (float[n,30] y)", body, **held)
+
+
+def data() -> Feed:
+    x = noise(9, 400, D) * 0.85 ** np.arange(D)
+    return {"x": x.astype(np.float32)}
+
+
+CONFIGS = {
+    "two-sided": CompressConfig(param_ratio=0.5),
+    "two-sided, no units": CompressConfig(param_ratio=0.5, moves=("low-rank", "pivot")),
+    "two Convs": CompressConfig(param_ratio=0.6, moves=("separable", "low-rank")),
+    "one-sided": CompressConfig(param_ratio=0.5, method="one-sided"),
+    "utilized-rank": CompressConfig(energy=0.95, method="utilized-rank"),
+    "svd": CompressConfig(param_ratio=0.5, method="svd"),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def plan(request: pytest.FixtureRequest) -> RankPlan:
+    found = compress(network(), data(), CONFIGS[request.param]).plan
+    assert len(found.factored) + len(found.shrunk) > 1
+    return found
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether two things are the same, numbers up to the order of sums."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == other)
+
+
+def test_a_plan_that_was_not_edited_says_the_same(plan: RankPlan):
+    again = compress(network(), data(), plan=plan).plan
+    assert again.fingerprint() == plan.fingerprint()
+    assert close(asdict(again), asdict(plan))
+
+
+def test_a_plan_that_was_edited_says_what_it_does_now(plan: RankPlan):
+    entries = tuple(
+        replace(e, rank=_less(e.rank), subspaces=e.subspaces and tuple(map(_less, e.subspaces)))
+        for e in plan.entries
+    )
+    hidden = tuple(replace(h, kept=_less(h.kept)) for h in plan.hidden)
+    edited = replace(plan, entries=entries, hidden=hidden, refit=False)
+    foreseen = compress(network(), data(), plan=edited, dry_run=True).plan
+    result = compress(network(), data(), plan=edited)
+    made = result.plan
+    assert made.fingerprint() == edited.fingerprint() != plan.fingerprint()
+    stored = sum(value.size for value in constants(result.model).values())
+    assert made.parameters_after == stored < plan.parameters_after
+    # Reshapes get targets of their own, and a bias may come on top.
+    assert foreseen.parameters_after == pytest.approx(stored, abs=2 * H)
+    for before, after in zip(plan.entries, made.entries, strict=True):
+        if after.rank != before.rank:
+            assert str(after.rank) in after.reason
+            assert after.parameters_after < before.parameters_after
+            if before.predicted_error is not None:
+                assert after.predicted_error > before.predicted_error
+    for before, after in zip(plan.hidden, made.hidden, strict=True):
+        if after.kept is not None:
+            assert after.reason == f"{after.kept} of {after.size} hidden units"
+            assert after.predicted_error > before.predicted_error
+    if plan.predicted_divergence is None:
+        assert made.predicted_divergence is None
+        return
+    every = [e.predicted_error for e in made.entries] + [h.predicted_error for h in made.hidden]
+    assert made.predicted_divergence == pytest.approx(sum(every))
+    assert made.predicted_divergence > 2 * plan.predicted_divergence
+    assert 0.3 < result.quality.divergence.mean / made.predicted_divergence < 3
+
+
+def test_losses_that_were_not_measured_are_not_made_up():
+    config = CONFIGS["two-sided, no units"]
+    plan = compress(network(), data(), config, dry_run=True).plan
+    first = next(e for e in plan.factored if e.bias)
+    entries = tuple(replace(e, bias=False) if e is first else e for e in plan.entries)
+    made = compress(network(), data(), plan=replace(plan, entries=entries)).plan
+    (edited,) = (e for e in made.entries if e.site == first.site)
+    assert edited.predicted_error is None
+    assert made.predicted_divergence is None
+    assert made.to_json()
+
+
+def _less(number: int | None) -> int | None:
+    return None if number is None else max(number - max(number // 5, 1), 1)
