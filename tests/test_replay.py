@@ -38,9 +38,9 @@ def data() -> Feed:
 
 
 CONFIGS = {
-    "two-sided": CompressConfig(param_ratio=0.5),
-    "two-sided, no units": CompressConfig(param_ratio=0.5, moves=("low-rank", "pivot")),
-    "two Convs": CompressConfig(param_ratio=0.6, moves=("separable", "low-rank")),
+    "two-sided": CompressConfig(param_ratio=0.7),
+    "two-sided, no units": CompressConfig(param_ratio=0.75, moves=("low-rank", "pivot")),
+    "two Convs": CompressConfig(param_ratio=0.75, moves=("separable", "low-rank")),
     "one-sided": CompressConfig(param_ratio=0.5, method="one-sided"),
     "utilized-rank": CompressConfig(energy=0.95, method="utilized-rank"),
     "svd": CompressConfig(param_ratio=0.5, method="svd"),
