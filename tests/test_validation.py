@@ -423,6 +423,46 @@ class TestClassificationRule:
         assert find_classifications(model, open_session(model, CPU), feed) == expected
 
 
+class TestTokens:
+    """Scores of tokens decide at each position that is none of padding."""
+
+    @staticmethod
+    def tagger(scores: str) -> ModelStore:
+        """Of x's classes, and at positions that are masked of whatever `scores` says."""
+        body = f"""m = Cast<to=1>(attention_mask) u = Sub(one, m) f = Unsqueeze(u, last)
+            h = MatMul(x, w) e = Mul(f, {scores}) y = Add(h, e)"""
+        held = (
+            "float one = {1}, int64[1] last = {2}, float[3] a = {9, 0, 0}, float[3] b = {0, 9, 0}"
+        )
+        weights = "float[3, 3] w = {4, 0, 0, 0, 4, 0, 0, 0, 4}"
+        inputs = "float[N, T, 3] x, int64[N, T] attention_mask"
+        return store(f"({inputs}) => (float[N, T, 3] y) <{held}, {weights}>", body)
+
+    def test_agreement_is_of_positions_that_are_real(self) -> None:
+        rng = np.random.default_rng(1)
+        x = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (8, 6))]
+        mask = (np.arange(6) < rng.integers(1, 7, 8)[:, None]).astype(np.int64)
+        assert not mask.all()
+        feeds = [{"x": x, "attention_mask": mask}]
+        models = self.tagger("a"), self.tagger("b")
+        (provider,) = validate(
+            *models, feeds, samples=8, providers=[CPU], figures=(LARGE, SMALL), min_agreement=1.0
+        ).providers
+        (output,) = provider.outputs
+        assert output.kind == "classification"
+        assert output.agreement == 1.0
+        assert output.decisions == mask.sum()
+
+    def test_values_along_positions_are_no_decisions(self) -> None:
+        x = np.random.default_rng(2).normal(size=(8, 6, 3)).astype(np.float32) * 1e-3
+        feeds = [{"x": x, "attention_mask": np.ones((8, 6), np.int64)}]
+        model = self.tagger("a")
+        (provider,) = validate(
+            model, model, feeds, samples=8, providers=[CPU], figures=(LARGE, SMALL)
+        ).providers
+        assert provider.outputs[0].kind == "values"
+
+
 class TestSnr:
     @pytest.mark.parametrize(
         ("error", "expected"),

@@ -11,6 +11,7 @@ from onnx_utilrank.errors import DataError, ModelError
 from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import FLOAT_TYPES, Feed, Session
+from onnx_utilrank.statistics.padding import Padding
 
 __all__ = [
     "FloatTypes",
@@ -128,6 +129,7 @@ def compare_outputs(
     candidate: Session,
     feeds: Iterable[Feed],
     classifications: Collection[str],
+    paddings: Mapping[str, Padding] | None = None,
 ) -> tuple[OutputComparison, ...]:
     """Run both models on every feed and compare each output.
 
@@ -141,6 +143,7 @@ def compare_outputs(
         feeds: Held-back feeds, each with every input of the models.
         classifications: Float outputs whose arg-max over the last axis is a decision. One whose
             last axis never has two entries is compared as plain values.
+        paddings: What says which positions of an output decide nothing, by its name.
 
     Returns:
         One comparison per output, in the reference's order.
@@ -151,7 +154,7 @@ def compare_outputs(
             the reference's on a feed; an output of either model holds NaN or infinity.
         InferenceError: ONNX Runtime fails on a feed.
     """
-    tallies = _tallies(reference, candidate, classifications)
+    tallies = _tallies(reference, candidate, classifications, paddings or {})
     count = 0
     for feed in feeds:
         _compare_feed(reference, candidate, feed, count, tallies)
@@ -218,6 +221,7 @@ class _Tally:
     name: str
     kind: Kind
     reason: str | None = None
+    padding: Padding | None = None
     error: _Norm = field(default_factory=_Norm)
     signal: _Norm = field(default_factory=_Norm)
     max_abs_error: float = 0.0
@@ -225,7 +229,7 @@ class _Tally:
     decisions: int = 0
     agreed: int = 0
 
-    def add(self, expected: np.ndarray, actual: np.ndarray) -> None:
+    def add(self, feed: Feed, expected: np.ndarray, actual: np.ndarray) -> None:
         """Count one feed's arrays, of one shape and, for "values", without NaN and infinity."""
         self.elements += expected.size
         if self.kind == "decisions":
@@ -239,6 +243,9 @@ class _Tally:
         self.max_abs_error = max(self.max_abs_error, self.error.add(difference))
         if self.kind == "classification" and expected.ndim and expected.shape[-1] > 1:
             same = expected.argmax(axis=-1) == actual.argmax(axis=-1)
+            kept = self.padding.kept(feed) if self.padding else None
+            if kept is not None and kept.shape == same.shape:
+                same = same[kept]
             self.decisions += same.size
             self.agreed += int(np.count_nonzero(same))
 
@@ -264,7 +271,10 @@ class _Tally:
 
 
 def _tallies(
-    reference: Session, candidate: Session, classifications: Collection[str]
+    reference: Session,
+    candidate: Session,
+    classifications: Collection[str],
+    paddings: Mapping[str, Padding],
 ) -> list[_Tally]:
     """One empty tally per output of the reference, after checking that the models match."""
     require_same_names(reference, candidate)
@@ -283,7 +293,8 @@ def _tallies(
             reason = f"values of type {output.type} are not compared"
         elif kind == "values" and output.name in classifications:
             kind = "classification"
-        tallies.append(_Tally(name=output.name, kind=kind, reason=reason))
+        padding = paddings.get(output.name)
+        tallies.append(_Tally(name=output.name, kind=kind, reason=reason, padding=padding))
     return tallies
 
 
@@ -343,7 +354,7 @@ def _compare_feed(
                 f"{candidate.label}: output {tally.name!r} has shape {list(z.shape)} on held-back "
                 f"feed {index}, in the reference {list(y.shape)}"
             )
-        tally.add(y, z)
+        tally.add(feed, y, z)
 
 
 def _require_finite(role: str, session: Session, name: str, y: np.ndarray, index: int) -> None:

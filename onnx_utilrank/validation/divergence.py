@@ -28,7 +28,7 @@ from onnx_utilrank.statistics.divergence import (
     output_variance,
     samples_in,
 )
-from onnx_utilrank.statistics.padding import find_padding
+from onnx_utilrank.statistics.padding import Padding, find_padding
 
 __all__ = [
     "Divergence",
@@ -37,6 +37,7 @@ __all__ = [
     "is_judged",
     "measure_divergence",
     "open_judged",
+    "token_scores",
 ]
 
 _REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
@@ -192,6 +193,28 @@ def find_losses(
             "last axis, and there is none"
         )
     return tuple(losses)
+
+
+def token_scores(
+    store: ModelStore, provider: Provider, feeds: Sequence[Feed]
+) -> dict[str, Padding | None]:
+    """Outputs [rows, positions, classes] that decide at each position, and what says which do not.
+
+    Args:
+        store: The model.
+        provider: Where to run it.
+        feeds: Some runs to look at.
+    """
+    linear = [o for o in store.outputs if is_classification(store, o.name, (2, 2))]
+    if all(o.shape is not None and len(o.shape) != 3 for o in linear):
+        return {}
+    losses = find_losses(store, open_judged(store, provider), feeds)
+    names = {o.name for o in linear if o.shape is None or len(o.shape) == 3}
+    return {
+        loss.output: loss.padding
+        for loss in losses
+        if loss.output in names and loss.weighting != "values" and loss.axis == -1
+    }
 
 
 def _positions_first(shapes: Sequence[tuple[int, ...]], samples: Sequence[int]) -> bool:
