@@ -139,8 +139,12 @@ def losses_note(losses: Sequence[OutputLoss]) -> str:
         what = f"{loss.output!r}"
         if loss.decides is not None:
             what += f", which {loss.decides!r} is decided by,"
+        if loss.scales is not None:
+            where += f", each of the {len(loss.scales)} relative to its own deviation"
+        if loss.faint:
+            where += f", of which {loss.faint} hardly count, so much more do others vary"
         counted.append(f"{what} as {loss.weighting}{where}")
-    return f"What counts at the outputs: {', '.join(counted)}."
+    return f"What counts at the outputs: {'; '.join(counted)}."
 
 
 def measure_moments(

@@ -50,6 +50,10 @@ HEADS = {
     ),
     "logits": ("y = Identity(z)", {"weighting": "logits", "variance": 0.7}),
     "values": ("y = Identity(z)", {"weighting": "values", "variance": 2.5}),
+    "unlike": (
+        "y = Identity(z)",
+        {"weighting": "values", "variance": 2.5, "scales": (0.5, 4.0, 1.0)},
+    ),
 }
 
 
@@ -106,7 +110,7 @@ def curvature(loss: OutputLoss, z: np.ndarray, *, smooth: bool) -> np.ndarray:
     """The Hessian [C, C] of the loss of one position at its logits z."""
     centring = np.eye(C) - 1 / C
     if loss.weighting == "values":
-        return np.eye(C) / loss.variance
+        return np.diag(np.array(loss.scales or (1.0,) * C) ** -2.0) / loss.variance
     if loss.weighting == "logits":
         return centring / loss.variance
     p = softmax(z)

@@ -273,8 +273,9 @@ def test_what_is_no_pair_is_left(body: str):
     probabilities=st.booleans(),
     masked=st.booleans(),
     axis=st.sampled_from([-1, 1]),
+    scaled=st.booleans(),
 )
-def test_divergence_in_torch_is_that_of_numpy(seed, weighting, probabilities, masked, axis):
+def test_divergence_in_torch_is_that_of_numpy(seed, weighting, probabilities, masked, axis, scaled):
     rng = np.random.default_rng(seed)
     y, z = rng.normal(size=(2, 4, 3, 5))
     if probabilities and weighting != "values":
@@ -285,6 +286,9 @@ def test_divergence_in_torch_is_that_of_numpy(seed, weighting, probabilities, ma
         probabilities=probabilities and weighting != "values",
         axis=axis,
         variance=2.0,
+        scales=(0.3, 2.0, 1.0, 7.0, 0.1)[: 5 if axis == -1 else 3]
+        if scaled and weighting == "values"
+        else None,
     )
     positions = 3 if axis == -1 else 5
     mask = (rng.random((4, positions)) < 0.7) if masked else None

@@ -17,9 +17,10 @@ class Draw:
 
     For `softmax` v = √p∘ε − p (√p^T ε) with ε ~ N(0, I) has the covariance diag(p) − p p^T, the
     Fisher information of the logits (Martens, "New insights and perspectives on the natural
-    gradient method", JMLR 21(146), 2020, section 9). For `values` v ~ N(0, I / variance); for
-    `logits` the same, less its mean over the classes. The loss of a sample is the mean over its
-    positions, so that v is divided by the root of their number; padding gets none.
+    gradient method", JMLR 21(146), 2020, section 9). For `values` v ~ N(0, I / variance), over
+    their scales if they have any; for `logits` the same, less its mean over the classes. The loss
+    of a sample is the mean over its positions, so that v is divided by the root of their number;
+    padding gets none.
 
     Attributes:
         loss: The loss.
@@ -73,6 +74,8 @@ class Draw:
                 v = (v + other * (self.loss.sharpness / max(width - 1, 1)) ** 0.5) / 2**0.5
         else:
             v = noise / self.loss.variance**0.5
+            if self.loss.scales is not None:
+                v = v / torch.tensor(self.loss.scales, dtype=v.dtype, device=v.device)
             if self.loss.weighting == "logits":
                 v = v - v.mean(-1, keepdim=True)
         weights = torch.ones(rows.shape[:2], dtype=z.dtype, device=z.device)

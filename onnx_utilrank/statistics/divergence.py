@@ -18,6 +18,7 @@ __all__ = [
     "output_sharpness",
     "output_variance",
     "samples_in",
+    "unlike",
 ]
 
 Weighting = Literal["softmax", "logits", "values"]
@@ -33,6 +34,8 @@ UNDECIDED = 0.9
 # what is in another direction of theirs: about 1 for targets that have nothing to do with each
 # other, near 0 for a trained classifier, as the gradient of its cross-entropy has none of it.
 LEVELLED = 0.4
+# Values that stand side by side for being few: of so many each may be a target by itself.
+FEW = 16
 # Below the smallest normal float32, where a softmax of that type underflows.
 _LEAST = 1e-38
 
@@ -45,10 +48,14 @@ class OutputLoss:
         output: The graph output.
         weighting: `softmax`: Kullback-Leibler divergence KL(p‖p̂), in nats a decision, of the
             softmax over the classes. `logits`: ½‖ẑ − z‖² of the logits less their mean over the
-            classes, over their variance. `values`: ½‖ŷ − y‖² over the variance of y.
+            classes, over their variance. `values`: ½‖ŷ − y‖² over the variance of y, or of y/s for
+            `scales` s.
         probabilities: Whether the output is itself a softmax.
         axis: Where its classes or features lie; counted from the end.
         variance: What `logits` and `values` are relative to: summed over the last axis.
+        scales: What each of few values is divided by, as targets in units of their own are; None
+            where values count as they are.
+        faint: Of many values, those that hardly count, for others vary far more.
         sharpness: Mean of 1 − Σ p² (`softmax`): the energy of its Fisher information.
         padding: What says which positions [rows, positions] do not count; None where all do.
         channels: Where the channels of a convolution lie, counted from the end, if it has made
@@ -63,6 +70,8 @@ class OutputLoss:
     probabilities: bool = False
     axis: int = -1
     variance: float = 1.0
+    scales: tuple[float, ...] | None = None
+    faint: int = 0
     sharpness: float = 1.0
     padding: Padding | None = None
     channels: int | None = None
@@ -111,7 +120,7 @@ def _centred(z: np.ndarray) -> np.ndarray:
 def scores(loss: OutputLoss, y: np.ndarray) -> np.ndarray:
     """What `logits` and `values` compare: centred logits, or the values themselves."""
     if loss.weighting == "values":
-        return y
+        return y if loss.scales is None else np.asarray(y / np.array(loss.scales))
     return _centred(log_probabilities(loss, y) if loss.probabilities else y)
 
 
@@ -158,6 +167,33 @@ def output_variance(loss: OutputLoss, y: np.ndarray) -> float:
     # One sample of a regression, or a constant output, has no variance to be relative to.
     energy = float(np.square(compared).sum(-1).mean())
     return spread if spread > 1e-12 * energy else energy or 1.0
+
+
+def unlike(y: np.ndarray) -> tuple[tuple[float, ...] | None, int]:
+    """Whether values are in units of their own, as the columns of a regression.
+
+    Of a few that vary a hundred times more or less than each other (a tenth of the deviation) none
+    is to be lost for being small, and each counts relative to its own deviation, or a thousandth of
+    the largest. Many are features of one thing, such as an embedding; those of which the variance
+    is less than 1e-4 of the largest are counted.
+
+    Args:
+        y: The reference's values on some samples, [rows, features].
+
+    Returns:
+        The scales of few, or how many of many hardly count.
+    """
+    deviations = y.std(0)
+    top = float(deviations.max())
+    varied = deviations > 1e-6 * top
+    if not top > 0 or not np.isfinite(deviations).all():
+        return None, 0
+    if len(deviations) > FEW:
+        return None, int((varied & (deviations < 1e-2 * top)).sum())
+    if not (deviations[varied] < 0.1 * top).any():
+        return None, 0
+    scales = np.where(varied, np.maximum(deviations, 1e-3 * top), top)
+    return tuple(map(float, scales)), 0
 
 
 def output_sharpness(loss: OutputLoss, y: np.ndarray) -> float:

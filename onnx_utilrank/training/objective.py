@@ -119,6 +119,8 @@ def output_divergence(
     else:
         if loss.weighting == "logits":
             y, z = (_centred(_log_probabilities(loss, v)) for v in (y, z))
+        if loss.scales is not None:
+            y, z = (v / torch.tensor(loss.scales, dtype=v.dtype, device=v.device) for v in (y, z))
         each = (z - y).square().sum(-1) / (2 * loss.variance)
     return _mean(each, kept)
 

@@ -27,6 +27,7 @@ from onnx_utilrank.statistics.divergence import (
     output_sharpness,
     output_variance,
     samples_in,
+    unlike,
 )
 from onnx_utilrank.statistics.padding import Padding, find_padding
 
@@ -180,6 +181,9 @@ def find_losses(
         if name in hidden and chosen == "values" and weighting is None:
             chosen = "logits"  # which they are, whatever their size
         loss = replace(loss, weighting="values" if flat.shape[-1] < 2 else chosen)
+        if loss.weighting == "values" and weighting is None and not ragged:
+            scales, faint = unlike(flat)
+            loss = replace(loss, scales=scales, faint=faint)
         losses.append(
             replace(
                 loss,
