@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
-from onnx_utilrank.calibration.data import SEARCHED, DataSource, chosen_samples, open_data, parted
+from onnx_utilrank.calibration.data import DataSource, open_data
 from onnx_utilrank.calibration.labels import Labels
+from onnx_utilrank.calibration.split import HELD_MOST, JUDGED_MOST, SEARCHED, chosen_samples, parted
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
@@ -114,7 +115,8 @@ def compress(
     job = Job.open(model, data, config, progress, labels=config.labels or own)
     if config.finetune is not None:
         TorchGraph.build(job.source)  # what cannot be trained is told before the work
-    calibration, held = job.data.split(samples=config.samples, seed=config.seed)
+    most = HELD_MOST if config.quality is None else JUDGED_MOST
+    calibration, held = job.data.split(samples=config.samples, seed=config.seed, most=most)
     sites: Sequence[Site] = job.sites
     hidden: tuple[Hidden, ...] | None = None
     if plan is not None:
@@ -124,7 +126,7 @@ def compress(
         config, sites, hidden = _replayed(job, plan, calibration, config)
     searched: Sequence[int] = ()
     if config.quality is not None:
-        calibration, searched = parted(job.data, calibration, config.seed, SEARCHED)
+        calibration, searched = parted(job.data, calibration, config.seed, SEARCHED, most)
     quantizing = None if config.then is None else Quantizing(job, calibration, config)
     found = job.measure(config.method_key, sites, calibration, config, hidden)
     best, store, notes = None, None, found.notes

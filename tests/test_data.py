@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset, hold_back, open_data
+from onnx_utilrank.calibration.data import DYNAMIC_BATCH, Dataset, open_data
+from onnx_utilrank.calibration.split import hold_back
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.model.store import ModelStore, TensorSpec
 
@@ -930,18 +931,23 @@ def test_existing_path_with_a_colon_is_a_path(tmp_path, monkeypatch):
 # --- choosing samples -------------------------------------------------------------------------
 
 
-@given(st.integers(2, 3000), st.none() | st.integers(2, 3000), st.integers(-(2**40), 2**40))
-def test_hold_back(n, samples, seed):
-    calibrate, validate = hold_back(n, samples=samples, seed=seed)
+@given(
+    st.integers(2, 9000),
+    st.none() | st.integers(2, 9000),
+    st.integers(-(2**40), 2**40),
+    st.sampled_from([256, 1024]),
+)
+def test_hold_back(n, samples, seed, most):
+    calibrate, validate = hold_back(n, samples=samples, seed=seed, most=most)
     used = n if samples is None else min(samples, n)
     assert calibrate == sorted(calibrate)
     assert validate == sorted(validate)
     both = set(calibrate) | set(validate)
     assert len(both) == len(calibrate) + len(validate) == used
     assert both <= set(range(n))
-    assert len(validate) == min(max(used // 5, 1), 256)
+    assert len(validate) == min(max(used // 5, 1), most)
     assert calibrate
-    assert hold_back(n, samples=samples, seed=seed) == (calibrate, validate)
+    assert hold_back(n, samples=samples, seed=seed, most=most) == (calibrate, validate)
 
 
 def test_hold_back_depends_on_the_seed_alone():

@@ -18,7 +18,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.parser import parse_model
 
 import onnx_utilrank
-from onnx_utilrank.calibration.data import hold_back, open_data
+from onnx_utilrank.calibration.data import open_data
+from onnx_utilrank.calibration.split import hold_back
 from onnx_utilrank.config import SCHEME_KEYS
 from onnx_utilrank.errors import ModelError, ProviderUnavailableError, TargetMissedError
 from onnx_utilrank.model.store import ModelStore

@@ -25,7 +25,7 @@ from onnx_utilrank import (
     repair,
 )
 from onnx_utilrank.calibration.collect import silent
-from onnx_utilrank.calibration.data import hold_back
+from onnx_utilrank.calibration.split import hold_back
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.plain import index_model

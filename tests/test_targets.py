@@ -11,7 +11,14 @@ import onnx
 import pytest
 from builders import activations, model, noise
 
-from onnx_utilrank import CompressConfig, ConfigError, ModelError, TargetMissedError, compress
+from onnx_utilrank import (
+    CompressConfig,
+    ConfigError,
+    ModelError,
+    QualityTarget,
+    TargetMissedError,
+    compress,
+)
 from onnx_utilrank.calibration.collect import silent
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.job import Job
@@ -47,6 +54,16 @@ def saved(tmp_path: Path) -> Path:
     path = tmp_path / "source.onnx"
     path.write_bytes(classifier().SerializeToString())
     return path
+
+
+def test_a_quality_is_judged_on_more_samples_where_there_are_more():
+    data = {"x": activations(4, 1500, 16, 6, 6).astype(np.float32)}
+    quality = QualityTarget(key="max_divergence", limit=0.05)
+    for config, held in (
+        (CompressConfig(quality=quality, refit=False, augment=False), 300),
+        (CompressConfig(param_ratio=0.5, refit=False, augment=False), 256),
+    ):
+        assert compress(classifier(), data, config).quality.divergence.samples == held
 
 
 def test_weights_held_in_half_are_counted_as_they_are_held():

@@ -8,8 +8,9 @@ import numpy as np
 
 from onnx_utilrank.benchmarking.config import BenchmarkConfig
 from onnx_utilrank.benchmarking.synthetic import looked_up_rows, synthetic_feed
-from onnx_utilrank.calibration.data import Dataset, DataSource, chosen_samples, open_data
+from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.readers import Feeds
+from onnx_utilrank.calibration.split import chosen_samples
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore, TensorSpec

@@ -21,37 +21,22 @@ from onnx_utilrank.calibration.readers import (
     read_path,
     read_samples,
 )
+from onnx_utilrank.calibration.split import HELD_MOST, UNNAMED, counted, hold_back
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.model.store import TensorSpec
 
 __all__ = [
     "DYNAMIC_BATCH",
-    "SEARCHED",
     "DataSource",
     "Dataset",
     "SampleReader",
-    "chosen_samples",
-    "hold_back",
     "open_data",
-    "parted",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Rows of one run where the model leaves the number open.
 DYNAMIC_BATCH = 32
-
-# What samples are for where a target of quality is searched for.
-SEARCHED = "to calibrate with, to search on and to validate"
-
-# How messages name data that have no name of their own.
-_UNNAMED = "calibration data"
-
-# A share of the samples is held back for validation, but never more than this many: beyond it the
-# comparison gets slower, not sharper.
-_HELD_SHARE = 5
-_HELD_MOST = 256
-
 
 # One run: the blocks that it takes rows of, in order, with the numbers of the rows.
 _Run: TypeAlias = list[tuple[Block, list[int]]]
@@ -114,7 +99,7 @@ class Dataset:
         runs, dropped = self._plan(samples, batch)
         if dropped:
             logger.warning(
-                "%s: %s dropped, for they fill no run of %d", self.label, _count(dropped), self.run
+                "%s: %s dropped, for they fill no run of %d", self.label, counted(dropped), self.run
             )
         return map(_take, runs)
 
@@ -177,12 +162,17 @@ class Dataset:
 
         return [sample for sample in samples if is_given(sample)]
 
-    def split(self, *, samples: int | None = None, seed: int = 0) -> tuple[list[int], list[int]]:
+    def split(
+        self, *, samples: int | None = None, seed: int = 0, most: int = HELD_MOST
+    ) -> tuple[list[int], list[int]]:
         """Choose samples to calibrate and to validate with; see `hold_back`.
 
         Where the model fixes its batch, both parts are whole runs.
         """
-        return hold_back(len(self), samples=samples, seed=seed, run=self.run or 1, label=self.label)
+        run = self.run or 1
+        return hold_back(
+            len(self), samples=samples, seed=seed, run=run, label=self.label, most=most
+        )
 
     def _plan(self, samples: Sequence[int], batch: int) -> tuple[list[_Run], int]:
         """Cut samples into runs; also count those that fill no run of a fixed batch."""
@@ -208,78 +198,8 @@ class Dataset:
         full = [run for run in runs if sum(len(rows) for _, rows in run) == self.run]
         dropped = len(samples) - len(full) * self.run
         if dropped and not full:
-            raise DataError(f"{self.label}: {_count(dropped)} fill no run of {self.run}")
+            raise DataError(f"{self.label}: {counted(dropped)} fill no run of {self.run}")
         return full, dropped
-
-
-def hold_back(
-    n: int, *, samples: int | None, seed: int, run: int = 1, label: str = _UNNAMED
-) -> tuple[list[int], list[int]]:
-    """Choose samples at random and hold a fifth of them back for validation.
-
-    Args:
-        n: Number of samples there are.
-        samples: Number of samples to use at most; None for all.
-        seed: What the choice depends on, and nothing else.
-        run: Samples that one run of the model takes: both parts are multiples of it.
-        label: How messages name the data.
-
-    Returns:
-        Numbers of the samples to calibrate with and of those held back (1 to 256 of them, or as
-        many more as fill a run): sorted, disjoint, together min(`samples`, `n`) less what fills
-        no run.
-
-    Raises:
-        DataError: There are too few for one run of each kind.
-        ConfigError: `samples` is too small for that.
-    """
-    needed = "two are" if run == 1 else f"{2 * run} are"
-    one = "one" if run == 1 else f"a run of {run}"
-    why = f"{needed} needed, {one} to calibrate and one held back to validate"
-    if n < 2 * run:
-        raise DataError(f"{label}: holds {_count(n)}; {why}")
-    if samples is not None and samples < 2 * run:
-        raise ConfigError(f"samples: {samples} is too few; {why}")
-    most = n if samples is None else min(samples, n)
-    left = most % run
-    if left:
-        logger.warning("%s: %s left out, for they fill no run of %d", label, _count(left), run)
-    chosen = random.Random(seed).sample(range(n), most - left)
-    held = min(max(len(chosen) // _HELD_SHARE, 1), _HELD_MOST)
-    held = -(-held // run) * run
-    return sorted(chosen[held:]), sorted(chosen[:held])
-
-
-def parted(
-    data: Dataset, samples: Sequence[int], seed: int, uses: str
-) -> tuple[list[int], list[int]]:
-    """Part what is not held back: a fifth of it judges what is fitted to the rest (`hold_back`).
-
-    Args:
-        data: All samples.
-        samples: Numbers of those that are not held back.
-        seed: What the choice depends on, and nothing else.
-        uses: What the three parts are for, as messages say it.
-
-    Returns:
-        Numbers of the samples to fit to, and of those to judge on.
-
-    Raises:
-        DataError: There are too few.
-    """
-    run = data.run or 1
-    if len(samples) < 2 * run:
-        raise DataError(f"{data.label}: holds {_count(len(data))}; {3 * run} are needed, {uses}")
-    fitted, judged = hold_back(len(samples), samples=None, seed=seed, run=run, label=data.label)
-    return [samples[k] for k in fitted], [samples[k] for k in judged]
-
-
-def chosen_samples(data: Dataset, samples: int | None, seed: int) -> list[int]:
-    """All samples, or so many of them chosen at random, in order."""
-    n = len(data)
-    if samples is None or samples >= n:
-        return list(range(n))
-    return sorted(random.Random(seed).sample(range(n), samples))
 
 
 def open_data(source: DataSource, inputs: Sequence[TensorSpec]) -> Dataset:
@@ -310,7 +230,7 @@ def open_data(source: DataSource, inputs: Sequence[TensorSpec]) -> Dataset:
             in names, element types, ranks, fixed dimensions or finiteness. What the user's own
             code raises when it is called is not caught.
     """
-    label = str(source) if isinstance(source, str | os.PathLike) else _UNNAMED
+    label = str(source) if isinstance(source, str | os.PathLike) else UNNAMED
     if not inputs:
         raise DataError(f"{label}: the model has no inputs to give data for")
     if isinstance(source, str) and names_function(source):
@@ -336,7 +256,7 @@ def open_data(source: DataSource, inputs: Sequence[TensorSpec]) -> Dataset:
     )
     if dataset.run and len(dataset) < dataset.run:
         raise DataError(
-            f"{label}: holds {_count(len(dataset))}; one run of the model takes {dataset.run}"
+            f"{label}: holds {counted(len(dataset))}; one run of the model takes {dataset.run}"
         )
     return dataset
 
@@ -382,7 +302,3 @@ def _take(run: _Run) -> dict[str, np.ndarray]:
         name: np.concatenate([array, *(part[name] for part in rest)]) if array.ndim else array
         for name, array in first.items()
     }
-
-
-def _count(samples: int) -> str:
-    return f"{samples} sample{'' if samples == 1 else 's'}"

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_utilrank.calibration.collect import Progress, silent
-from onnx_utilrank.calibration.data import SEARCHED, DataSource, parted
+from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.calibration.own_code import import_function
+from onnx_utilrank.calibration.split import HELD_MOST, JUDGED_MOST, SEARCHED, parted
 from onnx_utilrank.comparison import check_alike
 from onnx_utilrank.config import QualityTarget
 from onnx_utilrank.errors import ModelError, TargetMissedError
@@ -60,10 +61,11 @@ def repair(
     small = ModelStore.load(quantized)
     check_alike(job.source, small)
     open_session(small, job.provider)  # what ONNX Runtime refuses ends here
-    calibration, held = job.data.split(samples=config.samples, seed=config.seed)
+    most = HELD_MOST if config.quality is None else JUDGED_MOST
+    calibration, held = job.data.split(samples=config.samples, seed=config.seed, most=most)
     searched: Sequence[int] = ()
     if config.quality is not None:
-        calibration, searched = parted(job.data, calibration, config.seed, SEARCHED)
+        calibration, searched = parted(job.data, calibration, config.seed, SEARCHED, most)
     repairs = Repairs.measure(job, small, calibration, options)
     if not repairs.lost.residuals and not repairs.skips:
         raise ModelError(f"{small.label}: no quantized weight was found in it")

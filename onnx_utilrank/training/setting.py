@@ -10,8 +10,9 @@ import torch
 from onnx_utilrank.calibration.augment import Augmentation
 from onnx_utilrank.calibration.cache import Cache
 from onnx_utilrank.calibration.collect import Progress, usable_batch
-from onnx_utilrank.calibration.data import Dataset, DataSource, open_data, parted
+from onnx_utilrank.calibration.data import Dataset, DataSource, open_data
 from onnx_utilrank.calibration.labels import IGNORED, Labels
+from onnx_utilrank.calibration.split import parted
 from onnx_utilrank.calibration.survey import check_finite, linear_flops
 from onnx_utilrank.config import TrainingConfig
 from onnx_utilrank.errors import ConfigError, DataError
