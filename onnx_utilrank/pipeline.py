@@ -7,7 +7,7 @@ from dataclasses import replace
 from onnx_utilrank.calibration.collect import Progress, silent, usable_batch
 from onnx_utilrank.calibration.data import DataSource, open_data
 from onnx_utilrank.calibration.labels import Labels
-from onnx_utilrank.calibration.split import HELD_MOST, JUDGED_MOST, SEARCHED, chosen_samples, parted
+from onnx_utilrank.calibration.split import SEARCHED, chosen_samples, parted
 from onnx_utilrank.comparison import compare
 from onnx_utilrank.compression import build
 from onnx_utilrank.config import AnalyzeConfig, CompressConfig, QualityTarget, ValidateConfig
@@ -16,7 +16,7 @@ from onnx_utilrank.finetuning import finetuned
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelSource, ModelStore
 from onnx_utilrank.planning import check_latency, fit, make_offers
-from onnx_utilrank.quality import Judge, Quality, with_metric
+from onnx_utilrank.quality import Judge, Quality, most_judged, with_metric
 from onnx_utilrank.quantizing import Quantizing
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.ranking.plan import RankPlan
@@ -115,7 +115,7 @@ def compress(
     job = Job.open(model, data, config, progress, labels=config.labels or own)
     if config.finetune is not None:
         TorchGraph.build(job.source)  # what cannot be trained is told before the work
-    most = HELD_MOST if config.quality is None else JUDGED_MOST
+    most = most_judged(job, config.quality, config.memory_budget)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed, most=most)
     sites: Sequence[Site] = job.sites
     hidden: tuple[Hidden, ...] | None = None

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from onnx_utilrank.calibration.labels import Answers, Labels
 from onnx_utilrank.calibration.own_code import import_function, importable
+from onnx_utilrank.calibration.split import HELD_MOST, JUDGED_MOST
 from onnx_utilrank.config import CompressConfig, QualityTarget
 from onnx_utilrank.errors import ConfigError, DataError
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import Session
-from onnx_utilrank.statistics.divergence import OutputLoss
+from onnx_utilrank.statistics.divergence import OutputLoss, samples_in
 from onnx_utilrank.validation.accuracy import accuracy_drop
 from onnx_utilrank.validation.divergence import (
     Divergence,
@@ -24,7 +27,7 @@ from onnx_utilrank.validation.divergence import (
     open_judged,
 )
 
-__all__ = ["Judge", "Quality", "quality_dict", "strict", "with_metric"]
+__all__ = ["Judge", "Quality", "most_judged", "quality_dict", "strict", "with_metric"]
 
 # A metric that shows no loss at all at a divergence above this (nats a decision, or ½ of the
 # relative squared error) is saturated: it cannot tell how much more would be too much.
@@ -86,6 +89,23 @@ class Quality:
         if target.key in ("min_agreement", "min_snr"):
             return value >= target.limit - room
         return value <= target.limit + room
+
+
+def most_judged(job: Job, target: QualityTarget | None, memory_budget: int) -> int:
+    """Samples to hold back at most: more for a target of quality, where their outputs fit.
+
+    Those of the original are kept, as float64 at times: they may take an eighth of the budget.
+
+    Raises:
+        ModelError: The original does not run.
+    """
+    if target is None:
+        return HELD_MOST
+    session = open_judged(job.source, job.provider)
+    (feed,) = job.feeds(job.data.first(range(len(job.data)), 1))
+    made = session.run(feed).values()
+    size = sum(y.size for y in made if isinstance(y, np.ndarray)) // samples_in(feed)
+    return min(max(memory_budget // (64 * max(size, 1)), HELD_MOST), JUDGED_MOST)
 
 
 class Judge:

@@ -96,8 +96,11 @@ PLACES = np.broadcast_to(np.arange(LENGTH), KEPT.shape)
         ({"ids": IDS, "types": 0 * IDS}, True),
         ({"ids": IDS * KEPT, "decoder": OTHER}, False),
         ({"decoder": OTHER, "ids": IDS * KEPT + 7}, False),
-        ({"ids": IDS * KEPT, "decoder": np.stack([OTHER, IDS], axis=2) / 7}, False),
+        ({"ids": IDS[..., None] * KEPT[..., None], "decoder": OTHER[..., None]}, False),
         ({"ids": IDS * KEPT, "states": OTHER[:, :-1]}, True),
+        ({"ids": IDS * KEPT, "age": OTHER[:, :1].repeat(LENGTH, 1)}, True),
+        ({"ids": IDS * KEPT, "places": OTHER[:, :1] + PLACES}, True),
+        ({"ids": IDS * KEPT, "noise": OTHER / 7}, True),
         ({"ids": IDS * KEPT, "images": OTHER[0]}, True),
         ({"ids": IDS * KEPT, "token_mask": OTHER}, True),
     ],
@@ -118,11 +121,17 @@ def test_inputs_with_positions_of_their_own_are_not_asked():
 
 
 @pytest.mark.parametrize(
-    ("positions", "declared", "found"),
-    [("t", "t", False), ("p", "p", True), ("t", "made_up", True), ("t", "10", True)],
+    ("positions", "declared", "masked", "found"),
+    [
+        ("t", "t", "p", False),
+        ("p", "p", "p", True),
+        ("t", "made_up", "p", True),
+        ("t", "10", "p", True),
+        ("p", "p", "past_and_p", True),  # of a decoder with a cache
+    ],
 )
-def test_declared_positions_tell_whose_the_mask_is(positions: str, declared: str, found: bool):
-    inputs = f"float[n,p,3] x, int64[n,p] attention_mask, float[n,{positions},3] z"
+def test_declared_positions_tell_whose_the_mask_is(positions, declared, masked, found):
+    inputs = f"float[n,p,3] x, int64[n,{masked}] attention_mask, float[n,{positions},3] z"
     proto = model(f"({inputs}) => (float[n,{declared},k] y)", "a = Add(x, z) y = Softmax(a)")
     feed = {"attention_mask": KEPT.astype(np.int64)}
     feed |= {name: noise(3, 4, LENGTH, 3).astype(np.float32) for name in ("x", "z")}

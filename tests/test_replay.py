@@ -105,6 +105,27 @@ def test_a_plan_that_was_edited_says_what_it_does_now(plan: RankPlan):
     assert 0.3 < result.quality.divergence.mean / made.predicted_divergence < 3
 
 
+def test_what_a_plan_no_longer_changes_is_as_it_was(plan: RankPlan):
+    last = plan.factored[-1].site if plan.factored else None
+    entries = tuple(replace(e, rank=None, move=None) if e.site == last else e for e in plan.entries)
+    hidden = tuple(replace(h, kept=None) for h in plan.hidden)
+    edited = replace(plan, entries=entries, hidden=hidden, refit=False)
+    foreseen = compress(network(), data(), plan=edited, dry_run=True).plan
+    assert foreseen.parameters_after > plan.parameters_after
+    if foreseen.changes:
+        result = compress(network(), data(), CompressConfig(force=True), plan=edited)
+        stored = sum(value.size for value in constants(result.model).values())
+        assert foreseen.parameters_after == pytest.approx(stored, abs=2 * H)
+    for entry in foreseen.entries:
+        if entry.rank is None:
+            assert entry.parameters_after == entry.parameters_before
+            assert not entry.predicted_error
+            assert entry.move is None
+    assert not any(h.predicted_error for h in foreseen.hidden)
+    (found,) = (e for e in foreseen.entries if e.site == last) if last else [None]
+    assert found is None or found.reason == "the plan says so"
+
+
 def test_losses_that_were_not_measured_are_not_made_up():
     config = CONFIGS["two-sided, no units"]
     plan = compress(network(), data(), config, dry_run=True).plan

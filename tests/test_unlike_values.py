@@ -11,7 +11,7 @@ from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
-from onnx_utilrank.statistics.divergence import FEW, divergence, unlike
+from onnx_utilrank.statistics.divergence import FEW, LEAST_ROWS, divergence, unlike
 from onnx_utilrank.validation.divergence import find_losses
 
 D, H, N = 24, 96, 320
@@ -24,7 +24,7 @@ def regression(units: np.ndarray = UNITS) -> onnx.ModelProto:
     held |= {"Z": noise(3, H, len(units)) / math.sqrt(H) * units, "b": 7 * units}
     body = "h = MatMul(x, U) a = Tanh(h) v = MatMul(a, V) t = Tanh(v) y = Gemm(t, Z, b)"
     cast = {name: values.astype(np.float32) for name, values in held.items()}
-    return model(f"(float[n,{D}] x) => (float[n,k] y)", body, **cast)
+    return model(f"(float[n,{D}] x) => (float[n,{len(units)}] y)", body, **cast)
 
 
 def data() -> dict[str, np.ndarray]:
@@ -66,6 +66,26 @@ def test_divergence_is_of_deviations():
     rows = [loss.rows(v, N) for v in (y, z)]
     expected = np.square((z - y) / y.std(0)).sum(1) / 6
     np.testing.assert_allclose(divergence(loss, *rows), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scaled"),
+    [("n,6", True), ("n,k", False), ("", False), ("n,1,6", True), ("n,1,2,3", False)],
+)
+def test_sides_of_images_and_axes_of_any_length_are_no_targets(shape: str, scaled: bool):
+    target = {"n,1,6": [-1, 1, 6], "n,1,2,3": [-1, 1, 2, 3]}.get(shape, [-1, 6])
+    units = np.array([100.0, 1, 1, 1, 1, 0.5])
+    feed = {"x": noise(1, 40, 6).astype(np.float32) * units.astype(np.float32)}
+    signature = f"(float[n,6] x) => (float[{shape}] y)"
+    proto = model(signature, "y = Reshape(x, s)", s=np.array(target))
+    store = ModelStore.load(proto)
+    (loss,) = find_losses(store, open_session(store, CPU), [feed])
+    assert (loss.scales is not None) == scaled
+
+
+def test_deviations_of_a_few_rows_are_chance():
+    assert unlike(noise(1, LEAST_ROWS - 1, 3) * UNITS) == (None, 0)
+    assert unlike(noise(1, LEAST_ROWS, 3) * UNITS)[0] is not None
 
 
 @pytest.mark.parametrize(

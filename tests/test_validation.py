@@ -427,16 +427,18 @@ class TestTokens:
     """Scores of tokens decide at each position that is none of padding."""
 
     @staticmethod
-    def tagger(scores: str) -> ModelStore:
+    def tagger(scores: str, *, turned: bool = False) -> ModelStore:
         """Of x's classes, and at positions that are masked of whatever `scores` says."""
+        perm, shape = ([1, 0, 2], "T, N") if turned else ([0, 1, 2], "N, T")
         body = f"""m = Cast<to=1>(attention_mask) u = Sub(one, m) f = Unsqueeze(u, last)
-            h = MatMul(x, w) e = Mul(f, {scores}) y = Add(h, e)"""
+            h = MatMul(x, w) e = Mul(f, {scores}) i = Transpose<perm={perm}>(h)
+            j = Transpose<perm={perm}>(e) y = Add(i, j)"""
         held = (
             "float one = {1}, int64[1] last = {2}, float[3] a = {9, 0, 0}, float[3] b = {0, 9, 0}"
         )
         weights = "float[3, 3] w = {4, 0, 0, 0, 4, 0, 0, 0, 4}"
         inputs = "float[N, T, 3] x, int64[N, T] attention_mask"
-        return store(f"({inputs}) => (float[N, T, 3] y) <{held}, {weights}>", body)
+        return store(f"({inputs}) => (float[{shape}, 3] y) <{held}, {weights}>", body)
 
     def test_agreement_is_of_positions_that_are_real(self) -> None:
         rng = np.random.default_rng(1)
@@ -452,6 +454,20 @@ class TestTokens:
         assert output.kind == "classification"
         assert output.agreement == 1.0
         assert output.decisions == mask.sum()
+
+    @pytest.mark.parametrize("steps", [6, 8])
+    def test_positions_may_come_first(self, steps: int) -> None:
+        rng = np.random.default_rng(3)
+        x = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (8, steps))]
+        mask = (np.arange(steps) < rng.integers(1, steps + 1, 8)[:, None]).astype(np.int64)
+        short = {"x": x[:, :5], "attention_mask": mask[:, :5]}  # tells which axis counts samples
+        models = [self.tagger(scores, turned=True) for scores in ("a", "b")]
+        feeds = [short, {"x": x, "attention_mask": mask}]
+        (provider,) = validate(
+            *models, feeds, samples=16, providers=[CPU], figures=(LARGE, SMALL)
+        ).providers
+        (output,) = provider.outputs
+        assert (output.agreement, output.decisions) == (1.0, mask.sum() + mask[:, :5].sum())
 
     def test_values_along_positions_are_no_decisions(self) -> None:
         x = np.random.default_rng(2).normal(size=(8, 6, 3)).astype(np.float32) * 1e-3

@@ -14,12 +14,15 @@ from onnx_utilrank.ranking.cost import bias_cost, shrunk_parameters
 from onnx_utilrank.ranking.entries import kept_of, site_entry
 from onnx_utilrank.ranking.method import Measured, Move
 from onnx_utilrank.ranking.methods import find_method
-from onnx_utilrank.ranking.plan import PlanEntry, RankPlan
+from onnx_utilrank.ranking.plan import HiddenEntry, PlanEntry, RankPlan
 from onnx_utilrank.ranking.two_sided import TWO_SIDED, TwoSidedSite
 from onnx_utilrank.sites.hidden import Hidden
 from onnx_utilrank.sites.site import Site
 
 __all__ = ["as_measured", "check_hidden", "check_plan", "planned_moves"]
+
+# Why a plan leaves what an earlier one changed.
+AS_SAID = "the plan says so"
 
 
 def check_plan(plan: RankPlan, index: GraphIndex, sites: Sequence[Site]) -> None:
@@ -137,9 +140,10 @@ def as_measured(
     entries = []
     for entry in plan.entries:
         key, known = entry.site, by_key.get(entry.site)
-        if known is None or not (entry.rank or key in of_site):
-            entries.append(entry)
+        if not entry.rank and key not in of_site:
+            entries.append(_left(entry))
             continue
+        assert known is not None
         move = moves.get(key) or Move(rank=None, bias=False, parameters=0, error=0.0)
         if entry.rank:
             move = replace(move, error=_loss(known, move))
@@ -169,7 +173,7 @@ def as_measured(
             reason=kept_of(of_hidden[h.hidden], kept[h.hidden]),
         )
         if h.hidden in kept
-        else h
+        else _kept(h)
         for h in plan.hidden
     )
     saved = sum(e.parameters_before - e.parameters_after for e in entries)
@@ -183,6 +187,28 @@ def as_measured(
         entries=tuple(entries),
         hidden=features,
     )
+
+
+def _left(entry: PlanEntry) -> PlanEntry:
+    """A site that a plan leaves, though it may have been edited to."""
+    if entry.parameters_after == entry.parameters_before and not entry.predicted_error:
+        return entry
+    return replace(
+        entry,
+        bias=False,
+        subspaces=None,
+        move=None,
+        parameters_after=entry.parameters_before,
+        predicted_error=0.0,
+        reason=AS_SAID,
+    )
+
+
+def _kept(entry: HiddenEntry) -> HiddenEntry:
+    """The same of hidden features."""
+    if not entry.predicted_error:
+        return entry
+    return replace(entry, predicted_error=0.0, reason=AS_SAID)
 
 
 def _loss(measured: Measured, move: Move) -> float:

@@ -34,7 +34,7 @@ def tie(table: TwoSidedSite, head: TwoSidedSite) -> tuple[TwoSidedSite, TwoSided
     inputs of the one, Γ' and C' of the outputs of the other. The optimum of the sum has no closed
     form; that of ½ tr (Γ + α C') Q (C + Γ'/α) Q^T has one, and is no less for any α. The α that is
     taken makes the two terms that it has too much alike. What either loses is then told by its own
-    term.
+    term, of Γ and C as they were shrunk: a table has tokens that were never seen.
 
     Args:
         table: The embedding, measured by its outputs.

@@ -34,6 +34,8 @@ __all__ = [
 # A loss of one weight, in nats or half of a relative squared error, that is twice what its second
 # order says: gradients tell of small changes, and large ones turn out worse.
 TRUSTED = 0.1
+# What the product counts where it is not the larger prediction: enough to break ties.
+TIE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,7 +325,8 @@ def _mean(
 def _larger(errors: np.ndarray, quadratic: np.ndarray) -> np.ndarray:
     rising = np.maximum.accumulate(quadratic[::-1])[::-1]  # no rank is worse than a lower one
     larger = np.maximum(errors, rising)
-    return np.asarray(larger + larger * larger / TRUSTED)
+    # Where a few samples cannot tell ranks apart, the higher one is not worth nothing.
+    return np.asarray(larger + larger * larger / TRUSTED + TIE * errors)
 
 
 class TwoSided:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from onnx_utilrank.calibration.collect import Progress, silent
 from onnx_utilrank.calibration.data import DataSource
 from onnx_utilrank.calibration.own_code import import_function
-from onnx_utilrank.calibration.split import HELD_MOST, JUDGED_MOST, SEARCHED, parted
+from onnx_utilrank.calibration.split import SEARCHED, parted
 from onnx_utilrank.comparison import check_alike
 from onnx_utilrank.config import QualityTarget
 from onnx_utilrank.errors import ModelError, TargetMissedError
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelSource, ModelStore
-from onnx_utilrank.quality import Judge, Quality
+from onnx_utilrank.quality import Judge, Quality, most_judged
 from onnx_utilrank.ranking.skipped import skipped_nodes
 from onnx_utilrank.repairing.config import RepairConfig
 from onnx_utilrank.repairing.repairs import Choice, Repairs
@@ -61,7 +61,7 @@ def repair(
     small = ModelStore.load(quantized)
     check_alike(job.source, small)
     open_session(small, job.provider)  # what ONNX Runtime refuses ends here
-    most = HELD_MOST if config.quality is None else JUDGED_MOST
+    most = most_judged(job, config.quality, config.memory_budget)
     calibration, held = job.data.split(samples=config.samples, seed=config.seed, most=most)
     searched: Sequence[int] = ()
     if config.quality is not None:

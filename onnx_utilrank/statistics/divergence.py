@@ -36,6 +36,8 @@ UNDECIDED = 0.9
 LEVELLED = 0.4
 # Values that stand side by side for being few: of so many each may be a target by itself.
 FEW = 16
+# Rows that deviations are told from: of a few they are chance.
+LEAST_ROWS = 16
 # Below the smallest normal float32, where a softmax of that type underflows.
 _LEAST = 1e-38
 
@@ -183,6 +185,8 @@ def unlike(y: np.ndarray) -> tuple[tuple[float, ...] | None, int]:
     Returns:
         The scales of few, or how many of many hardly count.
     """
+    if len(y) < LEAST_ROWS:
+        return None, 0
     deviations = y.std(0)
     top = float(deviations.max())
     varied = deviations > 1e-6 * top

@@ -48,8 +48,8 @@ def find_padding(
     padding.
 
     An encoder's mask says nothing of a decoder's positions, though they be as many: where one input
-    holds a filler where it is masked, and another one values that differ, the mask is not of all
-    that has positions, and none of them is taken for padding.
+    holds a filler where it is masked, and another one of its kind values that differ, the mask is
+    not of all that has positions, and none of them is taken for padding.
 
     Args:
         feeds: Some runs to look at.
@@ -72,7 +72,8 @@ def find_padding(
 
 def _of_one_side(feeds: Sequence[Mapping[str, np.ndarray]], padding: Padding) -> bool:
     """Whether some inputs have fillers where others of as many positions have values."""
-    filled = valued = False
+    filled: set[tuple[object, ...]] = set()
+    valued: set[tuple[object, ...]] = set()
     for name, first in feeds[0].items():
         if "mask" in name.lower() or not isinstance(first, np.ndarray) or not first.size:
             continue
@@ -88,11 +89,19 @@ def _of_one_side(feeds: Sequence[Mapping[str, np.ndarray]], padding: Padding) ->
                 masked.setdefault(int(at), []).append(lines[~kept[:, at], at])
         else:
             hidden = [np.concatenate(found) for found in masked.values()]
+            kind = first.dtype.kind, first.shape[2:]
             if hidden and all((lines == hidden[0][0]).all() for lines in hidden):
-                filled |= bool((np.concatenate(real) != hidden[0][0]).any())
-            else:  # numbers of positions are alike in all samples
-                valued |= any((lines != lines[0]).any() for lines in hidden)
-    return filled and valued
+                if (np.concatenate(real) != hidden[0][0]).any():
+                    filled.add(kind)
+            elif any((lines != lines[0]).any() for lines in hidden) and not _counting(feeds, name):
+                valued.add(kind)
+    return not filled.isdisjoint(valued)
+
+
+def _counting(feeds: Sequence[Mapping[str, np.ndarray]], name: str) -> bool:
+    """Whether an input counts positions, or repeats what is known of a sample."""
+    steps = [np.diff(feed[name].astype(np.float64), axis=1) for feed in feeds]
+    return all((step == step[:, :1]).all() for step in steps)
 
 
 def _by_position(mask: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from onnx_utilrank.errors import DataError, ModelError
 from onnx_utilrank.model.heads import is_classification
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.sessions import FLOAT_TYPES, Feed, Session
-from onnx_utilrank.statistics.padding import Padding
+from onnx_utilrank.statistics.divergence import OutputLoss
 
 __all__ = [
     "FloatTypes",
@@ -129,7 +129,7 @@ def compare_outputs(
     candidate: Session,
     feeds: Iterable[Feed],
     classifications: Collection[str],
-    paddings: Mapping[str, Padding] | None = None,
+    tokens: Mapping[str, OutputLoss] | None = None,
 ) -> tuple[OutputComparison, ...]:
     """Run both models on every feed and compare each output.
 
@@ -143,7 +143,7 @@ def compare_outputs(
         feeds: Held-back feeds, each with every input of the models.
         classifications: Float outputs whose arg-max over the last axis is a decision. One whose
             last axis never has two entries is compared as plain values.
-        paddings: What says which positions of an output decide nothing, by its name.
+        tokens: Outputs that decide at each position which is no padding, by name.
 
     Returns:
         One comparison per output, in the reference's order.
@@ -154,7 +154,7 @@ def compare_outputs(
             the reference's on a feed; an output of either model holds NaN or infinity.
         InferenceError: ONNX Runtime fails on a feed.
     """
-    tallies = _tallies(reference, candidate, classifications, paddings or {})
+    tallies = _tallies(reference, candidate, classifications, tokens or {})
     count = 0
     for feed in feeds:
         _compare_feed(reference, candidate, feed, count, tallies)
@@ -221,7 +221,7 @@ class _Tally:
     name: str
     kind: Kind
     reason: str | None = None
-    padding: Padding | None = None
+    tokens: OutputLoss | None = None
     error: _Norm = field(default_factory=_Norm)
     signal: _Norm = field(default_factory=_Norm)
     max_abs_error: float = 0.0
@@ -243,7 +243,10 @@ class _Tally:
         self.max_abs_error = max(self.max_abs_error, self.error.add(difference))
         if self.kind == "classification" and expected.ndim and expected.shape[-1] > 1:
             same = expected.argmax(axis=-1) == actual.argmax(axis=-1)
-            kept = self.padding.kept(feed) if self.padding else None
+            padding = self.tokens.padding if self.tokens else None
+            kept = padding.kept(feed) if padding else None
+            if kept is not None and self.tokens and self.tokens.positions_first:
+                kept = kept.T
             if kept is not None and kept.shape == same.shape:
                 same = same[kept]
             self.decisions += same.size
@@ -274,7 +277,7 @@ def _tallies(
     reference: Session,
     candidate: Session,
     classifications: Collection[str],
-    paddings: Mapping[str, Padding],
+    tokens: Mapping[str, OutputLoss],
 ) -> list[_Tally]:
     """One empty tally per output of the reference, after checking that the models match."""
     require_same_names(reference, candidate)
@@ -291,10 +294,10 @@ def _tallies(
         reason = None
         if kind == "skipped":
             reason = f"values of type {output.type} are not compared"
-        elif kind == "values" and output.name in classifications:
+        elif kind == "values" and (output.name in classifications or output.name in tokens):
             kind = "classification"
-        padding = paddings.get(output.name)
-        tallies.append(_Tally(name=output.name, kind=kind, reason=reason, padding=padding))
+        own = tokens.get(output.name)
+        tallies.append(_Tally(name=output.name, kind=kind, reason=reason, tokens=own))
     return tallies
 
 

@@ -14,7 +14,6 @@ from onnx_utilrank.model.heads import (
     decided_outputs,
     hidden_scores,
     is_classification,
-    softmax_head,
 )
 from onnx_utilrank.model.store import ModelStore
 from onnx_utilrank.runtime.providers import Provider
@@ -29,7 +28,14 @@ from onnx_utilrank.statistics.divergence import (
     samples_in,
     unlike,
 )
-from onnx_utilrank.statistics.padding import Padding, find_padding
+from onnx_utilrank.statistics.padding import find_padding
+from onnx_utilrank.validation.layout import (
+    elsewhere,
+    positions_first,
+    scores_of_classes,
+    side_by_side,
+    with_last,
+)
 
 __all__ = [
     "Divergence",
@@ -40,6 +46,9 @@ __all__ = [
     "open_judged",
     "token_scores",
 ]
+
+# Rows of an output that tell whether they are scores.
+ROWS_LOOKED_AT = 512
 
 _REAL = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)"})
 
@@ -134,7 +143,7 @@ def find_losses(
     losses = []
     for name in names:
         shape = outputs[0][name].shape
-        classes, probabilities, axis = _classes(store, name, shape)
+        classes, probabilities, axis = scores_of_classes(store, name, shape)
         if name in hidden:
             place = hidden[name] % max(len(shape), 1)
             if place == 0:
@@ -145,8 +154,8 @@ def find_losses(
         if channels is not None and weighting in ("softmax", "logits"):
             # Maps of scores look like images; who says that they are none means their channels.
             axis = channels
-        shapes = [_with_last(y[name].shape, axis) for y in outputs]
-        turned = _positions_first(shapes, [samples_in(feed) for feed in feeds])
+        shapes = [with_last(y[name].shape, axis) for y in outputs]
+        turned = positions_first(shapes, [samples_in(feed) for feed in feeds])
         lined = shapes[0]
         loss = OutputLoss(
             output=name,
@@ -157,7 +166,7 @@ def find_losses(
             padding=find_padding(
                 given,
                 (lined[1], lined[0], *lined[2:]) if turned else lined,
-                _elsewhere(store, name),
+                elsewhere(store, name),
             ),
             channels=channels,
             decides=next((o for o, (s, _) in decided.items() if s == name in hidden), None),
@@ -181,7 +190,7 @@ def find_losses(
         if name in hidden and chosen == "values" and weighting is None:
             chosen = "logits"  # which they are, whatever their size
         loss = replace(loss, weighting="values" if flat.shape[-1] < 2 else chosen)
-        if loss.weighting == "values" and weighting is None and not ragged:
+        if loss.weighting == "values" and weighting is None and side_by_side(store, loss):
             scales, faint = unlike(flat)
             loss = replace(loss, scales=scales, faint=faint)
         losses.append(
@@ -200,68 +209,47 @@ def find_losses(
 
 
 def token_scores(
-    store: ModelStore, provider: Provider, feeds: Sequence[Feed]
-) -> dict[str, Padding | None]:
-    """Outputs [rows, positions, classes] that decide at each position, and what says which do not.
+    store: ModelStore, session: Session, feeds: Sequence[Feed]
+) -> dict[str, OutputLoss]:
+    """Outputs [rows, positions, classes] that decide at each position, by name.
 
     Args:
         store: The model.
-        provider: Where to run it.
-        feeds: Some runs to look at.
+        session: The same, loaded.
+        feeds: Some runs to look at: the first one is made, of the others the masks are read.
     """
-    linear = [o for o in store.outputs if is_classification(store, o.name, (2, 2))]
-    if all(o.shape is not None and len(o.shape) != 3 for o in linear):
-        return {}
-    losses = find_losses(store, open_judged(store, provider), feeds)
-    names = {o.name for o in linear if o.shape is None or len(o.shape) == 3}
-    return {
-        loss.output: loss.padding
-        for loss in losses
-        if loss.output in names and loss.weighting != "values" and loss.axis == -1
-    }
-
-
-def _positions_first(shapes: Sequence[tuple[int, ...]], samples: Sequence[int]) -> bool:
-    """Whether values, features last, count the samples of each run by their second axis."""
-    runs = list(zip(shapes, samples, strict=True))
-    second = all(len(shape) > 2 and shape[1] == n for shape, n in runs)
-    return second and any(shape[0] != n for shape, n in runs)
-
-
-def _elsewhere(store: ModelStore, output: str) -> set[str]:
-    """Inputs whose positions are declared to be others than those of an output.
-
-    Only where another input has the positions of the output: exporters make up symbols of outputs.
-    """
-    places = {v.name: v.shape[1] for v in store.inputs if v.shape is not None and len(v.shape) > 1}
-    known = {o.name: o.shape[1] for o in store.outputs if o.shape is not None and len(o.shape) > 1}
-    own = known.get(output)
-    if not isinstance(own, str) or own not in places.values():
-        return set()
-    return {name for name, place in places.items() if isinstance(place, str) and place != own}
-
-
-def _with_last(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """A shape with an axis moved to the end."""
-    place = axis % max(len(shape), 1)
-    return *shape[:place], *shape[place + 1 :], *shape[place : place + 1]
-
-
-def _classes(store: ModelStore, name: str, shape: tuple[int, ...]) -> tuple[bool, bool, int]:
-    """Whether an output holds scores of classes, whether those are probabilities, and the axis."""
-    # A last linear layer of a sequence may give scores of tokens: the values tell. A Conv makes
-    # channels, which are the last axis only behind a Transpose.
-    tokens = len(shape) == 3 and is_classification(store, name, (2, shape[-1]))
-    tokens = tokens and channel_axis(store, name) in (None, 2)
-    classes = is_classification(store, name, shape) or tokens
-    head = softmax_head(store, name)
-    if head is None or (len(shape) > 1 and head.axis in (0, -len(shape))):
-        return classes, False, -1  # over the first axis, it compares samples, not classes
-    # Before opset 13 a softmax ran over all axes from its own on.
-    exact = store.opset >= 13 or head.axis in (-1, len(shape) - 1)
-    if not head.reshaped and shape and exact:
-        return True, True, head.axis if head.axis < 0 else head.axis - len(shape)
-    return classes, classes, -1
+    types = {o.name: o.type for o in session.raw.get_outputs()}
+    names = [
+        o.name
+        for o in store.outputs
+        if types.get(o.name) in _REAL
+        and (o.shape is None or len(o.shape) == 3)
+        and is_classification(store, o.name, (2, 2))
+    ]
+    found = {}
+    for name, y in (session.run(feeds[0], names) if names else {}).items():
+        classes, probabilities, axis = scores_of_classes(store, name, y.shape)
+        if y.ndim != 3 or not classes or axis % 3 != 2:
+            continue
+        rows = y.reshape(-1, y.shape[-1])
+        rows = rows[:: max(len(rows) // ROWS_LOOKED_AT, 1)].astype(np.float64)
+        if not rows.size or not np.isfinite(rows).all():
+            continue
+        weighting = choose_weighting(
+            rows, classes=classes, probabilities=probabilities, drifting=True
+        )
+        if weighting != "values":
+            turned = positions_first([y.shape], [samples_in(feeds[0])])
+            given = [inputs_of(store, feed) for feed in feeds]
+            shape = (y.shape[1], y.shape[0], y.shape[2]) if turned else y.shape
+            found[name] = OutputLoss(
+                output=name,
+                weighting=weighting,
+                probabilities=probabilities,
+                padding=find_padding(given, shape, elsewhere(store, name)),
+                positions_first=turned,
+            )
+    return found
 
 
 class Model(Protocol):

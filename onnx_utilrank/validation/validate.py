@@ -10,7 +10,6 @@ from onnx_utilrank.runtime.profile import operator_times
 from onnx_utilrank.runtime.providers import Provider
 from onnx_utilrank.runtime.sessions import Feed, Session, open_session
 from onnx_utilrank.statistics.divergence import OutputLoss
-from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.validation.accuracy import RUNS_LOOKED_AT, compare_accuracy, find_classes
 from onnx_utilrank.validation.bench import compare_latency
 from onnx_utilrank.validation.compare import (
@@ -184,11 +183,10 @@ def _on_provider(
     """Compare on one provider. A function of its own: leaving it frees all sessions."""
     expected = open_session(reference, provider)
     classifications: frozenset[str] = frozenset()
-    paddings: dict[str, Padding] = {}
+    tokens: dict[str, OutputLoss] = {}
     if feeds:
-        tokens = token_scores(reference, provider, feeds[:RUNS_LOOKED_AT])
-        classifications = find_classifications(reference, expected, feeds[0]) | tokens.keys()
-        paddings = {name: padding for name, padding in tokens.items() if padding}
+        tokens = token_scores(reference, expected, feeds[:RUNS_LOOKED_AT])
+        classifications = find_classifications(reference, expected, feeds[0])
     against_first: tuple[OutputComparison, ...] = ()
     if provider is not first:
         against_first = compare_outputs(
@@ -196,10 +194,10 @@ def _on_provider(
             _named(expected),
             feeds,
             classifications,
-            paddings,
+            tokens,
         )
     actual = open_session(candidate, provider)
-    outputs = compare_outputs(expected, actual, feeds, classifications, paddings)
+    outputs = compare_outputs(expected, actual, feeds, classifications, tokens)
     accuracy = compare_accuracy(expected, actual, *labelled, feeds) if labelled else None
     # Among the skipped may be outputs that cannot be had as numpy arrays at all.
     wanted = [o.name for o in outputs if o.kind != "skipped"] or None
