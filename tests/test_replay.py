@@ -9,7 +9,7 @@ import onnx
 import pytest
 from builders import Feed, constants, model, noise
 
-from onnx_utilrank import CompressConfig, RankPlan, compress
+from onnx_utilrank import CompressConfig, ModelError, RankPlan, compress
 
 D, H, K = 24, 64, 20
 
@@ -124,6 +124,21 @@ def test_what_a_plan_no_longer_changes_is_as_it_was(plan: RankPlan):
     assert not any(h.predicted_error for h in foreseen.hidden)
     (found,) = (e for e in foreseen.entries if e.site == last) if last else [None]
     assert found is None or found.reason == "the plan says so"
+
+
+def test_a_plan_that_changes_what_no_output_depends_on_is_refused():
+    body = "h = MatMul(x, U) z = MatMul(h, V) k = MatMul(x, W) g = Mul(k, zero) y = Add(z, g)"
+    held = {"U": noise(1, D, 40), "V": noise(2, 40, 30), "W": noise(3, D, 30), "zero": np.zeros(1)}
+    cast = {name: values.astype(np.float32) for name, values in held.items()}
+    proto = model(f"(float[n,{D}] x) => (float[n,30] y)", body, **cast)
+    plan = compress(proto, data(), CompressConfig(param_ratio=0.6), dry_run=True).plan
+    blind = CompressConfig(param_ratio=0.6, method="svd")
+    (entry,) = (
+        e for e in compress(proto, data(), blind, dry_run=True).plan.entries if e.site == "W"
+    )
+    entry = replace(entry, rank=3, move="low-rank", bias=False)
+    with pytest.raises(ModelError, match="'k': the plan changes 'W', but no output depends on it"):
+        compress(proto, data(), plan=replace(plan, entries=(*plan.entries, entry)))
 
 
 def test_losses_that_were_not_measured_are_not_made_up():

@@ -131,6 +131,9 @@ def as_measured(
         index: The model.
         measured: What is known of the sites that it changes.
         hidden: The features that it shrinks.
+
+    Raises:
+        ModelError: Nothing is known of one of them.
     """
     by_key = {each.site.key: each for each in measured}
     sites = {key: each.site for key, each in by_key.items()}
@@ -143,7 +146,11 @@ def as_measured(
         if not entry.rank and key not in of_site:
             entries.append(_left(entry))
             continue
-        assert known is not None
+        if known is None:
+            raise ModelError(
+                f"{index.store.label}: {entry.nodes[0] if entry.nodes else key}: the plan changes "
+                f"{key!r}, but no output depends on it on these data"
+            )
         move = moves.get(key) or Move(rank=None, bias=False, parameters=0, error=0.0)
         if entry.rank:
             move = replace(move, error=_loss(known, move))
