@@ -23,6 +23,7 @@ from onnx_utilrank.calibration.collect import silent
 from onnx_utilrank.cli.main import main
 from onnx_utilrank.job import Job
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.quality import most_judged
 from onnx_utilrank.ranking.cost import count_parameters
 from onnx_utilrank.torch_graph.graph import UnsupportedOperatorError
 
@@ -64,6 +65,15 @@ def test_a_quality_is_judged_on_more_samples_where_there_are_more():
         (CompressConfig(param_ratio=0.5, refit=False, augment=False), 256),
     ):
         assert compress(classifier(), data, config).quality.divergence.samples == held
+
+
+def test_no_more_is_judged_than_fits():
+    job = Job.open(classifier(), DATA, CompressConfig(), silent)
+    quality = QualityTarget(key="min_snr", limit=20.0)
+    # Forty numbers a sample, eight bytes each, in an eighth of the budget.
+    budgets = {2**30: 1024, 64 * 40 * 700: 700, 2**20: 409, 2**10: 256}
+    assert {b: most_judged(job, quality, b) for b in budgets} == budgets
+    assert most_judged(job, None, 2**30) == 256
 
 
 def test_weights_held_in_half_are_counted_as_they_are_held():

@@ -164,25 +164,8 @@ def as_measured(
         made = site_entry(index, known, move)
         unknown = made.predicted_error is not None and math.isnan(made.predicted_error)
         entries.append(replace(made, predicted_error=None) if unknown else made)
-    lost = {
-        each.key: sum(
-            one.shrunk_error(each, kept[each.key])
-            for key in each.sites
-            if isinstance(one := by_key[key], TwoSidedSite)
-        )
-        for each in hidden
-    }
-    of_hidden = {each.key: each for each in hidden}
-    features = tuple(
-        replace(
-            h,
-            predicted_error=lost[h.hidden],
-            reason=kept_of(of_hidden[h.hidden], kept[h.hidden]),
-        )
-        if h.hidden in kept
-        else _kept(h)
-        for h in plan.hidden
-    )
+    known_features = {each.key: each for each in hidden}
+    features = tuple(_features(h, known_features.get(h.hidden), by_key) for h in plan.hidden)
     saved = sum(e.parameters_before - e.parameters_after for e in entries)
     errors = [e.predicted_error for e in entries] + [h.predicted_error for h in features]
     known_errors = [error for error in errors if error is not None]
@@ -211,11 +194,17 @@ def _left(entry: PlanEntry) -> PlanEntry:
     )
 
 
-def _kept(entry: HiddenEntry) -> HiddenEntry:
-    """The same of hidden features."""
-    if not entry.predicted_error:
-        return entry
-    return replace(entry, predicted_error=0.0, reason=AS_SAID)
+def _features(
+    entry: HiddenEntry, hidden: Hidden | None, measured: Mapping[str, Measured]
+) -> HiddenEntry:
+    """What becomes of hidden features, by the sites of which they are."""
+    if entry.kept is None or hidden is None:
+        return (
+            replace(entry, predicted_error=0.0, reason=AS_SAID) if entry.predicted_error else entry
+        )
+    sites = [measured[key] for key in hidden.sites]
+    lost = sum(s.shrunk_error(hidden, entry.kept) for s in sites if isinstance(s, TwoSidedSite))
+    return replace(entry, predicted_error=lost, reason=kept_of(hidden, entry.kept))
 
 
 def _loss(measured: Measured, move: Move) -> float:
