@@ -16,6 +16,7 @@ from onnx_utilrank import CompressConfig, compress
 from onnx_utilrank.calibration.data import open_data
 from onnx_utilrank.model.graph import GraphIndex
 from onnx_utilrank.model.store import ModelStore
+from onnx_utilrank.ranking.inner import Heads, Reading, Units
 from onnx_utilrank.ranking.two_sided import TRUSTED, TwoSidedSite, two_sided_site
 from onnx_utilrank.runtime.providers import CPU
 from onnx_utilrank.runtime.sessions import open_session
@@ -28,6 +29,7 @@ from onnx_utilrank.sensitivity.side import SmallerSide
 from onnx_utilrank.sensitivity.sums import RowSums
 from onnx_utilrank.sites.find import find_sites, site_matrix
 from onnx_utilrank.statistics.divergence import OutputLoss, divergence
+from onnx_utilrank.statistics.factorize import Metric
 from onnx_utilrank.statistics.moments import SecondMoment
 from onnx_utilrank.statistics.padding import Padding
 from onnx_utilrank.statistics.sensitivity import Sensitivity
@@ -343,6 +345,30 @@ def test_what_was_seen_is_told_beside_what_is_made_of_it(wide: bool):
         lost = np.square((g @ gone) @ (z - z.mean(0)).T).sum() / rows**2 / 2
         assert found.seen[rank] == pytest.approx(lost, rel=1e-9, abs=1e-12 * found.seen[0])
     assert found.errors[4] > 1.1 * found.seen[4]  # as few rows are made out to be worse
+
+
+def test_units_and_heads_tell_what_was_seen_too():
+    rows, n = 12, 6
+    x, g = noise(1, rows, n) + 0.5, noise(2, rows, n)
+    observed, moment = g.T @ g / rows, SecondMoment.of(x)
+    unsure = observed + np.eye(n)  # as it is where few gradients were seen
+    reading = Reading(root=Metric.of(unsure).root_t, observed=observed, moment=moment, centred=True)
+    (units,) = Units.of([reading])
+    halves = [slice(0, 3), slice(3, 6)]
+    blocks = [[gamma[half, half] for half in halves] for gamma in (unsure, observed)]
+    groups = [(half, False) for half in halves]
+    heads = Heads.of(groups, *blocks, moment.mean, moment.covariance, np.zeros(n))
+    apart = np.zeros((n, n))
+    for half in halves:
+        apart[half, half] = observed[half, half]
+    for found, seen, gamma, second in (
+        (units.selection.found, units.seen, observed, moment.covariance),
+        (heads.found, heads.seen, apart, moment.uncentred),
+    ):
+        for rank in range(n + 1):
+            gone = np.eye(n) - found.kept(rank)
+            lost = np.trace(gamma @ gone @ second @ gone.T) / 2
+            assert seen[rank] == pytest.approx(lost, rel=1e-5, abs=1e-6 * seen[0])
 
 
 def test_losses_of_layers_that_see_one_row_a_sample_are_about_the_measured_ones():
